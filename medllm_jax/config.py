@@ -1,0 +1,250 @@
+"""Everything a run can set, as frozen dataclasses. Reading them from YAML and the command line is in settings.py."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from medllm_jax.errors import UserError
+
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a Qwen2.5 model; the names are those of Hugging Face's config.json.
+
+    Attributes:
+        vocab_size: rows of the embedding (larger than the tokenizer's vocabulary: it is padded)
+        hidden_size: width of the residual stream
+        intermediate_size: width of the SwiGLU MLP
+        num_hidden_layers: number of blocks
+        num_attention_heads: query heads
+        num_key_value_heads: key/value heads; divides num_attention_heads
+        head_dim: width of one head; null is hidden_size / num_attention_heads
+        rope_theta: base of the rotary frequencies
+        rms_norm_eps: epsilon of RMSNorm
+        tie_word_embeddings: the LM head is the embedding
+        max_position_embeddings: longest sequence the model was made for
+        initializer_range: standard deviation of random weights
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int | None = None
+    rope_theta: float = 1_000_000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}: it must be positive")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        _require(
+            kv_heads > 0 and heads % kv_heads == 0,
+            f"model.num_attention_heads {heads} is not a multiple of model.num_key_value_heads {kv_heads}",
+        )
+        _require(
+            self.head_dim is not None or self.hidden_size % heads == 0,
+            f"model.hidden_size {self.hidden_size} is not a multiple of model.num_attention_heads {heads}: "
+            "set model.head_dim",
+        )
+        _require(self.dim_of_head % 2 == 0, f"a head of {self.dim_of_head} can't be rotated: head_dim must be even")
+
+    @property
+    def dim_of_head(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one axis may be -1: what the others leave.
+
+    Attributes:
+        data: replicas of the weights, batch split
+        fsdp: weights, gradients and optimizer state split; batch split too
+        tensor: heads and MLP split
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        _require(
+            sizes.count(-1) <= 1 and all(size == -1 or size > 0 for size in sizes),
+            f"mesh data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}: sizes are positive, at most one is -1",
+        )
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats. Norms, softmax, losses and reductions are float32 whatever is set here.
+
+    Attributes:
+        params: stored weights and optimizer state
+        compute: matrix products
+    """
+
+    params: DType = "float32"
+    compute: DType = "bfloat16"
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Where the weights come from.
+
+    Attributes:
+        checkpoint: run folder (or converted Hugging Face model) whose last checkpoint the weights are taken from;
+            null draws random weights from the run's seed
+    """
+
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The rows a run reads.
+
+    Attributes:
+        store: token store (cpt) or pair store (rpo), local or gs://
+        batch_size: rows of one optimizer step, over all hosts
+        accumulate: micro-batches that one optimizer step is computed in
+        threads: reading threads
+        prefetch: batches held ready ahead of the device
+    """
+
+    store: str
+    batch_size: int = 8
+    accumulate: int = 1
+    threads: int = 4
+    prefetch: int = 2
+
+    def __post_init__(self):
+        for name in ("batch_size", "accumulate", "threads", "prefetch"):
+            _require(getattr(self, name) > 0, f"data.{name} is {getattr(self, name)}: it must be positive")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"data.batch_size {self.batch_size} is not a multiple of data.accumulate {self.accumulate}",
+        )
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised.
+
+    Attributes:
+        name: cpt is next-token prediction; rpo is DPO plus a length-normalised NLL of the chosen response
+        beta: RPO: strength of the preference term's tie to the reference model
+        alpha: RPO: weight of the NLL term
+        vocab_chunks: parts of the vocabulary the LM head is computed in; 1 holds the logits of a whole micro-batch
+    """
+
+    name: Literal["cpt", "rpo"] = "cpt"
+    beta: float = 0.1
+    alpha: float = 1.0
+    vocab_chunks: int = 1
+
+    def __post_init__(self):
+        _require(self.beta > 0, f"objective.beta is {self.beta}: it must be positive")
+        _require(self.alpha >= 0, f"objective.alpha is {self.alpha}: it must not be negative")
+        _require(self.vocab_chunks > 0, f"objective.vocab_chunks is {self.vocab_chunks}: it must be positive")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, then decay.
+
+    Attributes:
+        learning_rate: peak learning rate
+        schedule: shape after the warm-up
+        warmup_steps: steps from 0 to the peak
+        final_fraction: the schedule ends at this share of the peak
+        b1: decay of the first moment
+        b2: decay of the second moment
+        eps: added to the root of the second moment
+        weight_decay: decoupled decay of matrices; norms and biases have none
+        clip_norm: gradients are scaled down to this global norm; 0 never clips
+    """
+
+    learning_rate: float = 1e-5
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved.
+
+    Attributes:
+        every: steps between checkpoints; the last step is always saved
+        keep: newest checkpoints kept
+    """
+
+    every: int = 500
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is written while the run goes on.
+
+    Attributes:
+        every: steps between lines of progress and TensorBoard points; metrics.jsonl has every step
+    """
+
+    every: int = 10
+
+    def __post_init__(self):
+        _require(self.every > 0, f"logging.every is {self.every}: it must be positive")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run, CPT or RPO.
+
+    Attributes:
+        run: run folder, local or gs://; everything the run writes is in it
+        steps: optimizer steps
+        seed: of random weights, of the data order and of the step's random numbers
+        model: shape, or the path of a model file beside the config; null takes it from init.checkpoint
+        remat: what the backward pass recomputes: `none` nothing, `dots` all but matrix products, `full` whole blocks
+    """
+
+    run: str
+    steps: int
+    data: DataConfig
+    seed: int = 0
+    model: ModelConfig | None = None
+    init: InitConfig = field(default_factory=InitConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    remat: Literal["none", "dots", "full"] = "none"
+
+    def __post_init__(self):
+        _require(self.steps > 0, f"steps is {self.steps}: it must be positive")
+        _require(
+            self.model is not None or self.init.checkpoint is not None,
+            "neither model nor init.checkpoint is set: give the shape of a new model, or a checkpoint to start from",
+        )
+        _require(self.checkpoint.every > 0 and self.checkpoint.keep > 0, "checkpoint.every and .keep must be positive")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,103 @@
+"""Packing: token sequences of any length become rows of S tokens, without losing or repeating one.
+
+Pure functions from iterables to iterables, so memory holds the rows that are open and nothing else. A row is int32
+[3, S] (tokens, segment_ids, branch_ids; see ``batch.py``); its segments count from 1, padding is 0 in all channels.
+"""
+
+import bisect
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Segment(NamedTuple):
+    """What must stay together in one row: tokens int32 [n] and branch_ids int32 [n], with n from 1 to S."""
+
+    tokens: np.ndarray
+    branch_ids: np.ndarray
+
+
+def document_segment(tokens: np.ndarray) -> Segment:
+    """A document, or a piece of one: everything is branch 0."""
+    return Segment(np.asarray(tokens, np.int32), np.zeros(len(tokens), np.int32))
+
+
+def pair_segment(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Segment:
+    """A preference pair: the prompt (branch 0), the chosen response (branch 1), the rejected one (branch 2)."""
+    parts = (prompt, chosen, rejected)
+    return Segment(
+        tokens=np.concatenate(parts).astype(np.int32),
+        branch_ids=np.repeat(np.arange(3, dtype=np.int32), [len(part) for part in parts]),
+    )
+
+
+def pieces(tokens: np.ndarray, sequence_length: int) -> Iterator[np.ndarray]:
+    """A document in pieces of at most ``sequence_length`` tokens, all but the last of exactly that many."""
+    for start in range(0, len(tokens), sequence_length):
+        yield tokens[start : start + sequence_length]
+
+
+def best_fit(
+    segments: Iterable[Segment], sequence_length: int, *, max_segments: int | None = None, open_rows: int = 1024
+) -> Iterator[np.ndarray]:
+    """Rows int32 [3, S] that hold each segment whole, each put where it leaves the least room.
+
+    max_segments: the most segments of one row. open_rows: the most rows that wait for more; past that the fullest one
+    leaves. ValueError for an empty segment or one longer than a row.
+    """
+    # Sorted (room left, serial number); the serial number keeps equal rooms in a fixed order, and is the key of `filled`.
+    rooms: list[tuple[int, int]] = []
+    filled: dict[int, list[Segment]] = {}
+    serial = 0
+    for segment in segments:
+        length = len(segment.tokens)
+        if not 0 < length <= sequence_length:
+            raise ValueError(f"a segment of {length} tokens does not go into a row of {sequence_length}")
+        place = bisect.bisect_left(rooms, (length, -1))
+        if place < len(rooms):
+            room, row = rooms.pop(place)
+        else:
+            if len(rooms) == open_rows:
+                yield row_of(filled.pop(rooms.pop(0)[1]), sequence_length)
+            room, row = sequence_length, serial
+            filled[row] = []
+            serial += 1
+        filled[row].append(segment)
+        if room == length or len(filled[row]) == max_segments:
+            yield row_of(filled.pop(row), sequence_length)
+        else:
+            bisect.insort(rooms, (room - length, row))
+    for row in sorted(filled):
+        yield row_of(filled[row], sequence_length)
+
+
+def concatenate_and_split(documents: Iterable[np.ndarray], sequence_length: int) -> Iterator[np.ndarray]:
+    """Rows int32 [3, S] full to the last token, documents (int32 [n] each) cut where a row ends; only the last row pads."""
+    row: list[Segment] = []
+    room = sequence_length
+    for tokens in documents:
+        start = 0
+        while start < len(tokens):
+            piece = tokens[start : start + room]
+            row.append(document_segment(piece))
+            start += len(piece)
+            room -= len(piece)
+            if room == 0:
+                yield row_of(row, sequence_length)
+                row, room = [], sequence_length
+    if row:
+        yield row_of(row, sequence_length)
+
+
+def row_of(segments: Iterable[Segment], sequence_length: int) -> np.ndarray:
+    """One row int32 [3, S] of segments, one after the other, the rest padding."""
+    row = np.zeros((3, sequence_length), np.int32)
+    start = 0
+    for number, segment in enumerate(segments, 1):
+        end = start + len(segment.tokens)
+        row[0, start:end] = segment.tokens
+        row[1, start:end] = number
+        row[2, start:end] = segment.branch_ids
+        start = end
+    return row

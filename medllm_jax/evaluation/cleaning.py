@@ -1,0 +1,81 @@
+"""From a model's raw output to the part of it that can hold its answer, in one spelling."""
+
+import dataclasses
+import re
+import unicodedata
+
+# Answers stand at the start or at the end; what lies between the two is not looked at.
+HEAD = TAIL = 8_000
+_CHUNK = 256
+
+_OPEN_THINK, _CLOSE_THINK = re.compile(r"<think(?:ing)?>", re.I), re.compile(r"</think(?:ing)?>", re.I)
+# The end of the model's own turn: what follows is another turn.
+_END_OF_TURN = re.compile(r"<\|(?:im_end|endoftext|eot_id|end_of_text|im_start|end|user|return)\|>|</s>")
+_SPECIAL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|<(?:pad|bos|eos|unk)>|\[/?inst\]")
+_LEADING = re.compile(r"(?:\s|<\|[^|<>\s]{1,40}\|>|</?s>)*(?:assistant[\s:]{1,3})?")
+_NEXT_TURN = re.compile(
+    r"\n\s{0,4}(?:#{1,4}\s?)?[【\[]?(?:次の|新しい|例題)?(?:"
+    r"(?:問題文?|設問|質問|例題|question|problem)\s?\d{0,4}\s?(?:[】\]:.]|\n|$)"
+    r"|(?:問|q)\s?\d{1,4}\s?(?:[】\]:.]|\n)|(?:ユーザー?|user|human|system)\s?(?::|\n)"
+    r"|医師国家試験を解きます)"
+)
+_BOXED = re.compile(r"\\boxed\{\s?(?:\\text\{)?([^{}\n]{0,200})\}{1,2}")
+# Marks of emphasis, and characters that print nothing.
+_MARKUP = re.compile(r"[*`$]|[\u200b-\u200f\u2060\ufeff\u00ad]|^\s{0,3}#{1,6}\s|^\s{0,3}>\s?", re.M)
+_CIRCLED = {ord("①") + i: chr(0xE001 + i) for i in range(9)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cleaned:
+    """`text` is NFKC and lower case, without markup; `cut` says a further turn was cut off, `unclosed` that the
+    output ends inside a think block."""
+
+    text: str
+    cut: bool
+    unclosed: bool
+
+
+def clean(raw: str, *, keep_circled: bool = False) -> Cleaned:
+    """The model's own answer turn. `keep_circled` keeps ①-⑨ apart from 1-9, as U+E001-U+E009."""
+    unclosed = False
+    last_close = None
+    if "</think" in raw.lower() or "<think" in raw.lower():
+        for last_close in _CLOSE_THINK.finditer(raw):
+            pass
+        raw = raw[last_close.end() :] if last_close else raw
+        if opened := _OPEN_THINK.search(raw):
+            unclosed = True
+            raw = raw[: opened.start()] if last_close else ""
+    if keep_circled:
+        raw = _ends(raw).translate(_CIRCLED)
+    text = normalize(_ends(raw))
+    # A normalised character can be 18 long.
+    text = _ends(text)
+
+    text = text[_LEADING.match(text).end() :]
+    end = _END_OF_TURN.search(text)
+    turn = _NEXT_TURN.search(text, 0, end.start() if end else len(text))
+    cuts = [m.start() for m in (end, turn) if m]
+    text = _SPECIAL.sub(" ", text[: min(cuts, default=len(text))])
+    text = _MARKUP.sub("", _BOXED.sub(r"\n答え: \1\n", text))
+    return Cleaned(text.strip(), bool(cuts), unclosed)
+
+
+def normalize(text: str) -> str:
+    """NFKC and lower case, with the many kinds of line end, dash and wave as one."""
+    # In pieces, since reordering a long run of combining marks takes quadratic time.
+    pieces = (text[i : i + _CHUNK] for i in range(0, len(text), _CHUNK))
+    text = "".join(unicodedata.normalize("NFKC", piece) for piece in pieces).lower()
+    return re.sub(r"\r\n?|[\u2028\u2029\u0085\v\f]", "\n", text).translate(_ONE_SPELLING)
+
+
+def bare(text: str) -> str:
+    """The normalised text without white space and closing punctuation: how choice texts are compared."""
+    return re.sub(r"\s+", "", _MARKUP.sub("", normalize(text))).strip("。.、,")
+
+
+_ONE_SPELLING = {ord(c): "~" for c in "〜～∼"} | {ord(c): "-" for c in "‐‑–—−―"} | {ord("．"): ".", ord("｡"): "。"}
+
+
+def _ends(text: str) -> str:
+    return text if len(text) <= HEAD + TAIL else f"{text[:HEAD]}\n\n{text[-TAIL:]}"

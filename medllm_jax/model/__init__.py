@@ -1,0 +1,1 @@
+"""Qwen2.5 as a flax.nnx module, used functionally."""

@@ -1,0 +1,65 @@
+"""Attention under the row rule: same segment, not later in the row, branch 0 or the query's own.
+
+Every back end has the signature of `attend`.
+
+Shapes: B rows, Q queries and T keys a row, H query heads, K key/value heads, G = H / K, E width of a head.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Scores of one block are [B, H, Q / blocks, T]; later blocks see more keys. Four blocks skip 3/8 of the products.
+_CAUSAL_BLOCKS = 4
+_SMALLEST_BLOCK = 64
+
+
+class Place(NamedTuple):
+    """Where tokens stand: index in the row int32 [S] or [], segment_ids and branch_ids int32 [B, S]."""
+
+    index: jax.Array
+    segment_ids: jax.Array
+    branch_ids: jax.Array
+
+
+def visible(query: Place, key: Place) -> jax.Array:
+    """bool [B, Q, T]: may this query see this key?"""
+    not_later = key.index[None, :] <= query.index[:, None]
+    same_segment = key.segment_ids[:, None, :] == query.segment_ids[:, :, None]
+    key_branch = key.branch_ids[:, None, :]
+    shared_or_own = (key_branch == 0) | (key_branch == query.branch_ids[:, :, None])
+    return not_later[None] & same_segment & shared_or_own
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, query: Place, key: Place) -> jax.Array:
+    """Scaled dot-product attention, grouped-query; scores and softmax in float32.
+
+    q: [B, Q, H, E]; k, v: [B, T, K, E]. Returns [B, Q, H, E] in q's dtype. A query that sees no key is not allowed
+    (padding sees padding).
+    """
+    batch, queries, heads, width = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
+    scores = jnp.einsum("bqkge,btke->bkgqt", q, k, preferred_element_type=jnp.float32) * width**-0.5
+    scores = jnp.where(visible(query, key)[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bkgqt,btke->bqkge", weights, v)
+    return out.reshape(batch, queries, heads, width)
+
+
+def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, query: Place, key: Place) -> jax.Array:
+    """`attend` for whole rows (query is key), in causal blocks of queries: no block sees the keys after it."""
+    length = q.shape[1]
+    blocks = _CAUSAL_BLOCKS
+    if length % blocks or length // blocks < _SMALLEST_BLOCK:
+        return attend(q, k, v, query, key)
+    size = length // blocks
+
+    def block(start: int) -> jax.Array:
+        end = start + size
+        queries = Place(query.index[start:end], query.segment_ids[:, start:end], query.branch_ids[:, start:end])
+        keys = Place(key.index[:end], key.segment_ids[:, :end], key.branch_ids[:, :end])
+        return attend(q[:, start:end], k[:, :end], v[:, :end], queries, keys)
+
+    return jnp.concatenate([block(start) for start in range(0, length, size)], axis=1)

@@ -1,0 +1,244 @@
+"""Qwen2.5: RMSNorm, rotary positions, grouped-query attention with QKV bias, SwiGLU.
+
+Parameters are named and laid out as in Hugging Face's checkpoints, with the blocks' stacked along a first axis:
+``layers/self_attn/q_proj/weight`` is [L, out, in]. The network follows `transformers` `Qwen2ForCausalLM`.
+
+Shapes: B rows, S tokens a row, D hidden size, F MLP width, H query heads, K key/value heads, E width of a head,
+V vocabulary, L blocks, C columns of a cache.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from medllm_jax.config import ModelConfig
+from medllm_jax.model.attention import Place, attend, attend_in_blocks
+from medllm_jax.model.linear import Linear
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the same network runs on; every field has a default that works on one device.
+
+    linear: constructor of the linear layers. attention: for whole rows, signature of `attention.attend`.
+    constrain: `(array, kind) -> array` pins an activation's sharding, kind a row of `sharding.ACTIVATIONS`.
+    remat: name of a row of `REMAT_POLICIES`.
+    """
+
+    compute_dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: str = "none"
+    linear: Callable = Linear
+    attention: Callable = attend_in_blocks
+    constrain: Callable[[jax.Array, str], jax.Array] = lambda array, kind: array
+
+
+# What jax.checkpoint keeps of a block for the backward pass.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of the columns seen so far.
+
+    keys, values: [L, B, C, K, E]; segment_ids: int32 [B, C], 0 where nothing may be seen; length: int32 scalar, columns
+    already written.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    segment_ids: jax.Array
+    length: jax.Array
+
+
+def empty_cache(config: ModelConfig, rows: int, columns: int, dtype) -> Cache:
+    """A Cache of B rows and C columns with nothing in it."""
+    shape = (config.num_hidden_layers, rows, columns, config.num_key_value_heads, config.dim_of_head)
+    return Cache(
+        keys=jnp.zeros(shape, dtype),
+        values=jnp.zeros(shape, dtype),
+        segment_ids=jnp.zeros((rows, columns), jnp.int32),
+        length=jnp.zeros((), jnp.int32),
+    )
+
+
+class Embedding(nnx.Module):
+    """Rows of ``weight`` [V, D] by token id."""
+
+    def __init__(self, config: ModelConfig, *, param_dtype, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.hidden_size)
+        self.weight = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, param_dtype))
+
+    def __call__(self, tokens: jax.Array, dtype) -> jax.Array:
+        return self.weight[...].astype(dtype)[tokens]
+
+
+class RMSNorm(nnx.Module):
+    """``x / rms(x) * weight``, the mean square in float32."""
+
+    def __init__(self, config: ModelConfig, *, param_dtype):
+        self.weight = nnx.Param(jnp.ones((config.hidden_size,), param_dtype))
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.weight[...].astype(x.dtype)
+
+
+def rotary(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, S, 1, E / 2], of RoPE (arXiv 2104.09864) with base ``theta``."""
+    frequencies = theta ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates [B, S, heads, E], halves paired as Hugging Face pairs them: i with i + E / 2."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with biases on q, k and v."""
+
+    def __init__(self, config: ModelConfig, backend: Backend, *, rngs: nnx.Rngs):
+        self.config, self.backend = config, backend
+        hidden, width = config.hidden_size, config.dim_of_head
+        queries, keys = config.num_attention_heads * width, config.num_key_value_heads * width
+        make = dict(std=config.initializer_range, param_dtype=backend.param_dtype, rngs=rngs)
+        self.q_proj = backend.linear(hidden, queries, bias=True, **make)
+        self.k_proj = backend.linear(hidden, keys, bias=True, **make)
+        self.v_proj = backend.linear(hidden, keys, bias=True, **make)
+        self.o_proj = backend.linear(queries, hidden, bias=False, **make)
+
+    def qkv(self, x: jax.Array, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, S, H, E], k and v [B, S, K, E] of x [B, S, D]; q and k rotated."""
+        q, k, v = (
+            self.backend.constrain(proj(x).reshape(*x.shape[:-1], -1, self.config.dim_of_head), "heads")
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(q, *angles), rotate(k, *angles), v
+
+    def out(self, attended: jax.Array) -> jax.Array:
+        return self.o_proj(attended.reshape(*attended.shape[:-2], -1))
+
+
+class MLP(nnx.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, backend: Backend, *, rngs: nnx.Rngs):
+        self.backend = backend
+        hidden, width = config.hidden_size, config.intermediate_size
+        make = dict(bias=False, std=config.initializer_range, param_dtype=backend.param_dtype, rngs=rngs)
+        self.gate_proj = backend.linear(hidden, width, **make)
+        self.up_proj = backend.linear(hidden, width, **make)
+        self.down_proj = backend.linear(width, hidden, **make)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inner = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(self.backend.constrain(inner, "mlp"))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, backend: Backend, *, rngs: nnx.Rngs):
+        self.backend = backend
+        self.input_layernorm = RMSNorm(config, param_dtype=backend.param_dtype)
+        self.self_attn = Attention(config, backend, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config, param_dtype=backend.param_dtype)
+        self.mlp = MLP(config, backend, rngs=rngs)
+
+    def __call__(self, x: jax.Array, angles, attend_to: Callable) -> tuple[jax.Array, Any]:
+        """x [B, S, D]; ``attend_to(q, k, v) -> (attended, carry)`` holds the mask, and the cache if there is one."""
+        attended, carry = attend_to(*self.self_attn.qkv(self.input_layernorm(x), angles))
+        x = self.backend.constrain(x + self.self_attn.out(attended), "hidden")
+        x = self.backend.constrain(x + self.mlp(self.post_attention_layernorm(x)), "hidden")
+        return x, carry
+
+
+class Qwen2(nnx.Module):
+    """The decoder. Its output is hidden states: `head_weight` turns them into logits where and when a caller wants."""
+
+    def __init__(self, config: ModelConfig, backend: Backend = Backend(), *, rngs: nnx.Rngs):  # noqa: B008 (frozen)
+        self.config, self.backend = config, backend
+        self.embed_tokens = Embedding(config, param_dtype=backend.param_dtype, rngs=rngs)
+        make_blocks = nnx.vmap(lambda rngs: Block(config, backend, rngs=rngs), in_axes=0, out_axes=0)
+        self.layers = make_blocks(rngs.split(config.num_hidden_layers))
+        self.norm = RMSNorm(config, param_dtype=backend.param_dtype)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else backend.linear(
+                config.hidden_size,
+                config.vocab_size,
+                bias=False,
+                std=config.initializer_range,
+                param_dtype=backend.param_dtype,
+                rngs=rngs,
+            )
+        )
+
+    @property
+    def head_weight(self) -> jax.Array:
+        """[V, D]: the LM head, or the embedding where they are tied."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, branch_ids: jax.Array):
+        """Final hidden states [B, S, D] in the compute dtype; all arguments int32 [B, S] (see data/batch.py)."""
+        place = Place(jnp.arange(tokens.shape[1]), segment_ids, branch_ids)
+        x, angles = self._embed(tokens, positions)
+        structure, blocks = nnx.split(self.layers)
+
+        def body(x, weights):
+            x, _ = nnx.merge(structure, weights)(
+                x, angles, lambda q, k, v: (self.backend.attention(q, k, v, place, place), None)
+            )
+            return x, None
+
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[self.backend.remat], prevent_cse=False)
+        x, _ = jax.lax.scan(body, x, blocks)
+        return self.norm(x)
+
+    def extend(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache):
+        """Hidden states [B, S, D] of S more columns after those in the cache, and the cache with them in it.
+
+        Same rule, one branch: a column is seen by later ones of the same segment; padding columns have segment 0.
+        """
+        start = cache.length
+        segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, start))
+        query = Place(start + jnp.arange(tokens.shape[1]), segment_ids, jnp.zeros_like(segment_ids))
+        key = Place(jnp.arange(segments.shape[1]), segments, jnp.zeros_like(segments))
+        x, angles = self._embed(tokens, positions)
+        structure, blocks = nnx.split(self.layers)
+
+        def body(carry, layer):
+            x, keys, values = carry
+            number, weights = layer
+
+            def attend_to_cache(q, k, v):
+                # The cache is carried, not scanned over: it is updated in place instead of being copied every step.
+                at = (number, 0, start, 0, 0)
+                new_keys = jax.lax.dynamic_update_slice(keys, k.astype(keys.dtype)[None], at)
+                new_values = jax.lax.dynamic_update_slice(values, v.astype(values.dtype)[None], at)
+                attended = attend(q, new_keys[number].astype(q.dtype), new_values[number].astype(q.dtype), query, key)
+                return attended, (new_keys, new_values)
+
+            x, (keys, values) = nnx.merge(structure, weights)(x, angles, attend_to_cache)
+            return (x, keys, values), None
+
+        numbers = jnp.arange(self.config.num_hidden_layers)
+        (x, keys, values), _ = jax.lax.scan(body, (x, cache.keys, cache.values), (numbers, blocks))
+        return self.norm(x), Cache(keys, values, segments, start + tokens.shape[1])
+
+    def _embed(self, tokens: jax.Array, positions: jax.Array):
+        x = self.backend.constrain(self.embed_tokens(tokens, self.backend.compute_dtype), "hidden")
+        return x, rotary(positions, self.config.dim_of_head, self.config.rope_theta)

@@ -1,0 +1,49 @@
+"""AdamW, its schedule, and the table that says which parameters decay."""
+
+from typing import Any
+
+import jax
+import optax
+
+from medllm_jax.config import OptimizerConfig
+from medllm_jax.sharding import path_of, row_of
+
+# Parameter path -> does weight decay hold? Every parameter matches exactly one row.
+DECAYS: tuple[tuple[str, bool], ...] = (
+    (r"(embed_tokens|lm_head)/weight", True),
+    (r"layers/(self_attn|mlp)/\w+_proj/weight", True),
+    (r"layers/self_attn/[qkv]_proj/bias", False),
+    (r"(layers/)?(\w+_layer)?norm/weight", False),
+)
+
+
+def decay_mask(params: Any) -> Any:
+    """True for every parameter that decays, by `DECAYS`."""
+    return jax.tree_util.tree_map_with_path(lambda key_path, _: row_of(DECAYS, path_of(key_path)), params)
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear from 0 over `warmup_steps`, then the named decay over what is left of `steps`."""
+    peak, end = config.learning_rate, config.learning_rate * config.final_fraction
+    left = max(steps - config.warmup_steps, 1)
+    after = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, left, alpha=config.final_fraction),
+        "linear": lambda: optax.linear_schedule(peak, end, left),
+        "constant": lambda: optax.constant_schedule(peak),
+    }[config.schedule]()
+    # The first update is made at count 0: a warm-up that started from 0 would waste it.
+    warmup = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps]) if config.warmup_steps else after
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW (arXiv 1711.05101)."""
+    adamw = optax.adamw(
+        make_schedule(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw

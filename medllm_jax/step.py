@@ -1,0 +1,96 @@
+"""One optimizer step as a pure function of arrays: micro-batches add up, one division, one update."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from medllm_jax.data.batch import Batch
+from medllm_jax.losses import Loss, LossSum
+from medllm_jax.sharding import parameter_shardings, replicated
+
+
+class TrainState(NamedTuple):
+    """Everything that a step reads and writes.
+
+    step: int32 scalar, updates made; params: tree of arrays; opt_state: optax's, moments laid out like their parameters;
+    key: uint32 key data of the random numbers still to come.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    key: jax.Array
+
+
+def new_state(params: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step; jit it with `state_shardings` as out_shardings."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        key=jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1)),
+    )
+
+
+def state_shardings(abstract: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shardings of a TrainState of shapes: parameters by the table, what mirrors a parameter likewise."""
+    params = parameter_shardings(abstract.params, mesh)
+    whole = replicated(mesh)
+    return TrainState(
+        step=whole,
+        params=params,
+        opt_state=optax.tree.map_params(
+            optimizer, lambda _, sharding: sharding, abstract.opt_state, params, transform_non_params=lambda _: whole
+        ),
+        key=whole,
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    structure: nnx.GraphDef,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    accumulate: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update from a batch of rows, and its metrics (float32 scalars)."""
+    next_key, key = jax.random.split(jax.random.wrap_key_data(state.key))
+    grads, sums = summed_gradients(state.params, batch, key, structure=structure, loss=loss, accumulate=accumulate)
+    weight = jnp.maximum(sums.weight, 1e-8)  # a batch without a target has zero gradients, not undefined ones
+    grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {name: total / jnp.maximum(count, 1e-8) for name, (total, count) in sums.means.items()}
+    metrics |= sums.counts | {"grad_norm": optax.global_norm(grads).astype(jnp.float32)}
+    return TrainState(state.step + 1, params, opt_state, jax.random.key_data(next_key)), metrics
+
+
+def summed_gradients(
+    params: Any, batch: Batch, key: jax.Array, *, structure: nnx.GraphDef, loss: Loss, accumulate: int
+) -> tuple[Any, LossSum]:
+    """Gradients of the loss's total, and its sums, over all rows; in `accumulate` micro-batches, added in float32."""
+
+    def total_of(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, LossSum]:
+        sums = loss(nnx.merge(structure, params), rows, key)
+        return sums.total, sums
+
+    gradient = jax.grad(total_of, has_aux=True)
+    if accumulate == 1:
+        return gradient(params, batch, key)
+
+    # Micro-batch a holds rows a, a + A, ...: each device keeps the rows it has.
+    micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    keys = jax.random.split(key, accumulate)
+
+    def add(carry, rows_and_key):
+        return jax.tree.map(jnp.add, carry, gradient(params, *rows_and_key)), None
+
+    like = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro_batches), keys[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
+    return jax.lax.scan(add, zeros, (micro_batches, keys))[0]

@@ -1,0 +1,62 @@
+"""The small things that tests are made of: a tokenizer trained here and now, with Qwen2's control tokens."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_TEXTS = (
+    "The patient has a fever and a cough. The answer is B.",
+    "Hypertension is treated with diuretics, and diabetes with insulin.",
+    "患者は発熱と咳を訴えている。正解は三番である。高血圧の治療には利尿薬を用いる。",
+)
+
+
+def make_tokenizer(
+    folder: str | Path,
+    texts: Iterable[str] | None = None,
+    vocab_size: int = 384,
+    *,
+    chat_template: str | None = CHAT_TEMPLATE,
+) -> Any:
+    """Trains a byte-level BPE tokenizer on a few texts, saves it to ``folder`` and returns it.
+
+    At least 259 tokens: the bytes and the control tokens, <|endoftext|> (id 0, end of sequence and padding),
+    <|im_start|> and <|im_end|>. Texts too short for ``vocab_size`` give fewer tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_TEXTS if texts is None else texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=SPECIAL_TOKENS[0],
+        pad_token=SPECIAL_TOKENS[0],
+        extra_special_tokens=list(SPECIAL_TOKENS[1:]),
+        chat_template=chat_template,
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def write_json_lines(path: str | Path, rows: Iterable[Any]) -> Path:
+    """Writes rows as JSON lines, and returns the path."""
+    path = Path(path)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
