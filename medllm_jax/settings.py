@@ -18,7 +18,6 @@ from medllm_jax.config import ModelConfig, RunConfig
 from medllm_jax.errors import UserError
 
 
-
 class _StrictLoader(yaml.SafeLoader):
     """YAML 1.1, but `1e-5` is a number and a key that stands twice is an error."""
 
@@ -41,10 +40,10 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; UserError if it is missing, malformed, or has a key twice."""
-    path = Path(path)
-    if not path.is_file():
+def read_yaml(path: Any) -> dict[str, Any]:
+    """The mapping in a YAML file (a path, local or an epath); UserError if missing, malformed, or with a key twice."""
+    path = Path(path) if isinstance(path, str) else path
+    if not path.exists():
         raise UserError(f"config file {path} does not exist")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # a SafeLoader

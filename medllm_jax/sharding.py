@@ -32,6 +32,7 @@ ACTIVATIONS: Mapping[str, P] = {
     "hidden": P(BATCH_AXES, None, None),  # [B, S, D]
     "heads": P(BATCH_AXES, None, "tensor", None),  # [B, S, heads, E]
     "mlp": P(BATCH_AXES, None, "tensor"),  # [B, S, F]
+    "embedding": P("tensor", None),  # [V, D] gathered over fsdp before the look-up, which can't be split over D
 }
 
 
@@ -102,6 +103,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def rows_over(mesh: Mesh) -> NamedSharding:
     """First dimension split over data and fsdp: rows of a batch."""
     return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Global arrays of the rows that each process holds its part of; starts the copies and does not wait for them."""
+    sharding = rows_over(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
 def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:

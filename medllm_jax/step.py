@@ -16,8 +16,8 @@ from medllm_jax.sharding import parameter_shardings, replicated
 class TrainState(NamedTuple):
     """Everything that a step reads and writes.
 
-    step: int32 scalar, updates made; params: tree of arrays; opt_state: optax's, moments laid out like their parameters;
-    key: uint32 key data of the random numbers still to come.
+    step: int32 scalar, updates made; params: tree of arrays; opt_state: optax's, its moments laid out like their
+    parameters; key: uint32 key data of the random numbers still to come.
     """
 
     step: jax.Array

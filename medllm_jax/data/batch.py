@@ -54,7 +54,7 @@ def positions_of(segment_ids: np.ndarray, branch_ids: np.ndarray) -> np.ndarray:
 
 def _last_true(index: np.ndarray, flags: np.ndarray, *, initial: bool) -> np.ndarray:
     """For each place the largest index at or before it whose flag is set; ``flags`` starts at index 1."""
-    first = np.full(flags.shape[:-1] + (1,), initial)
+    first = np.full((*flags.shape[:-1], 1), initial)
     marked = np.where(np.concatenate([first, flags], axis=-1), index, 0)
     return np.maximum.accumulate(marked, axis=-1)
 

@@ -76,7 +76,7 @@ def reject(where: str, reason: str, on_bad: OnBad, dropped: Dropped) -> None:
 
 
 def find_files(inputs: Inputs, suffixes: Sequence[str]) -> list[epath.Path]:
-    """The files with one of ``suffixes`` among files, folders (searched through) and globs, in a fixed order, each once.
+    """The files with one of ``suffixes`` among files, folders (searched through) and globs; ordered, each once.
 
     Raises UserError for an input that does not exist or holds no such file.
     """
@@ -86,17 +86,12 @@ def find_files(inputs: Inputs, suffixes: Sequence[str]) -> list[epath.Path]:
         inputs = [inputs]
     for item in inputs:
         path = epath.Path(item)
-        if path.is_dir():
-            found = _under(path, suffixes)
-        elif path.exists():
-            if not path.name.endswith(tuple(suffixes)):
+        if path.exists():
+            if not path.is_dir() and not path.name.endswith(tuple(suffixes)):
                 raise UserError(f"{path} is not a file of a kind that is read here ({kinds})")
-            found = [path]
-        elif "*" in str(item) or "?" in str(item) or "[" in str(item):
-            found = [
-                file for match in _glob(path) for file in ([match] if match.is_file() else _under(match, suffixes))
-            ]
-            found = [file for file in found if file.name.endswith(tuple(suffixes))]
+            found = _under(path, suffixes)
+        elif set(str(item)) & set("*?["):
+            found = [file for match in _glob(path) for file in _under(match, suffixes)]
         else:
             raise UserError(f"{path} does not exist")
         if not found:
@@ -105,12 +100,17 @@ def find_files(inputs: Inputs, suffixes: Sequence[str]) -> list[epath.Path]:
     return list(files.values())
 
 
-def _under(folder: epath.Path, suffixes: Sequence[str]) -> list[epath.Path]:
-    files = (file for file in folder.rglob("*") if file.name.endswith(tuple(suffixes)) and file.is_file())
-    return sorted(file for file in files if not file.name.startswith("."))
+def _under(path: epath.Path, suffixes: Sequence[str]) -> list[epath.Path]:
+    """The file itself, or the files of a folder and the folders in it; hidden ones and other kinds are left out."""
+    if path.is_dir():
+        visible = (entry for entry in path.iterdir() if not entry.name.startswith("."))
+        return [file for entry in sorted(visible) for file in _under(entry, suffixes)]
+    return [path] if path.name.endswith(tuple(suffixes)) else []
 
 
 def _glob(pattern: epath.Path) -> list[epath.Path]:
+    if "**" in pattern.parts:
+        raise UserError(f"{pattern}: `**` is not understood; give the folder itself, it is searched through")
     fixed = itertools.takewhile(lambda part: not set(part) & set("*?["), pattern.parts)
     base = epath.Path(*fixed)
     return sorted(base.glob(str(pattern.relative_to(base))))
@@ -207,11 +207,11 @@ def prepare_corpus(
 
     Each document is tokenised as plain text and ends with the tokenizer's end-of-sequence token (``append_eos``).
     packing "best_fit": a document is cut only when it is longer than a row (counted as ``split_documents``), and
-    rows keep some padding; "split": rows are full, and documents are cut wherever a row ends. Either way each piece is a
-    segment that sees only itself.
+    rows keep some padding; "split": rows are full, and documents are cut wherever a row ends. Either way each piece is
+    a segment that sees only itself.
 
-    progress is called now and then with the documents and tokens read so far. Memory holds one batch of documents and the
-    rows being packed. Nothing is left at ``output`` on failure.
+    progress is called now and then with the documents and tokens read so far. Memory holds one batch of documents and
+    the rows being packed. Nothing is left at ``output`` on failure.
 
     Raises UserError for bad input rows (unless on_bad is "skip"), an input without documents, a tokenizer without the
     end-of-sequence token, and an output that exists (unless ``overwrite``).

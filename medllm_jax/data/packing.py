@@ -46,7 +46,7 @@ def best_fit(
     max_segments: the most segments of one row. open_rows: the most rows that wait for more; past that the fullest one
     leaves. ValueError for an empty segment or one longer than a row.
     """
-    # Sorted (room left, serial number); the serial number keeps equal rooms in a fixed order, and is the key of `filled`.
+    # Sorted (room left, serial number): the serial number orders equal rooms, and is the key of `filled`.
     rooms: list[tuple[int, int]] = []
     filled: dict[int, list[Segment]] = {}
     serial = 0
@@ -73,7 +73,7 @@ def best_fit(
 
 
 def concatenate_and_split(documents: Iterable[np.ndarray], sequence_length: int) -> Iterator[np.ndarray]:
-    """Rows int32 [3, S] full to the last token, documents (int32 [n] each) cut where a row ends; only the last row pads."""
+    """Rows int32 [3, S] without padding but in the last; documents (int32 [n] each) are cut where a row ends."""
     row: list[Segment] = []
     room = sequence_length
     for tokens in documents:

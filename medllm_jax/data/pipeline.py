@@ -23,8 +23,8 @@ class BatchStream:
     Rows are shuffled anew in every epoch. A batch may reach over the end of an epoch, and a store smaller than a batch
     fills it from the epochs that follow.
 
-    batch_size: global rows a batch (B). seed: of the order, 0 to 2**32 - 1. position: global batches to skip, to go on where an
-    earlier stream stopped. threads, prefetch: batches read at a time and ready ahead; they change speed only.
+    batch_size: global rows a batch (B). seed: of the order, 0 to 2**32 - 1. position: global batches to skip, to go on
+    where an earlier stream stopped. threads, prefetch: batches read at a time and ready ahead; they change speed only.
     reference: float32 [N, P, 2] log-probabilities of a pair store, or None.
 
     Raises UserError where the batch cannot be split between the processes; read errors come out of ``next``.
@@ -52,7 +52,8 @@ class BatchStream:
         # Row numbers are shuffled and batched, and only then read: a batch is one request for all its rows. The slices
         # of all processes, one after the other, are the batches of local_size rows.
         order = grain.MapDataset.range(len(store)).seed(seed).shuffle().repeat()
-        slices = order.batch(local_size).slice(slice(process_index, None, process_count))
+        # (drop_remainder: there is none in an endless order, and without it Grain's length overflows at size 1.)
+        slices = order.batch(local_size, drop_remainder=True).slice(slice(process_index, None, process_count))
         batches = slices.map(lambda indices: _read(store, reference, indices))
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
         self._iterator = iter(batches.to_iter_dataset(options))

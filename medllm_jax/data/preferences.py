@@ -110,13 +110,13 @@ def prepare_pairs(
     """Preference pairs to a store of rows of ``sequence_length`` tokens; returns what ``store.json`` says.
 
     Prompt and responses are tokenised apart, and each response ends with the tokenizer's end-of-sequence token. Plain
-    strings are plain text; messages go through the tokenizer's chat template, the response being what it adds to the prompt.
-    A pair, prompt + chosen + rejected, is one segment of a row and never cut; pair k of a row is segment k + 1. A row
-    takes as many pairs as fit, or at most ``pairs_per_row``.
+    strings are plain text; messages go through the tokenizer's chat template, the response being what it adds to the
+    prompt. A pair, prompt + chosen + rejected, is one segment of a row and never cut; pair k of a row is segment k + 1.
+    A row takes as many pairs as fit, or at most ``pairs_per_row``.
 
     on_bad: what to do about a row that is no pair. on_long: what to do about a pair longer than a row, or with a prompt
-    of more than ``max_prompt_tokens``. "skip" counts them by reason, with the first line numbers. progress is called now
-    and then with the pairs and tokens kept so far. Nothing is left at ``output`` on failure.
+    of more than ``max_prompt_tokens``. "skip" counts them by reason, with the first line numbers. progress is called
+    now and then with the pairs and tokens kept so far. Nothing is left at ``output`` on failure.
 
     Raises UserError for such rows otherwise, for messages where the tokenizer has no chat template, an input without
     pairs, a tokenizer without the end-of-sequence token, and an output that exists (unless ``overwrite``).
@@ -174,8 +174,8 @@ class _PairEncoder:
         control = control_tokens(self.tokenizer)
         sides: list[tuple[str, bool, tuple[str, str, str]]] = []
         for pair in pairs:
-            # A control token written out in a string is either an accident or an attempt to pass rendered text, which would
-            # silently become something else: neither is what the row's author wants to train on.
+            # A control token written out is an accident, or an attempt to pass text that a template has rendered; it
+            # would be tokenised as plain text, which is neither what was meant nor what the model will see.
             if any(token in text for text in _texts(pair) for token in control):
                 reject(pair.where, "a control token stands in the text (use chat messages)", on_bad, dropped)
                 continue
@@ -223,7 +223,7 @@ class _PairEncoder:
             return None
         if not all(text.startswith(prompt) for text in full):
             return None
-        # The line break that templates write after a turn comes after the model has stopped: it is no part of the response.
+        # The line break that templates write after a turn comes after the model has stopped: no part of the response.
         chosen, rejected = (text.removeprefix(prompt).rstrip() for text in full)
         return prompt, chosen, rejected
 
@@ -256,8 +256,8 @@ def write_reference(store: RowStore, model_fingerprint: str, values: np.ndarray)
     """Keeps the reference model's log-probabilities beside the pairs, replacing earlier ones of the same model.
 
     model_fingerprint: any string that is equal iff the model is. values: float32 [N, P, 2], sums over the tokens of the
-    chosen and the rejected response of pair k of a row; 0 where the row has no pair k. ValueError for any other shape or
-    type, and for values that are not finite.
+    chosen and the rejected response of pair k of a row; 0 where the row has no pair k. ValueError for any other shape
+    or type, and for values that are not finite.
     """
     expected = _reference_shape(store)
     if values.shape != expected or values.dtype != np.float32:

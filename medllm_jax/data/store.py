@@ -1,7 +1,7 @@
 """The row store: packed rows of either kind, as one folder, local or gs://.
 
-* ``rows``        zarr3 array int32 [N, 3, S]; channels tokens, segment_ids, branch_ids (see ``batch.py``). A shard holds
-                  many rows; each row is compressed and carries a crc32c, so it is read alone and verified.
+* ``rows``        zarr3 array int32 [N, 3, S]; channels tokens, segment_ids, branch_ids (see ``batch.py``). A shard
+                  holds many rows; each row is compressed and carries a crc32c, so it is read alone and verified.
 * ``store.json``  what the rows are (``StoreMetadata``), written last: a folder without it is not a store.
 * ``reference/``  log-probabilities of pairs under a reference model (see ``preferences.py``).
 """
@@ -10,9 +10,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -72,7 +72,7 @@ def kvstore_spec(path: epath.Path) -> dict[str, str]:
         return {"driver": "gcs", "bucket": bucket, "path": f"{key.rstrip('/')}/"}
     if is_remote(path):
         raise UserError(f"{text}: stores live in a local folder or under gs://")
-    return {"driver": "file", "path": f"{os.path.abspath(text)}/"}
+    return {"driver": "file", "path": f"{Path(text).resolve()}/"}
 
 
 class RowStore:
@@ -95,7 +95,8 @@ class RowStore:
             raise UserError(f"the rows of store {path} cannot be opened: {_first_line(error)}") from error
         if found != expected or dtype != ts.int32:
             raise UserError(
-                f"store {path} is damaged: its rows are {dtype.name} {list(found)}, store.json says int32 {list(expected)}"
+                f"store {path} is damaged: its rows are {dtype.name} {list(found)}, "
+                f"store.json says int32 {list(expected)}"
             )
         return store
 
@@ -210,8 +211,8 @@ class RowStoreWriter:
 
     A local store is written beside its place and renamed; one in object storage counts once its store.json is written.
 
-    Raises UserError where ``output`` exists, unless it is a store and ``overwrite`` is set. The rest of a store that was
-    never finished is replaced without asking.
+    Raises UserError where ``output`` exists, unless it is a store and ``overwrite`` is set. What is left of a
+    store that was never finished is replaced without asking.
     """
 
     def __init__(self, output: str | epath.PathLike, kind: Kind, sequence_length: int, *, overwrite: bool = False):
@@ -223,7 +224,7 @@ class RowStoreWriter:
         if is_remote(self.path):
             self._folder = self.path
         else:
-            self.path = epath.Path(os.path.abspath(self.path))
+            self.path = epath.Path(Path(self.path).resolve())
             self._folder = self.path.parent / f".{self.path.name}.unfinished-{uuid.uuid4().hex[:8]}"
         self._shard_rows = max(1, min(_MAX_SHARD_ROWS, _SHARD_BYTES // (3 * 4 * sequence_length)))
         self._array: ts.TensorStore | None = None

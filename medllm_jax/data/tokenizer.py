@@ -38,7 +38,7 @@ def load_tokenizer(folder: str | epath.PathLike) -> Any:
 
 
 def fingerprint(folder: str | epath.PathLike) -> str:
-    """sha256 (hex) of what maps text to token ids; equal for tokenizers that differ in formatting or chat template only.
+    """sha256 (hex) of what maps text to token ids; files that differ in formatting or chat template only are equal.
 
     Raises UserError where the folder holds no tokenizer.
     """

@@ -5,10 +5,10 @@ import re
 import unicodedata
 
 # Answers stand at the start or at the end; what lies between the two is not looked at.
-HEAD = TAIL = 8_000
+HEAD, TAIL = 4_000, 6_000
 _CHUNK = 256
 
-_OPEN_THINK, _CLOSE_THINK = re.compile(r"<think(?:ing)?>", re.I), re.compile(r"</think(?:ing)?>", re.I)
+_OPEN_THINK, _CLOSE_THINK = ("<think>", "<thinking>"), ("</think>", "</thinking>")
 # The end of the model's own turn: what follows is another turn.
 _END_OF_TURN = re.compile(r"<\|(?:im_end|endoftext|eot_id|end_of_text|im_start|end|user|return)\|>|</s>")
 _SPECIAL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|<(?:pad|bos|eos|unk)>|\[/?inst\]")
@@ -20,8 +20,8 @@ _NEXT_TURN = re.compile(
     r"|医師国家試験を解きます)"
 )
 _BOXED = re.compile(r"\\boxed\{\s?(?:\\text\{)?([^{}\n]{0,200})\}{1,2}")
-# Marks of emphasis, and characters that print nothing.
-_MARKUP = re.compile(r"[*`$]|[\u200b-\u200f\u2060\ufeff\u00ad]|^\s{0,3}#{1,6}\s|^\s{0,3}>\s?", re.M)
+# Marks of emphasis, and characters that print nothing or are the rest of a token cut in two.
+_MARKUP = re.compile(r"[*`$]|[\u200b-\u200f\u2060\ufeff\u00ad\ufffd\ud800-\udfff]|^\s{0,3}#{1,6}\s|^\s{0,3}>\s?", re.M)
 _CIRCLED = {ord("①") + i: chr(0xE001 + i) for i in range(9)}
 
 
@@ -37,21 +37,15 @@ class Cleaned:
 
 def clean(raw: str, *, keep_circled: bool = False) -> Cleaned:
     """The model's own answer turn. `keep_circled` keeps ①-⑨ apart from 1-9, as U+E001-U+E009."""
-    unclosed = False
-    last_close = None
-    if "</think" in raw.lower() or "<think" in raw.lower():
-        for last_close in _CLOSE_THINK.finditer(raw):
-            pass
-        raw = raw[last_close.end() :] if last_close else raw
-        if opened := _OPEN_THINK.search(raw):
-            unclosed = True
-            raw = raw[: opened.start()] if last_close else ""
+    # rfind, since a regular expression over a megabyte takes too long.
+    closed = max((raw.rfind(tag) + len(tag) for tag in _CLOSE_THINK if tag in raw), default=0)
+    raw = raw[closed:]
+    opened = [at for tag in _OPEN_THINK if (at := raw.find(tag)) >= 0]
+    unclosed = bool(opened)
+    raw = raw[: min(opened, default=len(raw))]
     if keep_circled:
         raw = _ends(raw).translate(_CIRCLED)
     text = normalize(_ends(raw))
-    # A normalised character can be 18 long.
-    text = _ends(text)
-
     text = text[_LEADING.match(text).end() :]
     end = _END_OF_TURN.search(text)
     turn = _NEXT_TURN.search(text, 0, end.start() if end else len(text))
@@ -63,9 +57,10 @@ def clean(raw: str, *, keep_circled: bool = False) -> Cleaned:
 
 def normalize(text: str) -> str:
     """NFKC and lower case, with the many kinds of line end, dash and wave as one."""
-    # In pieces, since reordering a long run of combining marks takes quadratic time.
+    # In pieces, since reordering a long run of combining marks takes quadratic time; and a piece that becomes many
+    # times as long (one Arabic ligature is 18 letters) is left as it is.
     pieces = (text[i : i + _CHUNK] for i in range(0, len(text), _CHUNK))
-    text = "".join(unicodedata.normalize("NFKC", piece) for piece in pieces).lower()
+    text = "".join(n if len(n := unicodedata.normalize("NFKC", p)) <= 4 * _CHUNK else p for p in pieces).lower()
     return re.sub(r"\r\n?|[\u2028\u2029\u0085\v\f]", "\n", text).translate(_ONE_SPELLING)
 
 

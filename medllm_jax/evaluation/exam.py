@@ -106,7 +106,9 @@ def load_exam(
     for file in files:
         for question, where in _read_file(file):
             if question.id in seen:
-                raise UserError(f"{where}: the id {question.id!r} was used at {seen[question.id]}; ids must be distinct")
+                raise UserError(
+                    f"{where}: the id {question.id!r} was used at {seen[question.id]}; ids must be distinct"
+                )
             seen[question.id] = where
             questions.append(question)
     if not questions:
@@ -115,7 +117,9 @@ def load_exam(
     if years is not None:
         wanted, held = set(years), {q.year for q in questions if q.year is not None}
         if missing := sorted(wanted - held):
-            raise UserError(f"{root}: no questions of {_listed(missing)}; it holds {_listed(sorted(held)) or 'no years'}")
+            raise UserError(
+                f"{root}: no questions of {_listed(missing)}; it holds {_listed(sorted(held)) or 'no years'}"
+            )
         questions = [q for q in questions if q.year in wanted]
     if text_only:
         questions = [q for q in questions if q.text_only]
@@ -194,7 +198,9 @@ def _question(row: Row, *, text: str, boxed: bool, **fields) -> Question:
     if choices:
         gold = _accepted_sets(items, LETTERS[: len(choices)])
         if gold is None:
-            raise row.error(f"the answer {answer!r} is not made of distinct letters of the choices (a-{LETTERS[len(choices) - 1]})")
+            raise row.error(
+                f"the answer {answer!r} is not made of distinct letters of its choices a-{LETTERS[len(choices) - 1]}"
+            )
         return Question(gold=gold, k=len(next(iter(gold))), **fields)
     number = items[0].strip() if len(items) == 1 else ""
     if not _NUMBER.fullmatch(number):

@@ -110,7 +110,9 @@ def load_template(name_or_path: epath.PathLike) -> PromptTemplate:
     shipped = sorted(p.name.removesuffix(".yaml") for p in _TEMPLATES.iterdir() if p.name.endswith(".yaml"))
     file = _TEMPLATES / f"{name_or_path}.yaml" if str(name_or_path) in shipped else epath.Path(name_or_path)
     if not file.is_file():
-        raise UserError(f"no prompt template {str(name_or_path)!r}; give {', '.join(shipped)}, or the path of a YAML file")
+        raise UserError(
+            f"no prompt template {str(name_or_path)!r}; give {', '.join(shipped)}, or the path of a YAML file"
+        )
     try:
         content = yaml.safe_load(file.read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError) as e:

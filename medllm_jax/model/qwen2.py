@@ -72,12 +72,14 @@ def empty_cache(config: ModelConfig, rows: int, columns: int, dtype) -> Cache:
 class Embedding(nnx.Module):
     """Rows of ``weight`` [V, D] by token id."""
 
-    def __init__(self, config: ModelConfig, *, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, backend: Backend, *, rngs: nnx.Rngs):
+        self.backend = backend
         shape = (config.vocab_size, config.hidden_size)
-        self.weight = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, param_dtype))
+        self.weight = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, backend.param_dtype))
 
-    def __call__(self, tokens: jax.Array, dtype) -> jax.Array:
-        return self.weight[...].astype(dtype)[tokens]
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        table = self.backend.constrain(self.weight[...].astype(self.backend.compute_dtype), "embedding")
+        return self.backend.constrain(table[tokens], "hidden")
 
 
 class RMSNorm(nnx.Module):
@@ -113,7 +115,7 @@ class Attention(nnx.Module):
         self.config, self.backend = config, backend
         hidden, width = config.hidden_size, config.dim_of_head
         queries, keys = config.num_attention_heads * width, config.num_key_value_heads * width
-        make = dict(std=config.initializer_range, param_dtype=backend.param_dtype, rngs=rngs)
+        make = {"std": config.initializer_range, "param_dtype": backend.param_dtype, "rngs": rngs}
         self.q_proj = backend.linear(hidden, queries, bias=True, **make)
         self.k_proj = backend.linear(hidden, keys, bias=True, **make)
         self.v_proj = backend.linear(hidden, keys, bias=True, **make)
@@ -137,7 +139,7 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, backend: Backend, *, rngs: nnx.Rngs):
         self.backend = backend
         hidden, width = config.hidden_size, config.intermediate_size
-        make = dict(bias=False, std=config.initializer_range, param_dtype=backend.param_dtype, rngs=rngs)
+        make = {"bias": False, "std": config.initializer_range, "param_dtype": backend.param_dtype, "rngs": rngs}
         self.gate_proj = backend.linear(hidden, width, **make)
         self.up_proj = backend.linear(hidden, width, **make)
         self.down_proj = backend.linear(width, hidden, **make)
@@ -168,24 +170,15 @@ class Block(nnx.Module):
 class Qwen2(nnx.Module):
     """The decoder. Its output is hidden states: `head_weight` turns them into logits where and when a caller wants."""
 
-    def __init__(self, config: ModelConfig, backend: Backend = Backend(), *, rngs: nnx.Rngs):  # noqa: B008 (frozen)
+    def __init__(self, config: ModelConfig, backend: Backend = Backend(), *, rngs: nnx.Rngs):
         self.config, self.backend = config, backend
-        self.embed_tokens = Embedding(config, param_dtype=backend.param_dtype, rngs=rngs)
+        self.embed_tokens = Embedding(config, backend, rngs=rngs)
         make_blocks = nnx.vmap(lambda rngs: Block(config, backend, rngs=rngs), in_axes=0, out_axes=0)
         self.layers = make_blocks(rngs.split(config.num_hidden_layers))
         self.norm = RMSNorm(config, param_dtype=backend.param_dtype)
-        self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else backend.linear(
-                config.hidden_size,
-                config.vocab_size,
-                bias=False,
-                std=config.initializer_range,
-                param_dtype=backend.param_dtype,
-                rngs=rngs,
-            )
-        )
+        make = {"std": config.initializer_range, "param_dtype": backend.param_dtype, "rngs": rngs}
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else backend.linear(config.hidden_size, config.vocab_size, bias=False, **make)
 
     @property
     def head_weight(self) -> jax.Array:
@@ -240,5 +233,4 @@ class Qwen2(nnx.Module):
         return self.norm(x), Cache(keys, values, segments, start + tokens.shape[1])
 
     def _embed(self, tokens: jax.Array, positions: jax.Array):
-        x = self.backend.constrain(self.embed_tokens(tokens, self.backend.compute_dtype), "hidden")
-        return x, rotary(positions, self.config.dim_of_head, self.config.rope_theta)
+        return self.embed_tokens(tokens), rotary(positions, self.config.dim_of_head, self.config.rope_theta)

@@ -1,0 +1,139 @@
+"""What a run writes while it goes on: metrics.jsonl, TensorBoard events, and lines or a bar on the terminal."""
+
+import json
+import sys
+import time
+from typing import Any
+
+import jax
+from etils import epath
+
+
+class MetricsLog:
+    """metrics.jsonl (every step, in order, each once) and TensorBoard events of a run folder.
+
+    Opened at the step a run starts from: lines of later steps, which an interrupted run left, are dropped, since these
+    steps are made again.
+    """
+
+    def __init__(self, run: epath.Path, *, after_step: int):
+        from tensorboardX import SummaryWriter
+
+        self._path = run / "metrics.jsonl"
+        self._lines = [line for line in read_lines(self._path) if line["step"] <= after_step]
+        temporary = self._path.with_name(".metrics.jsonl.tmp")
+        temporary.write_text("".join(_dump(line) for line in self._lines))
+        temporary.replace(self._path)
+        # What can't be appended to (an object in a bucket) is written anew at every flush.
+        self._appendable = "://" not in str(run)
+        self._file = self._path.open("a") if self._appendable else None
+        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=after_step + 1)
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Adds one mapping a step (`step` and numbers) and flushes."""
+        for row in rows:
+            for name, value in row.items():
+                if name != "step":
+                    self._events.add_scalar(name, value, row["step"])
+        if self._file is not None:
+            self._file.writelines(map(_dump, rows))
+            self._file.flush()
+        else:
+            self._lines += rows
+            self._path.write_text("".join(map(_dump, self._lines)))
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a line that a killed run cut short ends it."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _dump(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+class Meter:
+    """Metrics of steps whose numbers are still on the device, fetched together so that the loop never waits for one."""
+
+    def __init__(self):
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._since = time.monotonic()
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self._pending.append((step, metrics))
+
+    def take(self) -> list[dict[str, Any]]:
+        """Rows of all steps added since the last call; waits for the device. Speeds are means over these steps."""
+        values = jax.device_get([metrics for _, metrics in self._pending])
+        now = time.monotonic()
+        seconds = max(now - self._since, 1e-9)
+        rows = [
+            {"step": step, **{name: float(value) for name, value in sorted(row.items())}}
+            for (step, _), row in zip(self._pending, values, strict=True)
+        ]
+        tokens = sum(row.get("tokens", 0.0) for row in rows)
+        for row in rows:
+            row |= {"step_seconds": seconds / len(rows), "tokens_per_second": tokens / seconds}
+        self._pending, self._since = [], now
+        return rows
+
+
+class Console:
+    """Progress of a long job: a bar on a terminal, plain lines elsewhere; quiet where `enabled` is False."""
+
+    def __init__(self, title: str, total: int, *, done: int = 0, unit: str = "step", enabled: bool = True):
+        self._title, self._total, self._unit, self._enabled = title, total, unit, enabled
+        self._start, self._first, self._last_line = time.monotonic(), done, 0.0
+        self._bar = None
+        if enabled and sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+            )
+            self._task = self._bar.add_task(title, total=total, completed=done, note="")
+            self._bar.start()
+
+    def update(self, done: int, note: str = "", *, every_seconds: float = 0.0) -> None:
+        """Shows that `done` of the total are done; as a plain line at most every so many seconds."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if not self._enabled or (now - self._last_line < every_seconds and done < self._total):
+            return
+        self._last_line = now
+        left = (now - self._start) / max(done - self._first, 1) * (self._total - done)
+        print(f"{self._title}: {self._unit} {done}/{self._total} {note} ({_duration(left)} left)", flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,0 +1,127 @@
+"""A run is a folder, local or gs://.
+
+config.yaml     the resolved config          metrics.jsonl   every step's numbers
+checkpoints/    model, optimizer, position   tensorboard/    the same numbers as events
+tokenizer/      the model's tokenizer, carried from checkpoint to checkpoint and into the export
+"""
+
+import fnmatch
+from typing import Any
+
+from etils import epath
+
+from medllm_jax.config import RunConfig
+from medllm_jax.errors import UserError
+from medllm_jax.settings import build, read_yaml, to_plain, to_yaml
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+# Settings that may differ when a run goes on: they change speed, place or what is written, not what is computed
+# (sums may be taken in another order). The schedule depends on `steps` unless it is constant.
+_MAY_CHANGE = (
+    "run",
+    "mesh.*",
+    "checkpoint.*",
+    "logging.*",
+    "data.store",  # the rows are told apart by their digest, not by where they lie
+    "data.accumulate",
+    "data.threads",
+    "data.prefetch",
+    "init.checkpoint",  # read at the first start only
+    "objective.vocab_chunks",
+    "remat",
+)
+
+
+def open_run(config: RunConfig) -> epath.Path:
+    """The folder of a new run, or of one that goes on.
+
+    UserError if the folder holds something else, or a run whose config differs in what it computes.
+    """
+    folder = epath.Path(config.run)
+    recorded = recorded_config(folder)
+    if recorded is not None:
+        _check_same_run(config, recorded, folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"run folder {folder} is not empty and holds no run: choose another folder, or empty this one")
+    return folder
+
+
+def recorded_config(run: str | epath.Path) -> RunConfig | None:
+    """The config that a run folder was begun with, or None."""
+    file = epath.Path(run) / "config.yaml"
+    return build(RunConfig, read_yaml(file), where=str(file)) if file.exists() else None
+
+
+def record_config(folder: epath.Path, config: RunConfig) -> None:
+    """Writes config.yaml of a new run; that of a run that goes on stays as it was first written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.yaml").exists():
+        temporary = folder / ".config.yaml.tmp"
+        temporary.write_text(to_yaml(config))
+        temporary.replace(folder / "config.yaml")
+
+
+def _check_same_run(config: RunConfig, recorded: RunConfig, folder: epath.Path) -> None:
+    before, now = _flat(to_plain(recorded)), _flat(to_plain(config))
+    free = _MAY_CHANGE + (("steps",) if config.optimizer.schedule == "constant" else ())
+    differing = [
+        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(fnmatch.fnmatchcase(key, pattern) for pattern in free)
+    ]
+    if differing:
+        raise UserError(
+            f"run {folder} can't go on with this config: {'; '.join(differing)}; "
+            "set it back, or choose another run folder"
+        )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def find_tokenizer(*runs: str | epath.Path | None) -> epath.Path | None:
+    """The tokenizer folder of the first of some run folders that carries one, or None."""
+    folders = [epath.Path(run) / "tokenizer" for run in runs if run is not None]
+    return next((folder for folder in folders if folder.exists()), None)
+
+
+def tokenizer_of(run: str | epath.Path) -> epath.Path:
+    """The tokenizer folder of a run; UserError if the run carries none."""
+    folder = find_tokenizer(run)
+    if folder is None:
+        raise UserError(
+            f"{run} carries no tokenizer: start from a model that `python -m tools.convert_hf from-hf` converted"
+        )
+    return folder
+
+
+def carry_tokenizer(source: str | None, run: epath.Path) -> None:
+    """Copies the tokenizer that a run folder carries into another one that has none yet."""
+    folder = find_tokenizer(source)
+    if folder is not None and find_tokenizer(run) is None:
+        copy_tokenizer(folder, run)
+
+
+def copy_tokenizer(source: epath.Path, run: epath.Path) -> None:
+    """Copies the tokenizer's files, and the generation config beside them, into a run folder."""
+    target, unfinished = run / "tokenizer", run / ".tokenizer.tmp"
+    unfinished.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            (source / name).copy(unfinished / name, overwrite=True)
+    unfinished.rename(target)

@@ -1,0 +1,195 @@
+"""The story of a run, CPT and RPO alike, from top to bottom."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import optax
+from etils import epath
+
+from medllm_jax import runs
+from medllm_jax.checkpoint import Checkpoints, load_meta, load_model_config, load_params
+from medllm_jax.config import RunConfig
+from medllm_jax.data.pipeline import BatchStream
+from medllm_jax.data.preferences import read_reference
+from medllm_jax.data.store import RowStore, check_compatible
+from medllm_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
+from medllm_jax.errors import UserError
+from medllm_jax.fingerprint import model_fingerprint
+from medllm_jax.loading import Blueprint, blueprint, random_params
+from medllm_jax.losses import objective
+from medllm_jax.metrics import Console, Meter, MetricsLog
+from medllm_jax.optimizer import make_optimizer, make_schedule
+from medllm_jax.settings import to_plain
+from medllm_jax.sharding import check_divisible, make_mesh, put_batch
+from medllm_jax.step import new_state, state_shardings, train_step
+
+STORE_KINDS = {"cpt": "cpt", "rpo": "pairs"}
+
+
+def train(config: RunConfig) -> epath.Path:
+    """Trains until `config.steps`, from the newest checkpoint of the run folder if it has one. Returns the folder."""
+    config = with_model(config)
+    folder = runs.open_run(config)
+    store = open_store(config)
+    mesh = make_mesh(config.mesh)
+    check_divisible(mesh, config.model, config.data.batch_size // config.data.accumulate)
+    plan = blueprint(config.model, config.precision, mesh, remat=config.remat)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+
+    checkpoints = Checkpoints(folder, every=config.checkpoint.every, keep=config.checkpoint.keep)
+    start = checkpoints.latest_step or 0
+    abstract, initialise = state_maker(plan, optimizer, config.seed)
+    if start:
+        meta = load_meta(folder, start)
+        check_same_data(folder, meta, store)
+        state = checkpoints.restore(start, abstract)
+    else:
+        params = initial_params(config, plan)
+        meta = first_meta(config, store, params)
+        state = initialise(params)
+    reference = read_reference(store, meta["reference_model"]) if config.objective.name == "rpo" else None
+    if jax.process_index() == 0:
+        runs.record_config(folder, config)
+        runs.carry_tokenizer(config.init.checkpoint, folder)
+
+    stream = BatchStream(
+        store,
+        config.data.batch_size,
+        config.seed,
+        position=meta["position"],
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+        reference=reference,
+    )
+    step_function = jax.jit(
+        functools.partial(
+            train_step,
+            structure=plan.structure,
+            loss=objective(config.objective),
+            optimizer=optimizer,
+            accumulate=config.data.accumulate,
+        ),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None),
+    )
+    with Progress(config, folder, start) as progress:
+        for step in range(start + 1, config.steps + 1):
+            state, metrics = step_function(state, put_batch(next(stream), mesh))
+            progress.add(step, metrics)
+            last = step == config.steps
+            if last or checkpoints.due(step):
+                progress.flush(step)  # before the save: a resumed run must find the lines of the steps that it skips
+                checkpoints.save(step, state, meta | {"position": stream.position}, force=last)
+    stream.close()
+    checkpoints.close()
+    return folder
+
+
+# --- the parts of the story --------------------------------------------------------------------------------------
+
+
+def with_model(config: RunConfig) -> RunConfig:
+    """The config with the model's shape filled in from the checkpoint it starts from, and checked against it."""
+    recorded = runs.recorded_config(config.run)
+    if recorded is not None:  # a run that goes on no longer needs the checkpoint that it started from
+        return config if config.model else dataclasses.replace(config, model=recorded.model)
+    if config.init.checkpoint is None:
+        return config
+    found = load_model_config(config.init.checkpoint)
+    if config.model is not None and config.model != found:
+        before, now = to_plain(found), to_plain(config.model)
+        name = next(name for name in before if before[name] != now[name])
+        raise UserError(
+            f"model.{name} is {now[name]} in the config and {before[name]} in {config.init.checkpoint}: "
+            "leave model out, and it is taken from the checkpoint"
+        )
+    return dataclasses.replace(config, model=found)
+
+
+def open_store(config: RunConfig) -> RowStore:
+    """The run's store; UserError where its kind, its tokens or its tokenizer don't fit the model."""
+    store = RowStore.open(config.data.store)
+    tokenizer = runs.find_tokenizer(config.run, config.init.checkpoint)
+    check_compatible(
+        store,
+        kind=STORE_KINDS[config.objective.name],
+        vocab_size=config.model.vocab_size,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None,
+    )
+    return store
+
+
+def initial_params(config: RunConfig, plan: Blueprint) -> Any:
+    """Weights of the checkpoint that a run starts from, or random ones."""
+    if config.init.checkpoint is None:
+        return random_params(plan, config.seed)
+    return load_params(config.init.checkpoint, plan.abstract)
+
+
+def state_maker(plan: Blueprint, optimizer: optax.GradientTransformation, seed: int):
+    """Shapes and shardings of the train state, and the function that makes the first one of parameters."""
+    mesh = plan.abstract["norm"]["weight"].sharding.mesh
+    make = functools.partial(new_state, optimizer=optimizer, seed=seed)
+    shapes = jax.eval_shape(make, plan.abstract)
+    shardings = state_shardings(shapes, optimizer, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return abstract, jax.jit(make, donate_argnums=0, out_shardings=shardings)
+
+
+def first_meta(config: RunConfig, store: RowStore, params: Any) -> dict[str, Any]:
+    """What every checkpoint of this run says beside its arrays; `position` is the data's, in batches."""
+    return {
+        "config": to_plain(config),
+        "model": to_plain(config.model),
+        "position": 0,
+        "reference_model": model_fingerprint(params) if config.objective.name == "rpo" else None,
+        "store_digest": store.metadata.digest,
+    }
+
+
+def check_same_data(folder: epath.Path, meta: dict[str, Any], store: RowStore) -> None:
+    if meta["store_digest"] != store.metadata.digest:
+        raise UserError(
+            f"run {folder} was trained on other rows than store {store.path} holds now: "
+            "give the store that it began with, or choose another run folder"
+        )
+
+
+class Progress:
+    """Where a run's metrics go: to metrics.jsonl and TensorBoard every step, to the console now and then.
+
+    The numbers stay on the device until `logging.every` steps have gathered, so the loop does not wait for each.
+    """
+
+    def __init__(self, config: RunConfig, folder: epath.Path, start: int):
+        writes = jax.process_index() == 0
+        self._every, self._schedule = config.logging.every, make_schedule(config.optimizer, config.steps)
+        self._meter = Meter()
+        self._log = MetricsLog(folder, after_step=start) if writes else None
+        self._console = Console(f"{config.objective.name} {folder.name}", config.steps, done=start, enabled=writes)
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self._meter.add(step, metrics)
+        if step % self._every == 0:
+            self.flush(step)
+
+    def flush(self, step: int) -> None:
+        """Fetches and writes what has gathered."""
+        rows = self._meter.take()
+        if not rows or self._log is None:
+            return
+        self._log.write([row | {"learning_rate": float(self._schedule(row["step"] - 1))} for row in rows])
+        last = rows[-1]
+        self._console.update(step, f"loss {last['loss']:.4f}  {last['tokens_per_second']:,.0f} tokens/s")
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._console.close()
+        if self._log is not None:
+            self._log.close()

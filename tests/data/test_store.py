@@ -1,0 +1,245 @@
+import hashlib
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from medllm_jax.data import store as store_module
+from medllm_jax.data.store import RowStore, RowStoreWriter, check_compatible, kvstore_spec
+from medllm_jax.errors import UserError
+from tests.data.stores import ABOUT, numbered_rows, write_rows
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(store_module, "_MAX_SHARD_ROWS", 8)
+
+
+def shards(path):
+    return sorted(file for file in (path / "rows" / "c").rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 16, 61])
+def test_rows_come_back_in_any_order(tmp_path, small_shards, count):
+    rows = numbered_rows(count)
+    store = write_rows(tmp_path / "store", rows)
+    assert len(store) == count and len(shards(tmp_path / "store")) == -(-count // 8)
+    assert np.array_equal(store.read(range(count)), rows)
+    indices = np.random.default_rng(1).integers(0, count, 50)
+    assert np.array_equal(store.read(indices), rows[indices])
+    assert store.read([]).shape == (0, 3, 12)
+    for beyond in (-1, count):
+        with pytest.raises(IndexError):
+            store.read([0, beyond])
+
+
+def test_metadata_describes_the_rows(tmp_path, small_shards):
+    rows = numbered_rows(20, kind="pairs")
+    rows[3, 0, 1] = 777
+    rows[5, 1, 5:9] = 2
+    found = write_rows(tmp_path / "store", rows, kind="pairs").metadata
+    assert (found.kind, found.rows, found.sequence_length, found.examples) == ("pairs", 20, 12, 20)
+    assert (found.tokens, found.fill) == (180, 0.75)
+    assert (found.max_token_id, found.pairs_per_row) == (777, 2)
+    assert found.digest == hashlib.sha256(rows.tobytes()).hexdigest()
+    assert write_rows(tmp_path / "cpt", numbered_rows(2)).metadata.pairs_per_row == 0
+
+
+def test_shards_do_not_change_the_digest(tmp_path, monkeypatch):
+    digests = set()
+    for shard_rows in (1, 5, 4096):
+        monkeypatch.setattr(store_module, "_MAX_SHARD_ROWS", shard_rows)
+        digests.add(write_rows(tmp_path / str(shard_rows), numbered_rows(23)).metadata.digest)
+    assert len(digests) == 1
+
+
+def test_every_flipped_byte_is_detected(tmp_path, small_shards):
+    rows = numbered_rows(8)
+    write_rows(tmp_path / "store", rows)
+    (shard,) = shards(tmp_path / "store")
+    content = shard.read_bytes()
+    for place in range(0, len(content), 3):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        shard.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"row \d of store .* is damaged"):
+            RowStore.open(tmp_path / "store").read(range(8))
+    shard.write_bytes(content)
+    assert np.array_equal(RowStore.open(tmp_path / "store").read(range(8)), rows)
+
+
+def test_damage_names_the_row_and_leaves_the_others_readable(tmp_path, small_shards):
+    rows = numbered_rows(8)
+    store = write_rows(tmp_path / "store", rows)
+    (shard,) = shards(tmp_path / "store")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 1
+    shard.write_bytes(content)
+    store = RowStore.open(tmp_path / "store")
+    readable = []
+    for row in range(8):
+        try:
+            assert np.array_equal(store.read([row])[0], rows[row])
+            readable.append(row)
+        except UserError as error:
+            assert f"row {row} of store {tmp_path / 'store'}" in str(error)
+    assert len(readable) == 7
+
+
+def test_a_lost_shard_is_not_padding(tmp_path, small_shards):
+    write_rows(tmp_path / "store", numbered_rows(20))
+    shards(tmp_path / "store")[1].unlink()
+    store = RowStore.open(tmp_path / "store")
+    store.read([0, 19])
+    with pytest.raises(UserError, match="row 9 of store"):
+        store.read([0, 9])
+
+
+def test_pickled_store_reads(tmp_path):
+    rows = numbered_rows(9)
+    store = write_rows(tmp_path / "store", rows)
+    assert np.array_equal(pickle.loads(pickle.dumps(store)).read([4, 2]), rows[[4, 2]])
+
+
+def test_a_store_replaced_in_place_reads_anew(tmp_path):
+    path = tmp_path / "store"
+    write_rows(path, numbered_rows(9)).read(range(9))
+    assert np.array_equal(write_rows(path, numbered_rows(9) * 2, overwrite=True).read([3]), numbered_rows(9)[[3]] * 2)
+
+
+def broken(path, **changes):
+    content = json.loads((path / "store.json").read_text())
+    (path / "store.json").write_text(json.dumps(content | changes))
+
+
+def test_open_refuses_what_is_not_a_complete_store(tmp_path):
+    path = tmp_path / "store"
+    with pytest.raises(UserError, match="no store at"):
+        RowStore.open(path)
+    good = tmp_path / "good"
+    write_rows(good, numbered_rows(5))
+
+    def damaged(match, damage):
+        shutil.copytree(good, path)
+        damage()
+        with pytest.raises(UserError, match=match):
+            RowStore.open(path)
+        shutil.rmtree(path)
+
+    damaged("not a complete store", lambda: (path / "store.json").unlink())
+    damaged("format version 99", lambda: broken(path, format_version=99))
+    damaged("cannot be understood", lambda: broken(path, colour="blue"))
+    damaged("cannot be understood", lambda: (path / "store.json").write_text('{"rows": 5'))
+    damaged("cannot be understood", lambda: (path / "store.json").write_text("[]"))
+    damaged("rows are int32", lambda: broken(path, rows=6))
+    damaged("rows are int32", lambda: broken(path, sequence_length=13))
+    damaged("cannot be opened", lambda: shutil.rmtree(path / "rows"))
+
+
+@pytest.fixture(params=["local", "in place"])
+def both_kinds_of_storage(request, monkeypatch):
+    """The writer's two ways to commit: by renaming, and, as on gs://, by writing store.json last."""
+    if request.param == "in place":
+        monkeypatch.setattr(store_module, "is_remote", lambda path: True)
+        monkeypatch.setattr(store_module, "kvstore_spec", lambda path: {"driver": "file", "path": f"{path}/"})
+    return request.param
+
+
+def test_failure_leaves_nothing(tmp_path, small_shards, both_kinds_of_storage):
+    def fail():
+        with RowStoreWriter(tmp_path / "store", "cpt", 12) as writer:
+            writer.append(numbered_rows(30))
+            assert list(tmp_path.rglob("zarr.json")), "the failure must come after something was written"
+            raise KeyError("on purpose")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="at least one row"), RowStoreWriter(tmp_path / "store", "cpt", 12) as writer:
+        writer.finish(examples=0, **ABOUT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_writer_leaves_no_store_and_can_be_repeated(tmp_path, small_shards, both_kinds_of_storage):
+    writer = RowStoreWriter(tmp_path / "store", "cpt", 12)
+    writer.append(numbered_rows(30))
+    writer._pending.result()
+    with pytest.raises(UserError, match=r"no store at|not a complete store"):
+        RowStore.open(tmp_path / "store")
+    rows = numbered_rows(3)
+    assert np.array_equal(write_rows(tmp_path / "store", rows).read(range(3)), rows)
+
+
+def test_existing_output(tmp_path, small_shards, both_kinds_of_storage):
+    path = tmp_path / "store"
+    first = write_rows(path, numbered_rows(30))
+    with pytest.raises(UserError, match="exists"):
+        RowStoreWriter(path, "cpt", 12)
+    assert np.array_equal(first.read(range(30)), numbered_rows(30))
+    second = write_rows(path, numbered_rows(5, 16), overwrite=True)
+    assert (len(second), second.metadata.sequence_length) == (5, 16)
+    assert len(shards(path)) == 1 and [entry.name for entry in tmp_path.iterdir()] == ["store"]
+
+
+def test_failed_overwrite_keeps_the_old_store(tmp_path, small_shards):
+    rows = numbered_rows(30)
+    write_rows(tmp_path / "store", rows)
+    with (
+        pytest.raises(KeyError),
+        RowStoreWriter(tmp_path / "store", "cpt", 12, overwrite=True) as writer,
+    ):
+        writer.append(rows * 2)
+        raise KeyError("on purpose")
+    assert np.array_equal(RowStore.open(tmp_path / "store").read(range(30)), rows)
+
+
+def test_only_stores_are_overwritten(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not a store"):
+        RowStoreWriter(tmp_path / "thesis", "cpt", 12, overwrite=True)
+    with pytest.raises(UserError, match="is a file"):
+        RowStoreWriter(tmp_path / "thesis" / "chapter1.txt", "cpt", 12, overwrite=True)
+    (tmp_path / "empty").mkdir()
+    assert len(write_rows(tmp_path / "empty", numbered_rows(3))) == 3
+
+
+def test_two_writers_of_one_output(tmp_path):
+    with RowStoreWriter(tmp_path / "store", "cpt", 12) as late:
+        late.append(numbered_rows(4) * 2)
+        write_rows(tmp_path / "store", numbered_rows(4))
+        with pytest.raises(UserError, match="exists"):
+            late.finish(examples=4, **ABOUT)
+    assert np.array_equal(RowStore.open(tmp_path / "store").read(range(4)), numbered_rows(4))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
+
+
+def test_writer_refuses_rows_of_another_shape(tmp_path):
+    writer = RowStoreWriter(tmp_path / "store", "cpt", 12)
+    for rows in (numbered_rows(2, 13), numbered_rows(2).astype(np.int64), numbered_rows(2)[0]):
+        with pytest.raises(ValueError, match="expected int32"):
+            writer.append(rows)
+
+
+def test_check_compatible(tmp_path):
+    rows = numbered_rows(3)
+    rows[1, 0, 2] = 900
+    store = write_rows(tmp_path / "store", rows)
+    check_compatible(store, kind="cpt", vocab_size=901, sequence_length=12, tokenizer_fingerprint="f" * 64)
+    with pytest.raises(UserError, match=r"token id 900 is beyond the model's vocabulary of 900 in store"):
+        check_compatible(store, kind="cpt", vocab_size=900)
+    with pytest.raises(UserError) as caught:
+        check_compatible(store, kind="pairs", vocab_size=9, sequence_length=99, tokenizer_fingerprint="0" * 64)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4 and all(str(store.path) in line for line in lines)
+
+
+def test_kvstore_specs(tmp_path):
+    from etils import epath
+
+    assert kvstore_spec(tmp_path / "a") == {"driver": "file", "path": f"{tmp_path}/a/"}
+    assert kvstore_spec(epath.Path("gs://bucket/x/rows")) == {"driver": "gcs", "bucket": "bucket", "path": "x/rows/"}
+    with pytest.raises(UserError, match="local folder or under gs://"):
+        kvstore_spec("s3://bucket/rows")

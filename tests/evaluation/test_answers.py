@@ -1,0 +1,205 @@
+"""The extractor against hand-checked outputs, and against everything else a model can write."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medllm_jax.evaluation.answers import PROBLEMS, extract
+from medllm_jax.evaluation.exam import Question
+
+CASES = [json.loads(line) for line in (Path(__file__).parent / "extractor_cases.jsonl").read_text("utf-8").splitlines()]
+
+
+def _choice(k, *choices):
+    letters = [chr(ord("a") + i) for i in range(k)]
+    return Question(id="q", text="どれか。", choices=choices, gold=frozenset({frozenset(letters)}), k=k)
+
+
+_HABITS = ("喫煙", "飲酒", "運動", "睡眠不足", "肥満")
+QUESTIONS = {
+    "disease": _choice(1, "糖尿病", "高血圧症", "胃", "胃癌", "能力（エネルギー）"),
+    "habits2": _choice(2, *_HABITS),
+    "habits3": _choice(3, *_HABITS),
+    "sentences": _choice(1, "入院勧告の対象となる。", "届出は一週間以内に行う。", "届出先は市町村長である。"),
+    "hepatitis": _choice(1, "A型肝炎", "B型肝炎", "C型肝炎", "D型肝炎", "E型肝炎"),
+    "bacteria": _choice(1, "S. aureus", "C. difficile", "E. coli", "B. cereus", "K. oxytoca"),
+    "circled": _choice(1, "①", "②", "③", "④", "⑤"),
+    "scores": _choice(1, "13", "15", "17", "19", "21"),
+    "eight": _choice(1, *"ａｂｃｄｅｆｇｈ"),
+    "blank": _choice(1, "\u3000", "\u3000", "\u3000", "\u3000", "ｅ"),
+    "gradient": Question(id="n", text="求めよ。解答：①②Torr", numbers=("26", "26"), boxes="①②"),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['q']}-{c.get('c', 'answer_only')}-{c['text'][:30]!r}")
+def test_hand_checked(case):
+    question = QUESTIONS[case["q"]]
+    found = extract(question, case["text"], case.get("finish", "stop"), case.get("c", "answer_only"))
+    answer = found.number if question.kind == "number" else ",".join(sorted(found.letters or ())) or None
+    assert (answer, found.problem) == (case.get("answer"), case.get("problem"))
+    assert found.lenient == case.get("lenient", False)
+    assert found.truncated == case.get("truncated", case.get("finish") == "length")
+    if "rule" in case:
+        assert found.rule == case["rule"]
+
+
+def test_the_cases_cover_every_problem_and_rule():
+    assert len(CASES) >= 80
+    assert {case["problem"] for case in CASES if case.get("problem")} == set(PROBLEMS)
+    rules = {case["rule"] for case in CASES if "rule" in case}
+    assert {"letters", "digits", "words", "labelled", "mentioned"} <= rules
+    assert {f"cue_{r}" for r in ("letters", "words", "labelled", "number")} <= rules
+    assert {f"start_{r}" for r in ("letters", "words", "labelled", "number")} <= rules
+    assert {"json_letters", "json_words", "json_number"} <= rules
+
+
+def test_prose_before_the_cue_changes_nothing_when_explaining():
+    question = QUESTIONS["disease"]
+    prose = "a: 糖尿病は考えにくい。胃癌ではない。b、cを比べる。2つを除外する。\n"
+    for answer in ("d", "胃癌", "d. 胃癌"):
+        with_prose = extract(question, f"{prose}答え: {answer}", condition="explain")
+        without = extract(question, f"答え: {answer}", condition="explain")
+        assert with_prose.letters == without.letters == frozenset("d")
+
+
+@pytest.mark.parametrize("run_on", ["\n\n問題: 次の問い", "<|im_end|>\n<|im_start|>user\n答え: e", "\n問題2\n答え: e"])
+@pytest.mark.parametrize("condition", ["answer_only", "explain"])
+@pytest.mark.parametrize("answer", ["b", "高血圧症", "b: 高血圧症"])
+def test_a_further_turn_changes_nothing(answer, condition, run_on):
+    question = QUESTIONS["disease"]
+    text = answer if condition == "answer_only" else f"血圧が高い。\n答え: {answer}"
+    alone = extract(question, text, "stop", condition)
+    assert alone.letters == frozenset("b")
+    assert extract(question, text + run_on, "length", condition) == alone
+
+
+def test_only_what_is_far_from_both_ends_is_not_looked_at():
+    question = QUESTIONS["disease"]
+    filler = "所見を述べる。" * 200_000
+    assert extract(question, f"{filler}\n答え: d", condition="explain").letters == frozenset("d")
+    assert extract(question, f"d\n{filler}").letters == frozenset("d")
+    assert extract(question, f"血圧が高い。\n答え: b\n\n問題: {filler}", condition="explain").letters == frozenset("b")
+
+
+# --- anything at all -------------------------------------------------------------------------------------------------
+
+_PIECES = st.sampled_from(
+    [
+        "答え: ",
+        "正解は",
+        "a",
+        "b",
+        "ｃ",
+        "、",
+        ",",
+        "\n",
+        "\n問題: ",
+        "どれか。",
+        "糖尿病",
+        "胃",
+        "胃癌",
+        "高血圧症",
+        "①",
+        "②",
+        "26",
+    ]
+    + [
+        "<think>",
+        "</think>",
+        "<|im_end|>",
+        '{"answer": "',
+        '"}',
+        "**",
+        "`",
+        "または",
+        "です。",
+        "ではない",
+        "1,130",
+        ".",
+        "(",
+        ")",
+        " ",
+    ]
+)
+_TEXTS = st.one_of(
+    st.text(max_size=300),
+    st.text(st.characters(), max_size=100),
+    st.lists(_PIECES, max_size=30).map("".join),
+    st.lists(st.one_of(_PIECES, st.text(max_size=3)), max_size=30).map("".join),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    text=_TEXTS,
+    name=st.sampled_from(sorted(QUESTIONS)),
+    finish=st.sampled_from(["stop", "length"]),
+    condition=st.sampled_from(["answer_only", "explain"]),
+)
+def test_whatever_is_written(text, name, finish, condition):
+    question = QUESTIONS[name]
+    found = extract(question, text, finish, condition)
+    assert found == extract(question, text, finish, condition)
+    answered = found.letters is not None or found.number is not None
+    assert answered == (found.problem in (None, "wrong_count"))
+    assert found.problem is None or found.problem in PROBLEMS
+    assert not (found.truncated and finish == "stop")
+    if found.letters is not None:
+        assert question.kind == "choice"
+        assert found.letters <= set(question.letters)
+        assert (len(found.letters) == question.k) == (found.problem is None)
+    if found.number is not None:
+        assert question.kind == "number"
+        float(found.number)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "答:",
+        "答え: a\n",
+        "a    ",
+        'a""',
+        "最終答え",
+        '"',
+        "{",
+        '{"answer":"a"}',
+        "a: x\n",
+        "糖尿病、",
+        "(",
+        "\n",
+        "\u0301\u0323",
+    ]
+    + [
+        "ﷺ",
+        "①",
+        "1,",
+        "答え: 1,",
+        "<think>",
+        "</think>",
+        "\n問題",
+        "a,",
+        "どれか。",
+        "\na: x\nb: y",
+        "\\boxed{a}",
+        "aまたは",
+    ],
+)
+def test_repetition_costs_no_time(piece):
+    for size in (10_000, 1_000_000):
+        for name in ("disease", "gradient"):
+            for condition in ("answer_only", "explain"):
+                text = piece * (size // len(piece)) + "X"
+                # Processor time, and the least of three: other programs on the machine must not fail this.
+                least = min(_seconds(QUESTIONS[name], text, condition) for _ in range(3))
+                assert least < 0.025, f"{least * 1000:.1f} ms for {size} characters"
+
+
+def _seconds(question, text, condition):
+    start = time.process_time()
+    extract(question, text, "length", condition)
+    return time.process_time() - start
