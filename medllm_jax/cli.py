@@ -236,7 +236,8 @@ def _report_store(output: str, metadata: Any, what: str) -> None:
 def _make_parser() -> _Parser:
     from medllm_jax import __version__
 
-    parser = _Parser(prog="medllm", allow_abbrev=False, description="Qwen2.5 to a medical model: CPT, RPO and the exam, in JAX.")
+    about = "Qwen2.5 to a medical model: CPT, RPO and the exam, in JAX."
+    parser = _Parser(prog="medllm", allow_abbrev=False, description=about)
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 

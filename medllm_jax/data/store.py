@@ -179,7 +179,7 @@ def check_compatible(
     sequence_length: int | None = None,
     tokenizer_fingerprint: str | None = None,
 ) -> None:
-    """UserError, one line a mismatch, where a store does not fit a run; a check that is None is left out.
+    """UserError, one line with every mismatch, where a store does not fit a run; a check that is None is left out.
 
     kind: what the run trains on; vocab_size: rows of the model's embedding table.
     """
@@ -203,7 +203,7 @@ def check_compatible(
             f"({tokenizer_fingerprint[:12]}): prepare the store again"
         )
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("; ".join(problems))
 
 
 class RowStoreWriter:
