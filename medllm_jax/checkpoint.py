@@ -5,22 +5,29 @@ A folder of checkpoints holds one folder a step, each with up to three items: ``
 A converted Hugging Face model is a step 0 that has no ``training``.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from medllm_jax.config import ModelConfig
 from medllm_jax.errors import UserError
 from medllm_jax.settings import build
+from medllm_jax.sharding import path_of
 from medllm_jax.step import TrainState
 
 _policies = ocp.training.save_decision_policies
 
+# Weights that come from one host are stored in chunks of at most this many bytes, so that a device reads its shard
+# without reading everything around it.
+_CHUNK_BYTES = 8 << 20
 
-class Checkpoints:
-    """The checkpoints of one run, for its only writer.
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run; a context, at whose end everything is written.
 
     A save is asynchronous and atomic: a step is there whole or not at all. What an interrupted save left is removed
     when the writer opens the folder.
@@ -29,36 +36,32 @@ class Checkpoints:
     def __init__(self, run: str | epath.Path, *, every: int, keep: int):
         self._checkpointer = ocp.training.Checkpointer(
             checkpoints_of(run),
-            save_decision_policy=_policies.FixedIntervalPolicy(every),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(every),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
-
-    @property
-    def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
 
     def due(self, step: int) -> bool:
         """Would `save` write this step without being forced?"""
         return self._checkpointer.should_save(step)
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any], *, force: bool = False) -> None:
-        """Starts writing a step; the next save, or `close`, waits for it."""
-        training = {"opt_state": state.opt_state, "key": state.key, "step": state.step}
-        items = {"params": state.params, "training": training, "meta": meta}
+        """Starts writing a step; the next save, or the end of the context, waits for it."""
+        items = {"params": state.params, "training": _training_items(state), "meta": meta}
         self._checkpointer.save_checkpointables_async(step, items, force=force)
 
-    def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state of a step, each array straight into the sharding of its ShapeDtypeStruct."""
-        training = {"opt_state": abstract.opt_state, "key": abstract.key, "step": abstract.step}
-        items = self._checkpointer.load_checkpointables(step, {"params": abstract.params, "training": training})
-        return TrainState(params=items["params"], **items["training"])
+    def __enter__(self) -> "CheckpointWriter":
+        return self
 
-    def close(self) -> None:
-        """Waits for what is being written."""
-        self._checkpointer.close()
+    def __exit__(self, *_: object) -> None:
+        self._checkpointer.close()  # waits for what is being written
+
+
+def _training_items(state: TrainState) -> dict[str, Any]:
+    return {"opt_state": state.opt_state, "key": state.key, "step": state.step}
+
+
+# --- reading; none of it changes the folder, so it is safe beside a run that writes ------------------------------------
 
 
 def checkpoints_of(run: str | epath.Path) -> epath.Path:
@@ -66,25 +69,46 @@ def checkpoints_of(run: str | epath.Path) -> epath.Path:
     return epath.Path(run).resolve() / "checkpoints"
 
 
-def latest_step(run: str | epath.Path) -> int:
-    """Step of the newest whole checkpoint of a run folder; UserError if there is none. Only reads."""
+def steps(run: str | epath.Path) -> list[int]:
+    """Steps of the whole checkpoints of a run folder, in order. Only reads."""
     folder = checkpoints_of(run)
-    steps = [step for step in _step_folders(folder) if ocp.is_orbax_checkpoint(folder / str(step))]
-    if not steps:
+    numbered = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    return sorted(int(path.name) for path in numbered if ocp.is_orbax_checkpoint(path))
+
+
+def newest_step(run: str | epath.Path) -> int | None:
+    """Step of the newest whole checkpoint of a run folder, or None."""
+    folder = checkpoints_of(run)
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    # The marker is what makes a checkpoint whole where nothing can be renamed, as in a bucket.
+    whole = [int(name) for name in names if name.isdigit() and (folder / name / "commit_success.txt").exists()]
+    return max(whole, default=None)
+
+
+def latest_step(run: str | epath.Path) -> int:
+    """Step of the newest whole checkpoint of a run folder; UserError if there is none."""
+    step = newest_step(run)
+    if step is None:
         raise UserError(
             f"{run} holds no checkpoint: a run folder, or what `python -m tools.convert_hf from-hf` wrote, is expected"
         )
-    return max(steps)
+    return step
 
 
-def _step_folders(folder: epath.Path) -> list[int]:
-    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+def _items(run: str | epath.Path, step: int | None, wanted: dict[str, Any]) -> dict[str, Any]:
+    step = latest_step(run) if step is None else step
+    return ocp.load_checkpointables(checkpoints_of(run) / str(step), wanted)
+
+
+def load_state(run: str | epath.Path, step: int, abstract: TrainState) -> TrainState:
+    """The train state of a step, each array straight into the sharding of its ShapeDtypeStruct."""
+    items = _items(run, step, {"params": abstract.params, "training": _training_items(abstract)})
+    return TrainState(params=items["params"], **items["training"])
 
 
 def load_meta(run: str | epath.Path, step: int | None = None) -> dict[str, Any]:
     """The plain values saved with a checkpoint."""
-    step = latest_step(run) if step is None else step
-    return ocp.load_checkpointables(checkpoints_of(run) / str(step), {"meta": None})["meta"]
+    return _items(run, step, {"meta": None})["meta"]
 
 
 def load_model_config(run: str | epath.Path, step: int | None = None) -> ModelConfig:
@@ -94,18 +118,34 @@ def load_model_config(run: str | epath.Path, step: int | None = None) -> ModelCo
 
 def load_params(run: str | epath.Path, abstract: Any, step: int | None = None) -> Any:
     """The weights of a checkpoint, in the dtype and sharding of a tree of ShapeDtypeStructs."""
-    step = latest_step(run) if step is None else step
-    return ocp.load_checkpointables(checkpoints_of(run) / str(step), {"params": abstract})["params"]
+    return _items(run, step, {"params": abstract})["params"]
 
 
 def abstract_params(run: str | epath.Path, step: int | None = None) -> Any:
     """Shapes and dtypes of a checkpoint's weights as stored."""
     step = latest_step(run) if step is None else step
-    metadata = ocp.checkpointables_metadata(checkpoints_of(run) / str(step)).metadata["params"]
+    metadata = ocp.metadata(checkpoints_of(run) / str(step), "params").metadata
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
 
 
+def stream_params(run: str | epath.Path, step: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Path and value of each weight as stored, one at a time, in host memory."""
+    step = latest_step(run) if step is None else step
+    shapes, structure = jax.tree_util.tree_flatten_with_path(abstract_params(run, step))
+    for place, (key_path, _) in enumerate(shapes):
+        one = [np.ndarray if i == place else ocp.PLACEHOLDER for i in range(len(shapes))]
+        items = {"params": jax.tree.unflatten(structure, one)}
+        loaded = ocp.load_checkpointables(checkpoints_of(run) / str(step), items)["params"]
+        yield path_of(key_path), jax.tree.leaves(loaded)[place]
+
+
 def write_model(run: str | epath.Path, params: Any, model: dict[str, Any]) -> None:
-    """Writes weights as step 0 of a new run folder: what training, evaluation and export start from."""
-    items = {"params": params, "meta": {"model": model}}
-    ocp.save_checkpointables(checkpoints_of(run) / "0", items)
+    """Writes weights as step 0 of a new run folder: what training, evaluation and export start from.
+
+    Weights may be memory-mapped files: none is copied whole.
+    """
+    context = ocp.Context()
+    context.memory.deepcopy_host_arrays = False  # nothing changes them: this call returns when all is written
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    with context:
+        ocp.save_checkpointables(checkpoints_of(run) / "0", {"params": params, "meta": {"model": model}})

@@ -330,9 +330,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_exam_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exam", required=True, help="IgakuQA folder, or multiple-choice .jsonl (see docs/exams.md)")
     parser.add_argument("--years", type=int, nargs="+", help="only these years of the exam")
-    parser.add_argument(
-        "--template", default="igakuqa", help="prompt template: name or YAML file (default igakuqa)"
-    )
+    parser.add_argument("--template", default="igakuqa", help="prompt template: name or YAML file (default igakuqa)")
     parser.add_argument(
         "--conditions",
         nargs="+",

@@ -116,18 +116,22 @@ class DataConfig:
         batch_size: rows of one optimizer step, over all hosts
         accumulate: micro-batches that one optimizer step is computed in
         threads: reading threads
-        prefetch: batches held ready ahead of the device
+        prefetch: batches held ready ahead of the device; at least as many as threads
     """
 
     store: str
     batch_size: int = 8
     accumulate: int = 1
     threads: int = 4
-    prefetch: int = 2
+    prefetch: int = 8
 
     def __post_init__(self):
         for name in ("batch_size", "accumulate", "threads", "prefetch"):
             _require(getattr(self, name) > 0, f"data.{name} is {getattr(self, name)}: it must be positive")
+        _require(
+            self.prefetch >= self.threads,
+            f"data.prefetch {self.prefetch} is less than data.threads {self.threads}: some threads would never read",
+        )
         _require(
             self.batch_size % self.accumulate == 0,
             f"data.batch_size {self.batch_size} is not a multiple of data.accumulate {self.accumulate}",

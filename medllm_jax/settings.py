@@ -157,6 +157,8 @@ def _validator(hint):
 def _checked(hint: Any, value: Any, key: str) -> Any:
     # A YAML scalar of another kind is a mistake, though a parser of command lines would convert it.
     wanted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) not in wanted:  # which jsonargparse lets pass
+        raise UserError(f"{key}: expected {_type_name(hint)}, got null")
     if str in wanted and value is not None and not isinstance(value, str):
         raise UserError(f"{key}: expected {_type_name(hint)}, got {value!r}")
     if int in wanted and isinstance(value, bool):

@@ -5,11 +5,12 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from etils import epath
 
 from medllm_jax import runs
-from medllm_jax.checkpoint import Checkpoints, load_meta, load_model_config, load_params
+from medllm_jax.checkpoint import CheckpointWriter, load_meta, load_model_config, load_params, load_state, newest_step
 from medllm_jax.config import RunConfig
 from medllm_jax.data.pipeline import BatchStream
 from medllm_jax.data.preferences import read_reference
@@ -38,13 +39,13 @@ def train(config: RunConfig) -> epath.Path:
     plan = blueprint(config.model, config.precision, mesh, remat=config.remat)
     optimizer = make_optimizer(config.optimizer, config.steps)
 
-    checkpoints = Checkpoints(folder, every=config.checkpoint.every, keep=config.checkpoint.keep)
-    start = checkpoints.latest_step or 0
     abstract, initialise = state_maker(plan, optimizer, config.seed)
+
+    start = newest_step(folder) or 0
     if start:
         meta = load_meta(folder, start)
         check_same_data(folder, meta, store)
-        state = checkpoints.restore(start, abstract)
+        state = load_state(folder, start, abstract)
     else:
         params = initial_params(config, plan)
         meta = first_meta(config, store, params)
@@ -54,17 +55,6 @@ def train(config: RunConfig) -> epath.Path:
         runs.record_config(folder, config)
         runs.carry_tokenizer(config.init.checkpoint, folder)
 
-    stream = BatchStream(
-        store,
-        config.data.batch_size,
-        config.seed,
-        position=meta["position"],
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        threads=config.data.threads,
-        prefetch=config.data.prefetch,
-        reference=reference,
-    )
     step_function = jax.jit(
         functools.partial(
             train_step,
@@ -76,7 +66,11 @@ def train(config: RunConfig) -> epath.Path:
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None),
     )
-    with Progress(config, folder, start) as progress:
+    with (
+        open_stream(config, store, meta["position"], reference) as stream,
+        CheckpointWriter(folder, every=config.checkpoint.every, keep=config.checkpoint.keep) as checkpoints,
+        Progress(config, folder, start) as progress,
+    ):
         for step in range(start + 1, config.steps + 1):
             state, metrics = step_function(state, put_batch(next(stream), mesh))
             progress.add(step, metrics)
@@ -84,8 +78,6 @@ def train(config: RunConfig) -> epath.Path:
             if last or checkpoints.due(step):
                 progress.flush(step)  # before the save: a resumed run must find the lines of the steps that it skips
                 checkpoints.save(step, state, meta | {"position": stream.position}, force=last)
-    stream.close()
-    checkpoints.close()
     return folder
 
 
@@ -121,6 +113,21 @@ def open_store(config: RunConfig) -> RowStore:
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None,
     )
     return store
+
+
+def open_stream(config: RunConfig, store: RowStore, position: int, reference: np.ndarray | None) -> BatchStream:
+    """This process' part of the run's batches, from a position on."""
+    return BatchStream(
+        store,
+        config.data.batch_size,
+        config.seed,
+        position=position,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+        reference=reference,
+    )
 
 
 def initial_params(config: RunConfig, plan: Blueprint) -> Any:

@@ -74,8 +74,14 @@ class BatchStream:
         return batch
 
     def close(self) -> None:
-        """Stops reading ahead."""
+        """Stops reading ahead; so does leaving the stream as a context."""
         self._iterator.close()
+
+    def __enter__(self) -> "BatchStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def in_order(

@@ -81,7 +81,8 @@ class LetterReader:
         if lines := self._labelled_lines(text, start):
             return lines
         words = self._choice_words(text, start, across_lines=False)
-        if words and not self._ends_well(text, words.end, after_cue):
+        # A choice's words end at white space, which after a letter may go on with anything (a patient).
+        if words and not text[words.end : words.end + 1].isspace() and not self._ends_well(text, words.end, after_cue):
             words = None
         plain = self._plain(text, start, after_cue)
         # Where a choice is itself a letter, or begins with one (c 型肝炎), the longer reading is the meant one.

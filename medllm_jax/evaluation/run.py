@@ -138,14 +138,13 @@ class _RawOutputs:
         self._file, self._hashes = file, hashes
         self._lines: list[bytes] = []
         self.by_id: dict[str, dict[str, str]] = {}
-        self._remote = "://" in str(file)
         self._unwritten = 0
         self._append = None
 
     def __enter__(self) -> "_RawOutputs":
         if self._file.exists():
             self._read()
-        if not self._remote:
+        if _appendable(self._file):
             self._append = self._file.open("ab")
         return self
 
@@ -192,6 +191,10 @@ class _RawOutputs:
                 "give another output folder, or delete this file to ask again"
             )
         self.by_id[fields["id"]] = fields
+
+
+def _appendable(file: epath.Path) -> bool:
+    return "://" not in str(file)
 
 
 def _hash(prompt: str, max_new_tokens: int, stop: tuple[str, ...], model: str) -> str:

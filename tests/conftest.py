@@ -1,0 +1,32 @@
+"""Eight virtual CPU devices for every test, and a tiny world shared by the tests that train."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with a tokenizer, a small corpus and pairs, their stores, and a random model as a run folder."""
+    from tests.world import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def metrics_of():
+    """Reads a run's metrics: step -> row, without the timings."""
+
+    def read(run):
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        timings = {"step_seconds", "tokens_per_second"}
+        return {row["step"]: {k: v for k, v in row.items() if k not in timings} for row in rows}
+
+    return read
