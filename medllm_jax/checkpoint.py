@@ -61,7 +61,7 @@ def _training_items(state: TrainState) -> dict[str, Any]:
     return {"opt_state": state.opt_state, "key": state.key, "step": state.step}
 
 
-# --- reading; none of it changes the folder, so it is safe beside a run that writes ------------------------------------
+# --- reading; none of it changes the folder, so it is safe beside a run that writes ---------------------------------
 
 
 def checkpoints_of(run: str | epath.Path) -> epath.Path:
@@ -142,10 +142,13 @@ def stream_params(run: str | epath.Path, step: int | None = None) -> Iterator[tu
 def write_model(run: str | epath.Path, params: Any, model: dict[str, Any]) -> None:
     """Writes weights as step 0 of a new run folder: what training, evaluation and export start from.
 
-    Weights may be memory-mapped files: none is copied whole.
+    Weights may be memory-mapped files: the largest weight and little more is held in memory.
     """
+    # The same memory as arrays of the CPU, since Orbax bounds what it holds of jax.Arrays only.
+    cpu = jax.local_devices(backend="cpu")[0]
+    params = jax.tree.map(lambda x: jax.device_put(x, cpu, may_alias=True) if isinstance(x, np.ndarray) else x, params)
     context = ocp.Context()
-    context.memory.deepcopy_host_arrays = False  # nothing changes them: this call returns when all is written
+    context.memory.write_concurrent_bytes = 1 + max(x.nbytes for x in jax.tree.leaves(params))
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     with context:
         ocp.save_checkpointables(checkpoints_of(run) / "0", {"params": params, "meta": {"model": model}})

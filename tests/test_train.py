@@ -67,7 +67,7 @@ def finished(world, tmp_path_factory):
     return root
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -77,7 +77,7 @@ def break_at(monkeypatch, step):
 
     def add(self, number, metrics):
         if number == step:
-            raise Killed
+            raise KilledError
         original(self, number, metrics)
 
     monkeypatch.setattr(train_module.Progress, "add", add)
@@ -89,7 +89,7 @@ def test_resumed_equals_uninterrupted(world, finished, tmp_path, monkeypatch, me
     config = config_of(world, tmp_path / "run", kind)
     with monkeypatch.context() as patch:
         break_at(patch, step)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             train(config)
     train(config)
     assert metrics_of(tmp_path / "run") == metrics_of(finished / kind)
@@ -108,7 +108,7 @@ def test_goes_on_on_another_mesh_and_in_micro_batches(world, finished, tmp_path,
     config = config_of(world, tmp_path / "run")
     with monkeypatch.context() as patch:
         break_at(patch, 4)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             train(config)
     train(config_of(world, tmp_path / "run", accumulate=2, mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
     expected = metrics_of(finished / "cpt")
@@ -234,12 +234,12 @@ def test_a_mesh_that_does_not_divide_a_dimension_is_refused(world, tmp_path):
 
     narrow = tiny_config(num_key_value_heads=2)
     config = config_of(world, tmp_path / "run", init=InitConfig(), model=narrow, mesh=MeshConfig(1, 2, 4))
-    with pytest.raises(UserError, match="num_key_value_heads 2 does not divide by mesh.tensor 4"):
+    with pytest.raises(UserError, match=r"num_key_value_heads 2 does not divide by mesh\.tensor 4"):
         train(config)
 
 
 def test_a_model_other_than_the_checkpoints_is_refused(world, tmp_path):
     from tests.world import tiny_config
 
-    with pytest.raises(UserError, match="model.hidden_size is 128 in the config and 64 in"):
+    with pytest.raises(UserError, match=r"model\.hidden_size is 128 in the config and 64 in"):
         train(config_of(world, tmp_path / "run", model=tiny_config(hidden_size=128)))

@@ -112,3 +112,20 @@ def write_weights(folder: Path, weights: dict[str, np.ndarray], shards: int = 1)
         save_file(part, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": sum(value.nbytes for value in weights.values())}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def our_model(folder: str | Path, *, remat: str = "none") -> tuple[Any, Any, Any]:
+    """Shape, structure and float32 parameters of the model in a folder: `nnx.merge(structure, params)` runs it."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from medllm_jax.model.qwen2 import Backend, Qwen2
+    from tools.convert_hf.from_hf import stacked_weights
+    from tools.convert_hf.hf_weights import open_hf
+    from tools.convert_hf.names import unflatten
+
+    model = open_hf(folder)
+    structure, _ = nnx.split(nnx.eval_shape(lambda: Qwen2(model.config, Backend(remat=remat), rngs=nnx.Rngs(0))))
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), unflatten(stacked_weights(model, staging=None)))
+    return model.config, structure, params

@@ -1,0 +1,104 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medllm_jax.model.attention import Place, attend, attend_in_blocks, visible
+
+# Rows of segments with branches, and padding at the end: segment ids and branch ids.
+SEGMENTS = "1111122222222200"
+BRANCHES = "0000000011122200"
+
+
+def place(rows: int = 1, repeat: int = 1) -> Place:
+    """The row above, each token `repeat` times; row r is rolled so that no two rows are alike in the mask."""
+    segments, branches = (np.repeat([int(c) for c in text], repeat) for text in (SEGMENTS, BRANCHES))
+    shifted = [np.concatenate([np.full(r, 1), segments + 1])[: len(segments)] if r else segments for r in range(rows)]
+    branched = [np.concatenate([np.zeros(r, int), branches])[: len(branches)] for r in range(rows)]
+    index = jnp.arange(len(segments))
+    return Place(index, jnp.asarray(np.stack(shifted), jnp.int32), jnp.asarray(np.stack(branched), jnp.int32))
+
+
+def arrays(rows: int, tokens: int, heads: int, kv_heads: int, width: int, seed: int = 0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    sizes = (heads, kv_heads, kv_heads)
+    return [jax.random.normal(k, (rows, tokens, n, width)) for k, n in zip(keys, sizes, strict=True)]
+
+
+def attend_slowly(q, k, v, where: Place) -> np.ndarray:
+    """The definition, one query and one head at a time, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    segments, branches = np.asarray(where.segment_ids), np.asarray(where.branch_ids)
+    group = q.shape[2] // k.shape[2]
+    out = np.zeros_like(q)
+    for row, query, head in np.ndindex(*q.shape[:3]):
+        seen = [
+            key
+            for key in range(query + 1)
+            if segments[row, key] == segments[row, query] and branches[row, key] in (0, branches[row, query])
+        ]
+        scores = k[row, seen, head // group] @ q[row, query, head] / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[row, query, head] = weights / weights.sum() @ v[row, seen, head // group]
+    return out
+
+
+def test_visible_is_the_rule_spelt_out():
+    where = place()
+    seen = np.asarray(visible(where, where))[0]
+    for query, key in np.ndindex(seen.shape):
+        same = SEGMENTS[query] == SEGMENTS[key]
+        allowed = BRANCHES[key] in ("0", BRANCHES[query])
+        assert seen[query, key] == (key <= query and same and allowed), (query, key)
+    # The three sights that the rule is about: response to prompt, response to itself, chosen hidden from rejected.
+    assert seen[11, 5]
+    assert seen[12, 11]
+    assert not seen[11, 10]
+    assert not seen[8, 11]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_attend_is_the_definition(heads, kv_heads):
+    where = place(rows=2)
+    q, k, v = arrays(2, len(SEGMENTS), heads, kv_heads, 8)
+    np.testing.assert_allclose(attend(q, k, v, where, where), attend_slowly(q, k, v, where), atol=2e-6)
+
+
+def test_attend_keeps_the_dtype_and_scores_in_float32():
+    where = place()
+    q, k, v = (x.astype(jnp.bfloat16) for x in arrays(1, len(SEGMENTS), 4, 2, 8))
+    # Large scores that differ by less than bfloat16 can tell apart once scaled up: float32 softmax keeps them.
+    out = attend(q * 30, k, v, where, where)
+    assert out.dtype == jnp.bfloat16
+    exact = attend_slowly(q * 30, k, v, where)
+    assert np.abs(np.asarray(out, np.float64) - exact).max() < 0.03
+
+
+@pytest.mark.parametrize("repeat", [16, 3])
+def test_attend_in_blocks_is_attend(repeat):
+    """256 tokens are cut into blocks, 48 are not; values and gradients."""
+    where = place(rows=2, repeat=repeat)
+    q, k, v = arrays(2, repeat * len(SEGMENTS), 4, 2, 8)
+
+    def weighted(function):
+        def total(q, k, v):
+            out = function(q, k, v, where, where)
+            return jnp.sum(out * jnp.sin(jnp.arange(out.size).reshape(out.shape)))
+
+        return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
+
+    in_blocks, whole = weighted(attend_in_blocks), weighted(attend)
+    np.testing.assert_allclose(in_blocks[0], whole[0], rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(in_blocks[1], whole[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_blocks_are_taken(monkeypatch):
+    """A row of 256 tokens really is cut: the keys of block n end where the block does."""
+    from medllm_jax.model import attention
+
+    seen = []
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, *_: seen.append((q.shape[1], k.shape[1])) or q)
+    where = place(repeat=16)
+    attention.attend_in_blocks(*arrays(1, 256, 2, 2, 4), where, where)
+    assert seen == [(64, 64), (64, 128), (64, 192), (64, 256)]

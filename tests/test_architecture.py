@@ -1,0 +1,164 @@
+"""Who may import whom, that every setting is read, and that every parameter has its row in every table."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medllm_jax import config as config_module
+from medllm_jax.config import ModelConfig, PrecisionConfig
+from medllm_jax.optimizer import DECAYS
+from medllm_jax.settings import build, load_model_config, load_run_config, read_yaml
+from medllm_jax.sharding import PARAMETERS, row_of
+from tests.world import tiny_config
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "medllm_jax"
+
+# Module or room -> what it may import of ours. The ones that compose (below) may import all but a verb's own module.
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "settings": {"config", "errors"},
+    "data": {"errors", "data"},
+    "evaluation": {"errors", "evaluation"},
+    "model": {"config", "model"},
+    "sharding": {"config", "errors"},
+    "optimizer": {"config", "sharding"},
+    "losses": {"config", "data.batch"},
+    "step": {"data.batch", "losses", "sharding"},
+    "fingerprint": {"sharding"},
+    "metrics": set(),
+    "checkpoint": {"config", "errors", "settings", "sharding", "step"},
+    "runs": {"config", "errors", "settings"},
+    "pairs": {"errors", "evaluation"},
+}
+COMPOSES = {"train", "reference", "loading", "generate", "cli", "demo"}
+VERBS = {"train": {"reference", "cli"}, "reference": {"cli"}, "generate": {"cli"}, "cli": {"demo"}, "demo": {"cli"}}
+
+
+def imports_of(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("medllm_jax"):
+            inside = node.module.removeprefix("medllm_jax").lstrip(".")
+            yield from (f"{inside}.{alias.name}" if inside else alias.name for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (
+                alias.name.removeprefix("medllm_jax.") for alias in node.names if alias.name.startswith("medllm_jax")
+            )
+
+
+def room_of(file):
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_keep_the_order_of_the_house(file):
+    room = room_of(file)
+    if room == "__init__":
+        return
+    assert room in ALLOWED or room in COMPOSES, f"{room} is new: give it a place in this test"
+    for imported in imports_of(file):
+        if imported == "__version__":
+            continue
+        target = imported.split(".")[0]
+        if room in ALLOWED:
+            assert any(f"{imported}.".startswith(f"{allowed}.") for allowed in ALLOWED[room]), imported
+        elif target in VERBS and target != room:
+            assert room in VERBS[target], f"{room} imports {imported}"
+
+
+def test_the_rule_sees_imports():
+    assert "data.batch.Batch" in set(imports_of(PACKAGE / "losses.py"))
+
+
+def test_every_setting_is_read_somewhere():
+    """A field that nothing reads is a promise that nothing keeps."""
+    read = set()
+    for file in PACKAGE.rglob("*.py"):
+        if file.name in ("config.py", "settings.py"):
+            continue
+        read |= {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
+        read |= {n.value for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Constant)}
+    read |= {"head_dim"}  # behind ModelConfig.dim_of_head
+    for cls in vars(config_module).values():
+        if dataclasses.is_dataclass(cls):
+            assert not {field.name for field in dataclasses.fields(cls)} - read, cls
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_matches_one_row_of_every_table(tied):
+    import jax
+
+    from medllm_jax.config import MeshConfig
+    from medllm_jax.loading import blueprint
+    from medllm_jax.sharding import make_mesh, path_of
+
+    plan = blueprint(tiny_config(tie_word_embeddings=tied), PrecisionConfig(), make_mesh(MeshConfig()))
+    paths = [path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(plan.abstract)]
+    assert len(paths) == 14 + (not tied)
+    for table in (PARAMETERS, DECAYS):
+        for path in paths:
+            row_of(table, path)
+    with pytest.raises(LookupError, match="matches 0 rows"):
+        row_of(PARAMETERS, "layers/self_attn/q_norm/weight")
+    assert {path for path in paths if row_of(DECAYS, path)} == {
+        path for path in paths if "proj/weight" in path or "embed" in path or "lm_head" in path
+    }
+
+
+# Parameters of the published models, in billions, as their model cards round them.
+PUBLISHED = {"0.5b": 0.49, "1.5b": 1.54, "3b": 3.09, "7b": 7.61, "14b": 14.7, "32b": 32.5, "72b": 72.7}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_shipped_models_have_the_published_size(size):
+    c = load_model_config(ROOT / "configs" / "model" / f"qwen2.5-{size}.yaml")
+    heads, kv = c.num_attention_heads * c.dim_of_head, c.num_key_value_heads * c.dim_of_head
+    block = c.hidden_size * (2 * heads + 2 * kv + 3 * c.intermediate_size + 2) + heads + 2 * kv
+    tables = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    total = c.num_hidden_layers * block + tables + c.hidden_size
+    assert total / 1e9 == pytest.approx(PUBLISHED[size], rel=0.01)
+
+
+def test_parameter_count_is_what_the_model_makes():
+    import jax
+
+    from medllm_jax.config import MeshConfig
+    from medllm_jax.loading import blueprint
+    from medllm_jax.sharding import make_mesh
+
+    c = load_model_config(ROOT / "configs" / "model" / "qwen2.5-72b.yaml")
+    plan = blueprint(c, PrecisionConfig(), make_mesh(MeshConfig()))
+    assert sum(leaf.size for leaf in jax.tree.leaves(plan.abstract)) == 72_706_203_648
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "runs").glob("*.yaml")), ids=lambda file: file.name)
+def test_shipped_run_configs_load(file):
+    assert load_run_config(file).steps > 0
+
+
+def test_demo_configs_load():
+    for file in (PACKAGE / "demo" / "configs").glob("*.yaml"):
+        load_model_config(file) if file.name == "model.yaml" else load_run_config(file)
+    assert build(ModelConfig, read_yaml(str(PACKAGE / "demo" / "configs" / "model.yaml")), "demo")
+
+
+@pytest.mark.parametrize(
+    "verb", [[], ["train"], ["reference"], ["evaluate"], ["pairs"], ["demo"], ["data", "cpt"], ["data", "pairs"]]
+)
+def test_help_imports_nothing_heavy(verb):
+    """What makes `--help` slow is imports; a clock in a test would only say how busy the machine is."""
+    code = (
+        "import sys, contextlib, io\nfrom medllm_jax.cli import main\nout = io.StringIO()\n"
+        "with contextlib.redirect_stdout(out):\n"
+        f"    try: main({[*verb, '--help']!r})\n    except SystemExit: pass\n"
+        "assert 'usage: medllm' in out.getvalue()\n"
+        "heavy = {'jax', 'numpy', 'flax', 'transformers', 'orbax', 'grain', 'tensorstore', 'etils'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", done.stdout

@@ -1,0 +1,1 @@
+"""Programs around the package: what moves models in and out of it."""
