@@ -121,8 +121,8 @@ class Generator:
             ended[: len(prompts)] = [ending is not None for ending in endings]
             state = state._replace(finished=jax.device_put(ended, state.finished.sharding))
         return [
-            Completion(*self._trimmed(tokens, ending, sampling))
-            for tokens, ending in zip(outputs, endings, strict=True)
+            Completion(text, self._through_eos(tokens), reason)
+            for tokens, (text, reason) in zip(outputs, endings, strict=True)
         ]
 
     def _ending(self, tokens: list[int], sampling: Sampling) -> tuple[str, str] | None:

@@ -186,7 +186,7 @@ def _scores(work: Path, name: str) -> dict:
 
 
 def _questions(work: Path) -> int:
-    return _scores(work, "rpo")["explain"]["questions"]
+    return _scores(work, "rpo")["explain"]["n"]
 
 
 def _table(work: Path) -> str:

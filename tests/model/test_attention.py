@@ -85,7 +85,7 @@ def test_attend_in_blocks_is_attend(repeat):
             out = function(q, k, v, where, where)
             return jnp.sum(out * jnp.sin(jnp.arange(out.size).reshape(out.shape)))
 
-        return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
 
     in_blocks, whole = weighted(attend_in_blocks), weighted(attend)
     np.testing.assert_allclose(in_blocks[0], whole[0], rtol=1e-4, atol=1e-4)

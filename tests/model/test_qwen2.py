@@ -67,10 +67,10 @@ def random_tokens(*shape: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(VOCAB, size=shape).astype(np.int32)
 
 
-def row(*segments: tuple[str, int], tokens: np.ndarray, seed: int = 0) -> np.ndarray:
-    """A stored row [3, S]; segments is a list of (branches of the tokens, tokens), segments count from 1, "-" pads."""
+def row(*segments: str, tokens: np.ndarray) -> np.ndarray:
+    """A stored row [3, S]: each segment is spelt by the branches of its tokens, "-" for padding."""
     segment_ids, branch_ids = [], []
-    for number, branches in enumerate(segments, start=1):
+    for number, branches in enumerate(filter(None, segments), start=1):
         segment_ids += [0 if branches[0] == "-" else number] * len(branches)
         branch_ids += [0 if c == "-" else int(c) for c in branches]
     return np.stack([tokens, np.array(segment_ids), np.array(branch_ids)]).astype(np.int32)
@@ -81,10 +81,11 @@ def run(model, batch: Batch) -> np.ndarray:
     return np.asarray(logits(structure, params, batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids))
 
 
-def run_alone(model, tokens: np.ndarray) -> np.ndarray:
-    """Logits [S, V] of a sequence that has a row for itself."""
-    stored = np.stack([tokens, np.ones_like(tokens), np.zeros_like(tokens)])[None]
-    return run(model, batch_of(stored, "cpt"))[0]
+def run_alone(model, tokens: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Logits [S, V] of a sequence that has a row for itself, padded to so many columns (one shape compiles once)."""
+    padding = (columns or len(tokens)) - len(tokens)
+    stored = row("0" * len(tokens), "-" * padding, tokens=np.pad(tokens, (0, padding)))
+    return run(model, batch_of(stored[None], "cpt"))[0, : len(tokens)]
 
 
 # --- against transformers ------------------------------------------------------------------------------------------
@@ -122,12 +123,8 @@ def test_logits_and_gradients_are_those_of_transformers(folder):
         ours = np.asarray(ours if tensor.layer is None else ours[tensor.layer])
         reference = parameters[tensor.name].grad.numpy()
         size = np.abs(reference).max()
-        if tensor.name.endswith("k_proj.bias"):
-            # Softmax ignores what all keys of a query share; rotated, a bias is not quite that, but close to it.
-            assert size < 1e-1
-        else:
-            assert size > 1e-6, f"{tensor.name} has no gradient to compare"
-        np.testing.assert_allclose(ours, reference, atol=1e-4 * max(size, 1e-3), err_msg=tensor.name)
+        assert size > 1e-4, f"{tensor.name} has no gradient to compare"
+        np.testing.assert_allclose(ours, reference, atol=1e-4 * size, err_msg=tensor.name)
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
@@ -138,7 +135,7 @@ def test_packed_documents_are_documents_alone(grouped):
     batch = batch_of(row("0" * 7, "0" * 1, "0" * 12, "-" * 4, tokens=tokens)[None], "cpt")
     packed = run(grouped, batch)[0]
     for start, end in ((0, 7), (7, 8), (8, 20)):
-        np.testing.assert_allclose(packed[start:end], run_alone(grouped, tokens[start:end]), atol=2e-5)
+        np.testing.assert_allclose(packed[start:end], run_alone(grouped, tokens[start:end], columns=24), atol=2e-5)
 
 
 def test_padding_changes_nothing(grouped):
@@ -159,10 +156,10 @@ def test_responses_to_a_shared_prompt_are_those_to_prompts_of_their_own(grouped)
     batch = batch_of(stored[None], "pairs", np.zeros((1, 3, 2), np.float32))
     _, structure, params = grouped
     model = nnx.merge(structure, params)
-    found = np.asarray(pair_log_probs(model, jax.tree.map(jnp.asarray, batch), pairs=3, vocab_chunks=1))[0]
+    found = np.asarray(jax.jit(lambda batch: pair_log_probs(model, batch, pairs=3, vocab_chunks=1))(batch))[0]
 
     def alone(prompt: np.ndarray, response: np.ndarray) -> float:
-        log_probs = jax.nn.log_softmax(run_alone(grouped, np.concatenate([prompt, response])))
+        log_probs = jax.nn.log_softmax(run_alone(grouped, np.concatenate([prompt, response]), columns=32))
         places = np.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
         return float(log_probs[places, response].sum())
 
@@ -198,7 +195,7 @@ def test_a_cache_filled_in_parts_gives_the_rows_own_states(grouped):
     whole = model(tokens, positions, segment_ids, np.zeros_like(tokens))
     for number, length in enumerate(lengths):
         np.testing.assert_allclose(hidden[number, 8 - length :], whole[number, 8 - length :], atol=2e-5)
-        own = run_alone(grouped, tokens[number, 8 - length :])
+        own = run_alone(grouped, tokens[number, 8 - length :], columns=24)
         np.testing.assert_allclose(hidden[number, 8 - length :] @ model.head_weight.T, own, atol=3e-5)
 
 
