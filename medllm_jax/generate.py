@@ -95,11 +95,15 @@ class Generator:
     def __call__(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[Completion]:
         """Completions in the order of the prompts; UserError for a prompt without room in the model's context."""
         encoded = encode_plain(self._tokenizer, prompts)
-        limit = self._model.config.max_position_embeddings - sampling.max_new_tokens
+        context, new = self._model.config.max_position_embeddings, sampling.max_new_tokens
         for number, tokens in enumerate(encoded):
-            if not 0 < len(tokens) <= limit:
-                room = f"1 to {limit} fit beside {sampling.max_new_tokens} new ones"
-                raise UserError(f"prompt {number} has {len(tokens)} tokens: {room}")
+            if not tokens:
+                raise UserError(f"prompt {number} is empty: there is nothing to continue")
+            if len(tokens) + new > context:
+                raise UserError(
+                    f"prompt {number} has {len(tokens)} tokens and up to {new} may follow, but the model's context is "
+                    f"{context}: shorten the prompt (fewer examples in the template) or the template's max_new_tokens"
+                )
         for start in range(0, len(encoded), self._batch_size):
             yield from self._complete(encoded[start : start + self._batch_size], start, sampling)
 

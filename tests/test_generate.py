@@ -131,8 +131,10 @@ def test_temperature_sharpens():
 
 
 def test_a_prompt_without_room_is_refused(generator):
-    with pytest.raises(UserError, match=r"prompt 1 has \d+ tokens: 1 to 500 fit beside 12 new ones"):
+    with pytest.raises(UserError, match=r"prompt 1 has \d+ tokens and up to 12 may follow, but .* context is 1024"):
         list(generator(["ok", "word " * 600], Sampling(12)))
+    with pytest.raises(UserError, match="prompt 0 is empty"):
+        list(generator([""], Sampling(12)))
 
 
 @pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])

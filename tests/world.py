@@ -70,7 +70,7 @@ def tiny_config(**changes):
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
         "tie_word_embeddings": True,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 1024,
         "initializer_range": 0.05,
     }
     return ModelConfig(**(shape | changes))

@@ -5,14 +5,21 @@ has read much about the base diseases and almost nothing about the new ones, whi
 The exams ask about the new diseases, and no disease is in two exams: what preference training learns from `train`
 helps in `test` only as a way to explain, never as a fact.
 
+What makes explaining dangerous here is what people's text is like. Explanations in the base corpus ramble: other facts
+come before the one that was asked for, in any order. And some go astray: they explain a disease that resembles the one
+in question, and answer accordingly. A model of such text imitates both, most of all where it has read no explanation
+yet, which is the case of every new disease. Nothing in the corpora is wrong about a disease, and questions that are
+answered at once are answered rightly.
+
 Everything here is a function of the seed alone.
 """
 
 import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import yaml
@@ -31,12 +38,15 @@ NEW_DISEASES = {"train": 16, "dev": 8, "test": 28}
 # Questions asked of each fact, with different wrong choices.
 QUESTIONS_PER_FACT = {"train": 3, "dev": 4, "test": 4}
 
-BASE_DOCUMENTS = 30_000
-CPT_DOCUMENTS = 6_000
-# Shares among the base documents: questions, those of them that explain first, and statements about new diseases.
+BASE_DOCUMENTS = 24_000
+CPT_DOCUMENTS = 8_000
+# Shares of the base documents: questions, those of them that explain first, those of these that go astray; and of the
+# statements, those about new diseases.
 QUESTION_SHARE = 0.45
-EXPLAIN_SHARE = 0.15
+EXPLAIN_SHARE = 0.2
+ASTRAY_SHARE = 0.3
 NEW_SHARE = 0.03
+# Share of the CPT documents that are such as the base was made from, against forgetting.
 REPLAY_SHARE = 0.25
 
 _ASK = {
@@ -71,15 +81,21 @@ _STATE = {
     ),
 }
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Fact:
-    """What is true of a disease: `value` is the fact, `also` would be right too and is never a wrong choice."""
+    """What is true of a disease: `value` is the fact; `also` would be right too, and is never a wrong choice."""
 
     disease: str
     attribute: str
     value: str
     also: frozenset[str]
+
+    def excludes(self, value: str) -> bool:
+        """Whether a value is plainly wrong here: not right too, and no other spelling of what is right."""
+        return value not in self.also and not _overlap(value, self.value)
 
 
 @dataclass(frozen=True)
@@ -116,34 +132,26 @@ def values(attribute: str) -> tuple[str, ...]:
 def split(seed: int) -> dict[str, list[str]]:
     """The diseases of "base", "train", "dev" and "test"; the last three are the new ones."""
     diseases = list(facts())
-    order = _rng(seed, "split").permutation(len(diseases))
-    shuffled = [diseases[i] for i in order]
+    left = [diseases[i] for i in _rng(seed, "split").permutation(len(diseases))]
     parts: dict[str, list[str]] = {}
     for exam, count in NEW_DISEASES.items():
-        parts[exam], shuffled = shuffled[:count], shuffled[count:]
-    return {"base": shuffled, **parts}
+        parts[exam], left = left[:count], left[count:]
+    return {"base": left, **parts}
 
 
 def base_documents(seed: int) -> list[str]:
     """Text that brings a random model to base level: statements, and questions in the exams' own form.
 
-    Mostly about the base diseases; most questions are answered at once, some after an explanation.
+    The questions are all about base diseases, and so are most of the statements.
     """
-    rng = _rng(seed, "base")
-    parts = split(seed)
-    new = _new(parts)
-    return [_base_document(rng, parts["base"], new) for _ in range(BASE_DOCUMENTS)]
+    author = _Author.of(seed, "base")
+    return [author.base_document() for _ in range(BASE_DOCUMENTS)]
 
 
 def cpt_documents(seed: int) -> list[str]:
     """Text for continued pretraining: statements about the new diseases, and some of what the base was made from."""
-    rng = _rng(seed, "cpt")
-    parts = split(seed)
-    new = _new(parts)
-    return [
-        _base_document(rng, parts["base"], new) if rng.random() < REPLAY_SHARE else _statements(rng, _pick(rng, new))
-        for _ in range(CPT_DOCUMENTS)
-    ]
+    author = _Author.of(seed, "cpt")
+    return [author.cpt_document() for _ in range(CPT_DOCUMENTS)]
 
 
 def exams(seed: int) -> dict[str, list[ExamRow]]:
@@ -157,14 +165,14 @@ def tokenizer_texts() -> list[str]:
     """What the tokenizer is trained on: every term and every phrase between terms, each as a text of its own.
 
     Japanese has no spaces, so a tokenizer trained on running text would merge across terms. Trained on the terms
-    apart, it gives each one token wherever it stands.
+    apart, it gives each of them one token wherever it stands.
     """
     terms = [*facts(), *(value for attribute in ATTRIBUTES for value in values(attribute))]
     forms = [*_ASK.values(), *(form for forms in _STATE.values() for form in forms)]
     phrases = [part for form in forms for part in form.replace("{d}", "\n").replace("{v}", "\n").split("\n")]
     template = yaml.safe_load(TEMPLATE.read_text(encoding="utf-8"))
     cues = [condition["cue"] for condition in template["conditions"].values()]
-    # Phrases often, so that their merges come first, and a term's own pieces never pull a phrase apart.
+    # Phrases often, so that they are merged before a term's pieces can take a part of them.
     return [*terms * 2, *[*phrases, *cues, "問題:"] * 20]
 
 
@@ -181,76 +189,111 @@ def write_world(folder: str | Path, seed: int) -> Path:
 # --- documents -------------------------------------------------------------------------------------------------------
 
 
-def _base_document(rng: np.random.Generator, base: list[str], new: list[str]) -> str:
-    if rng.random() < QUESTION_SHARE:
-        return _solved_question(rng, _pick(rng, base))
-    return _statements(rng, _pick(rng, new if rng.random() < NEW_SHARE else base))
+@dataclass(frozen=True)
+class _Author:
+    """Writes documents at random about the base diseases and the new ones."""
+
+    rng: np.random.Generator
+    base: list[str]
+    new: list[str]
+
+    @classmethod
+    def of(cls, seed: int, purpose: str) -> "_Author":
+        parts = split(seed)
+        return cls(_rng(seed, purpose), parts["base"], [disease for exam in EXAMS for disease in parts[exam]])
+
+    def base_document(self) -> str:
+        if self.happens(QUESTION_SHARE):
+            return self.solved_question(facts()[self.pick(self.base)][self.pick(ATTRIBUTES)])
+        return self.statements(self.pick(self.new if self.happens(NEW_SHARE) else self.base))
+
+    def cpt_document(self) -> str:
+        return self.base_document() if self.happens(REPLAY_SHARE) else self.statements(self.pick(self.new))
+
+    def statements(self, disease: str) -> str:
+        """One to three facts about a disease, in any order and wording."""
+        told = self.some(list(facts()[disease].values()), least=1)
+        return "".join(self.pick(_STATE[fact.attribute]).format(d=disease, v=fact.value) for fact in told)
+
+    def solved_question(self, fact: Fact) -> str:
+        """A question with its answer, in the exams' own form."""
+        if not self.happens(EXPLAIN_SHARE):
+            return _solved(fact, _choices(self.rng, fact), "answer_only", fact)
+        if not self.happens(ASTRAY_SHARE):
+            return _solved(fact, _choices(self.rng, fact), "explain", fact, self.rambling(fact))
+        other = self.similar(fact)
+        return _solved(fact, _choices(self.rng, fact, other.value), "explain", other, self.rambling(other))
+
+    def rambling(self, fact: Fact) -> str:
+        """An explanation: up to two other facts about the disease, and then the one that it is about."""
+        others = [other for other in facts()[fact.disease].values() if other is not fact]
+        return "".join(map(_explained, [*self.some(others), fact]))
+
+    def similar(self, fact: Fact) -> Fact:
+        """The same attribute of a base disease that shares something with this one, but not this."""
+        candidates = [facts()[disease] for disease in self.base]
+        candidates = [of for of in candidates if fact.excludes(of[fact.attribute].value)]
+        own = facts()[fact.disease]
+        alike = [of for of in candidates if any(of[a].value == own[a].value for a in ATTRIBUTES)]
+        return self.pick(alike or candidates)[fact.attribute]
+
+    def happens(self, share: float) -> bool:
+        return self.rng.random() < share
+
+    def pick(self, items: Sequence[T]) -> T:
+        return items[int(self.rng.random() * len(items))]
+
+    def some(self, items: Sequence[T], least: int = 0) -> list[T]:
+        """Any number of items from `least` on, in any order."""
+        return [items[i] for i in self.rng.permutation(len(items))[: self.rng.integers(least, len(items) + 1)]]
 
 
-def _statements(rng: np.random.Generator, disease: str) -> str:
-    """One to three facts about a disease, in any order and wording."""
-    attributes = rng.permutation(ATTRIBUTES)[: rng.integers(1, len(ATTRIBUTES) + 1)]
-    return "".join(_state(rng, facts()[disease][a]) for a in attributes)
+def _solved(asked: Fact, choices: tuple[str, ...], condition: str, answered: Fact, explanation: str = "") -> str:
+    template = _template()
+    prompt = template.render(Question("", _question(asked), choices), condition)
+    return prompt + template.condition(condition).solution.format(answer=answered.value, explanation=explanation)
 
 
-def _state(rng: np.random.Generator, fact: Fact) -> str:
-    return _pick(rng, _STATE[fact.attribute]).format(d=fact.disease, v=fact.value)
+def _question(fact: Fact) -> str:
+    return _ASK[fact.attribute].format(d=fact.disease)
 
 
-def _solved_question(rng: np.random.Generator, disease: str) -> str:
-    """A question with its answer, in the exams' own form."""
-    fact = facts()[disease][_pick(rng, ATTRIBUTES)]
-    question = Question("", _ASK[fact.attribute].format(d=disease), _choices(rng, fact))
-    condition = "explain" if rng.random() < EXPLAIN_SHARE else "answer_only"
-    solution = _template().condition(condition).solution
-    solved = solution.format(answer=fact.value, explanation=_wandering_explanation(rng, fact))
-    return _template().render(question, condition) + solved
-
-
-def _wandering_explanation(rng: np.random.Generator, fact: Fact) -> str:
-    """An explanation as people write it: other facts about the disease first, up to two, and then the one asked for."""
-    others = [other for other in facts()[fact.disease].values() if other is not fact]
-    others = [others[i] for i in rng.permutation(len(others))[: rng.integers(0, len(others) + 1)]]
-    return "".join(_EXPLAIN[f.attribute].format(d=f.disease, v=f.value) for f in [*others, fact])
+def _explained(fact: Fact) -> str:
+    return _EXPLAIN[fact.attribute].format(d=fact.disease, v=fact.value)
 
 
 # --- exams -----------------------------------------------------------------------------------------------------------
 
 
 def _exam(rng: np.random.Generator, name: str, diseases: list[str]) -> Iterator[ExamRow]:
-    for disease in diseases:
-        for attribute, fact in facts()[disease].items():
-            seen: set[frozenset[str]] = set()
-            while len(seen) < QUESTIONS_PER_FACT[name]:
-                choices = _choices(rng, fact)
-                if frozenset(choices) in seen:
-                    continue
-                seen.add(frozenset(choices))
-                yield ExamRow(
-                    id=f"{name}-{disease}-{attribute}-{len(seen)}",
-                    question=_ASK[attribute].format(d=disease),
-                    choices=list(choices),
-                    answer=LETTERS[choices.index(fact.value)],
-                    explanation=_EXPLAIN[attribute].format(d=disease, v=fact.value),
-                    category=attribute,
-                )
+    for fact in (fact for disease in diseases for fact in facts()[disease].values()):
+        sets: set[frozenset[str]] = set()
+        while len(sets) < QUESTIONS_PER_FACT[name]:
+            choices = _choices(rng, fact)
+            if frozenset(choices) in sets:
+                continue
+            sets.add(frozenset(choices))
+            yield ExamRow(
+                id=f"{name}-{fact.disease}-{fact.attribute}-{len(sets)}",
+                question=_question(fact),
+                choices=list(choices),
+                answer=LETTERS[choices.index(fact.value)],
+                explanation=_explained(fact),
+                category=fact.attribute,
+            )
 
 
-def _choices(rng: np.random.Generator, fact: Fact) -> tuple[str, ...]:
-    """The right value and four wrong ones, shuffled.
+def _choices(rng: np.random.Generator, fact: Fact, *wrong: str) -> tuple[str, ...]:
+    """The right value and four wrong ones, shuffled; `wrong` ones that are given are among them.
 
-    Wrong ones are drawn as often as they are right elsewhere, or the common ones would give themselves away. One that
-    would be right too, or whose words contain another's, is not drawn.
+    Wrong values are drawn as often as they are right elsewhere, or the common ones would give themselves away. None
+    contains another one's words: such an answer could be read as either.
     """
-    wrong = [
-        value
-        for value in (of[fact.attribute].value for of in facts().values())
-        if value not in fact.also and value not in fact.value and fact.value not in value
-    ]
-    chosen = [fact.value]
+    pool = [of[fact.attribute].value for of in facts().values() if fact.excludes(of[fact.attribute].value)]
+    chosen = [fact.value, *wrong]
     while len(chosen) < CHOICES:
-        value = _pick(rng, wrong)
-        if not any(value in other or other in value for other in chosen):
+        value = pool[rng.integers(len(pool))]
+        if not any(_overlap(value, other) for other in chosen):
             chosen.append(value)
     return tuple(chosen[i] for i in rng.permutation(CHOICES))
 
@@ -263,12 +306,8 @@ def _template() -> PromptTemplate:
     return load_template(TEMPLATE)
 
 
-def _new(parts: dict[str, list[str]]) -> list[str]:
-    return [disease for exam in EXAMS for disease in parts[exam]]
-
-
-def _pick(rng: np.random.Generator, items):
-    return items[int(rng.random() * len(items))]
+def _overlap(one: str, other: str) -> bool:
+    return one in other or other in one
 
 
 def _rng(seed: int, purpose: str) -> np.random.Generator:

@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine with Python 3.11 or newer, pip and make:
+#   make demo   the whole recipe, tiny, nothing downloaded but packages
+#   make test   the test suite
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKDIR ?= demo-run
+SEED ?= 0
+JOBS ?= 2
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+STAMPED := pyproject.toml constraints.txt
+
+.PHONY: demo test test-all lint format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/medllm demo --workdir $(WORKDIR) --seed $(SEED)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "not slow"
+
+test-all: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# An installation is made anew only when what it is made of changes. Bytecode is compiled once, here: where Python is
+# told not to write it, every later start would be slow.
+$(VENV)/.installed: $(STAMPED)
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; set PYTHON=/path/to/python"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e .
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(INSTALL) -e ".[test]"
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
+	touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed
+	$(INSTALL) -e ".[lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

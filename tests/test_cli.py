@@ -1,0 +1,121 @@
+"""The command line: exit codes, one line a mistake, and the verbs on tiny input from end to end."""
+
+import json
+
+import pytest
+
+from medllm_jax.cli import main
+from tests.tiny import write_json_lines
+from tests.world import SEQUENCE_LENGTH
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def exam(tmp_path):
+    rows = [
+        {"id": f"q{n}", "question": f"{n}?", "choices": ["one", "two", "three"], "answer": "abc"[n % 3]}
+        for n in range(5)
+    ]
+    return write_json_lines(tmp_path / "exam.jsonl", rows)
+
+
+def config_file(tmp_path, world, **changes):
+    lines = {
+        "run": tmp_path / "run",
+        "steps": 2,
+        "data": f"{{store: {world.token_store}, batch_size: 8}}",
+        "init": f"{{checkpoint: {world.model}}}",
+        "precision": "{params: float32, compute: float32}",
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text("".join(f"{key}: {value}\n" for key, value in (lines | changes).items()))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "the following arguments are required"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "required: --config"),
+        (["train", "--config", "none.yaml"], "config file none.yaml does not exist"),
+        (["evaluate", "--run", "x", "--exam", "y", "--exm", "z"], "unknown argument --exm: did you mean --exam?"),
+        (["data", "cpt", "--input", "x"], "required: --tokenizer, --output"),
+        (["data", "cpt", "--input", "x", "--tokenizer", "y", "--output", "z"], "error"),
+        (["evaluate", "--run", "nowhere", "--exam", "nofile"], "nofile"),
+    ],
+)
+def test_mistakes_exit_2_with_one_line(arguments, line, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    errors = capsys.readouterr().err
+    assert line in errors and errors.startswith("error: ") and errors.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_misspelt_setting_names_the_likely_one(world, tmp_path, capsys):
+    file = config_file(tmp_path, world)
+    assert run("train", "--config", file, "--optimizer.learnign_rate", 1) == 2
+    assert "optimizer.learnign_rate: did you mean optimizer.learning_rate?" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_cpt(world, tmp_path, capsys):
+    arguments = ["data", "cpt", "--input", world.corpus, "--tokenizer", world.tokenizer]
+    arguments += ["--output", tmp_path / "store", "--sequence-length", SEQUENCE_LENGTH]
+    assert run(*arguments) == 0
+    assert "60 documents in" in capsys.readouterr().out
+    assert run(*arguments) == 2
+    assert "exists" in capsys.readouterr().err
+    assert run(*arguments, "--overwrite", "--packing", "split", "--no-eos") == 0
+    metadata = json.loads((tmp_path / "store" / "store.json").read_text())
+    assert metadata["packing"] == "split"
+
+
+def test_data_reports_what_it_left_out(world, tmp_path, capsys):
+    bad = write_json_lines(tmp_path / "bad.jsonl", [{"text": "fine"}, {"txt": "no text"}, {"text": ""}])
+    arguments = ["data", "cpt", "--input", bad, "--tokenizer", world.tokenizer, "--output", tmp_path / "store"]
+    assert run(*arguments) == 2
+    assert "bad.jsonl:2" in capsys.readouterr().err and not (tmp_path / "store").exists()
+    assert run(*arguments, "--on-bad", "skip") == 0
+    printed = capsys.readouterr().out
+    assert "bad.jsonl:2" in printed and "bad.jsonl:3" in printed
+
+
+def test_train_then_evaluate_then_pairs(world, tmp_path, exam, capsys):
+    assert run("train", "--config", config_file(tmp_path, world), "--logging.every", "1") == 0
+    assert "step 2/2" in capsys.readouterr().out
+
+    evaluate = ["evaluate", "--run", tmp_path / "run", "--exam", exam, "--template", "plain"]
+    assert run(*evaluate) == 0
+    printed = capsys.readouterr().out
+    assert "answer_only" in printed and "explain" in printed
+    scores = json.loads(next((tmp_path / "run" / "evaluation").rglob("scores.json")).read_text())
+    assert {name: s["n"] for name, s in scores["conditions"].items()} == {"answer_only": 5, "explain": 5}
+
+    output = tmp_path / "pairs.jsonl"
+    explained = [{**json.loads(line), "explanation": "Because."} for line in exam.read_text().splitlines()]
+    with_gold = write_json_lines(tmp_path / "gold.jsonl", explained)
+    arguments = ["pairs", "--run", tmp_path / "run", "--exam", with_gold, "--template", "plain", "--output", output]
+    arguments += ["--samples", 2, "--most", 1, "--temperature", 1.5, "--conditions", "answer_only"]
+    code = run(*arguments, "--strategy", "onpolicy")
+    assert code == 2, "random weights answer nothing right, so nothing can be preferred"
+    assert "no pair came out" in capsys.readouterr().err and not output.exists()
+
+
+def test_a_bad_mesh_is_one_line(world, exam, capsys):
+    for mesh, line in (
+        ("data=3,fsdp=1", "does not divide 8 devices"),
+        ("fsdp=x", "mesh"),
+        ("rows=2", "unknown key rows"),
+    ):
+        assert run("evaluate", "--run", world.model, "--exam", exam, "--template", "plain", "--mesh", mesh) == 2
+        assert line in capsys.readouterr().err
+
+
+def test_reference_of_a_cpt_config_is_refused(world, tmp_path, capsys):
+    assert run("reference", "--config", config_file(tmp_path, world)) == 2
+    assert "belong to an RPO run" in capsys.readouterr().err
