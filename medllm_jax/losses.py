@@ -161,14 +161,15 @@ def score_targets(
     if vocab_chunks == 1:
         logits = _logits(hidden, head)
         top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-        normaliser = jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1)) + top[..., 0]
+        mass = jnp.sum(jnp.exp(logits - top), axis=-1)
+        normaliser = jnp.log(mass) + top[..., 0]
         is_target = jnp.arange(head.shape[0]) == targets[..., None]
         log_probs = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1) - normaliser
         entropies = jnp.zeros_like(log_probs)
         if with_entropy:
             fixed = jax.lax.stop_gradient(logits)
-            probs = jnp.exp(fixed - jax.lax.stop_gradient(normaliser)[..., None])
-            entropies = jax.lax.stop_gradient(normaliser) - jnp.sum(probs * fixed, axis=-1)
+            mean_logit = jnp.sum(jnp.exp(fixed - top) * fixed, axis=-1) / jax.lax.stop_gradient(mass)
+            entropies = jax.lax.stop_gradient(normaliser) - mean_logit
         return TokenScores(log_probs, entropies)
     return TokenScores(*_chunked_scores(hidden, head, targets, vocab_chunks, with_entropy))
 

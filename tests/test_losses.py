@@ -31,7 +31,7 @@ PAIRS = [[(4, 3, 2), (2, 1, 5)], [(1, 6, 4)], []]
 PAIRS_A_ROW, LENGTH = 3, 24
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def rng():
     return np.random.default_rng(0)
 

@@ -33,7 +33,7 @@ def make_hf_folder(
     """Writes config.json, generation_config.json, safetensors files and, if asked for, a tokenizer into a folder.
 
     heads: query and key/value heads. Every weight is random and matters: biases are not zero, norms not one. The
-    tokenizer has up to 284 tokens, so a model with one needs ``vocab`` >= 284. ``config`` overrides keys of config.json.
+    tokenizer has up to 284 tokens, so a model with one needs ``vocab`` >= 284. ``config`` overrides config.json.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,10 +11,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from medllm_jax import checkpoint
-from medllm_jax.config import ModelConfig
+from medllm_jax.config import MeshConfig, ModelConfig
 from medllm_jax.data.tokenizer import encode_plain, fingerprint, load_tokenizer
 from medllm_jax.errors import UserError
 from medllm_jax.settings import to_plain
+from medllm_jax.sharding import make_mesh, parameter_shardings
 from tests.tiny_hf import make_hf_folder, write_weights
 from tools.convert_hf.__main__ import main
 from tools.convert_hf.folders import new_folder
@@ -35,6 +35,10 @@ CONFIG = ModelConfig(
 
 def run(*arguments) -> int:
     return main([str(argument) for argument in arguments])
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def tensors_in(folder: Path) -> dict[str, np.ndarray]:
@@ -113,7 +117,7 @@ def test_round_trip_keeps_every_byte(tmp_path, capsys, tied, dtype, shards, max_
     assert_same_tensors(source, tmp_path / "out")
     assert read_config(tmp_path / "out") == read_config(source)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == files_out
-    assert sorted(os.listdir(tmp_path)) == ["hf", "out", "run"]
+    assert names_in(tmp_path) == ["hf", "out", "run"]
     assert "WITHOUT tokenizer" in capsys.readouterr().out
 
 
@@ -159,8 +163,10 @@ def test_export_in_another_dtype_rounds_once(converted, source, tmp_path):
 def test_export_of_a_step_is_that_step(converted, tmp_path, capsys):
     two = Path(shutil.copytree(converted, tmp_path / "run"))
     params = jax.tree.map(lambda x: x + 1, unflatten(dict(checkpoint.stream_params(converted))))
-    meta = {"model": to_plain(checkpoint.load_model_config(converted))}
-    checkpoint.ocp.save_checkpointables(two / "checkpoints" / "7", {"params": params, "meta": meta})
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))  # as training saves: each device its part
+    params = jax.device_put(params, parameter_shardings(params, mesh))
+    checkpoint.write_model(tmp_path / "other", params, to_plain(checkpoint.load_model_config(converted)))
+    (tmp_path / "other" / "checkpoints" / "0").rename(two / "checkpoints" / "7")
 
     assert run("to-hf", two, tmp_path / "newest") == 0
     assert run("to-hf", two, tmp_path / "first", "--step", 0) == 0
@@ -239,13 +245,13 @@ def test_configs_that_are_refused(broken, tmp_path, capsys, changes, message):
 
 def assert_refused(source, tmp_path, capsys, message) -> None:
     """Exit code 2, one line on stderr, and nothing left behind."""
-    before = sorted(os.listdir(tmp_path))
+    before = names_in(tmp_path)
     assert run("from-hf", source, tmp_path / "target") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
-    assert sorted(os.listdir(tmp_path)) == before
+    assert names_in(tmp_path) == before
 
 
 # --- folders that are refused --------------------------------------------------------------------------------------
@@ -363,14 +369,14 @@ def test_a_target_that_holds_something_stays_as_it_was(source, converted, tmp_pa
         assert "exists and is not empty" in capsys.readouterr().err
     assert run("to-hf", converted, tmp_path, "--overwrite") == 2
     assert "is not a Hugging Face folder" in capsys.readouterr().err
-    assert os.listdir(tmp_path) == ["note.txt"]
+    assert names_in(tmp_path) == ["note.txt"]
 
 
 def test_overwrite_replaces_a_hugging_face_folder_whole(source, converted, tmp_path):
     make_hf_folder(tmp_path / "out", shards=2, vocab=64, tokenizer=False)
     assert run("to-hf", converted, tmp_path / "out", "--overwrite") == 0
     assert_same_tensors(source, tmp_path / "out")
-    assert os.listdir(tmp_path) == ["out"]
+    assert names_in(tmp_path) == ["out"]
 
 
 def test_an_empty_target_is_filled(converted, tmp_path):
@@ -384,14 +390,14 @@ def test_what_fails_on_the_way_leaves_nothing(tmp_path):
         (folder / "half").write_text("written")
         assert not (tmp_path / "target").exists()
         raise KeyboardInterrupt
-    assert os.listdir(tmp_path) == []
+    assert names_in(tmp_path) == []
 
 
 def test_export_of_what_is_no_run(source, tmp_path, capsys):
     assert run("to-hf", source, tmp_path / "out") == 2
     assert "holds no checkpoint" in capsys.readouterr().err
     assert run("to-hf", source, "gs://bucket/out") == 2
-    assert os.listdir(tmp_path) == []
+    assert names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -450,7 +456,11 @@ def test_verify_of_neither_kind(source, tmp_path, capsys):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; from tools.convert_hf.__main__ import main\ntry: main(['from-hf', '--help'])\nexcept SystemExit: pass\nprint(sorted({'jax', 'flax', 'transformers', 'orbax', 'torch'} & sys.modules.keys()))"
+    code = (
+        "import sys\nfrom tools.convert_hf.__main__ import main\n"
+        "try: main(['from-hf', '--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'jax', 'flax', 'transformers', 'orbax', 'torch'} & sys.modules.keys()))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 

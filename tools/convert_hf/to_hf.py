@@ -129,5 +129,3 @@ def _write_configs(run: Run, folder: Path, dtype: np.dtype) -> bool:
             write_json(path, token_ids)
     write_json(folder / "config.json", config_json(run.config, dtype.name, token_ids))
     return carried is not None
-
-
