@@ -45,10 +45,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # --- verbs -------------------------------------------------------------------------------------------------------
 
 
-def _train(options: argparse.Namespace) -> None:
+def _run_config(options: argparse.Namespace) -> Any:
+    """The config of a verb that trains; joins the other processes if the run has more than one."""
     from medllm_jax.settings import load_run_config
 
     config = load_run_config(options.config, options.settings)
+    if config.distributed:
+        import jax
+
+        jax.distributed.initialize()
+    return config
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = _run_config(options)
     from medllm_jax.train import train
 
     folder = train(config)
@@ -56,9 +66,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _reference(options: argparse.Namespace) -> None:
-    from medllm_jax.settings import load_run_config
-
-    config = load_run_config(options.config, options.settings)
+    config = _run_config(options)
     from medllm_jax.reference import cache_reference
 
     pairs = cache_reference(config)

@@ -224,6 +224,7 @@ class RunConfig:
         seed: of random weights, of the data order and of the step's random numbers
         model: shape, or the path of a model file beside the config; null takes it from init.checkpoint
         remat: what the backward pass recomputes: `none` nothing, `dots` all but matrix products, `full` whole blocks
+        distributed: one process a host; JAX finds the others by itself on TPU pods, GKE and Slurm
     """
 
     run: str
@@ -239,6 +240,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     remat: Literal["none", "dots", "full"] = "none"
+    distributed: bool = False
 
     def __post_init__(self):
         _require(self.steps > 0, f"steps is {self.steps}: it must be positive")

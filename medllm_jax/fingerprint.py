@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
-from medllm_jax.sharding import path_of
+from medllm_jax.sharding import path_of, replicated
 
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -18,7 +19,9 @@ def model_fingerprint(params: Any) -> str:
     host, and any sharding gives the same result.
     """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    sums = jax.device_get(jax.jit(lambda arrays: [_checksum(array) for array in arrays])([leaf for _, leaf in leaves]))
+    arrays = [leaf for _, leaf in leaves]
+    everywhere = replicated(arrays[0].sharding.mesh) if isinstance(arrays[0].sharding, NamedSharding) else None
+    sums = jax.device_get(jax.jit(lambda arrays: list(map(_checksum, arrays)), out_shardings=everywhere)(arrays))
     digest = hashlib.sha256()
     for (key_path, leaf), checksum in zip(leaves, sums, strict=True):
         words = " ".join(f"{int(word):08x}" for word in checksum)

@@ -37,6 +37,7 @@ _MAY_CHANGE = (
     "data.accumulate",
     "data.threads",
     "data.prefetch",
+    "distributed",
     "init.checkpoint",  # read at the first start only
     "objective.vocab_chunks",
     "remat",

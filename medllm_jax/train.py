@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 from etils import epath
+from jax.experimental import multihost_utils
 
 from medllm_jax import runs
 from medllm_jax.checkpoint import CheckpointWriter, load_meta, load_model_config, load_params, load_state, newest_step
@@ -23,7 +24,7 @@ from medllm_jax.losses import objective
 from medllm_jax.metrics import Console, Meter, MetricsLog
 from medllm_jax.optimizer import make_optimizer, make_schedule
 from medllm_jax.settings import to_plain
-from medllm_jax.sharding import check_divisible, make_mesh, put_batch
+from medllm_jax.sharding import check_divisible, make_mesh, put_batch, replicated
 from medllm_jax.step import new_state, state_shardings, train_step
 
 STORE_KINDS = {"cpt": "cpt", "rpo": "pairs"}
@@ -51,6 +52,7 @@ def train(config: RunConfig) -> epath.Path:
         meta = first_meta(config, store, params)
         state = initialise(params)
     reference = read_reference(store, meta["reference_model"]) if config.objective.name == "rpo" else None
+    multihost_utils.sync_global_devices("every process has looked at the run folder")
     if jax.process_index() == 0:
         runs.record_config(folder, config)
         runs.carry_tokenizer(config.init.checkpoint, folder)
@@ -64,7 +66,7 @@ def train(config: RunConfig) -> epath.Path:
             accumulate=config.data.accumulate,
         ),
         donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None),
+        out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), replicated(mesh)),
     )
     with (
         open_stream(config, store, meta["position"], reference) as stream,

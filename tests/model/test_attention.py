@@ -61,7 +61,7 @@ def test_visible_is_the_rule_spelt_out():
 def test_attend_is_the_definition(heads, kv_heads):
     where = place(rows=2)
     q, k, v = arrays(2, len(SEGMENTS), heads, kv_heads, 8)
-    np.testing.assert_allclose(attend(q, k, v, where, where), attend_slowly(q, k, v, where), atol=2e-6)
+    np.testing.assert_allclose(jax.jit(attend)(q, k, v, where, where), attend_slowly(q, k, v, where), atol=2e-6)
 
 
 def test_attend_keeps_the_dtype_and_scores_in_float32():

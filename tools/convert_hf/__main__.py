@@ -108,7 +108,23 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if agreed else 1
 
 
+class _Terminated(BaseException):
+    """SIGTERM, as an exception that lets a conversion remove what it left unfinished."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+def _run() -> int:
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return main()
+    except (KeyboardInterrupt, _Terminated) as stop:
+        print("stopped; what was unfinished is removed", file=sys.stderr, flush=True)
+        # At once: threads that still write would bring back what was removed.
+        os._exit(130 if isinstance(stop, KeyboardInterrupt) else 143)
+
+
 if __name__ == "__main__":
-    # A terminated conversion removes what it left unfinished, as an interrupted one does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.exit(main())
+    sys.exit(_run())

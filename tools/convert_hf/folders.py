@@ -2,13 +2,17 @@
 
 import os
 import shutil
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from etils import epath
 
 from medllm_jax.errors import UserError
+
+_REMOVALS = 100  # tries, 50 ms apart
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -45,8 +49,19 @@ def new_folder(target: str | os.PathLike) -> Iterator[epath.Path]:
                 final.rmdir()
             unfinished.rename(final)
     except BaseException:
-        unfinished.rmtree(missing_ok=True)
+        _remove(unfinished)
         raise
+
+
+def _remove(folder: epath.Path) -> None:
+    """Removes a folder that other threads may still be writing into."""
+    for _ in range(_REMOVALS):
+        with suppress(OSError):
+            folder.rmtree(missing_ok=True)
+        time.sleep(0.05)
+        if not folder.exists():
+            return
+    print(f"{folder} could not be removed: remove it by hand", file=sys.stderr)
 
 
 @contextmanager
