@@ -34,9 +34,9 @@ EXAMS = ("train", "dev", "test")
 CHOICES = 5
 
 # New diseases by exam; the other diseases are base diseases.
-NEW_DISEASES = {"train": 16, "dev": 8, "test": 28}
+NEW_DISEASES = {"train": 24, "dev": 10, "test": 28}
 # Questions asked of each fact, with different wrong choices.
-QUESTIONS_PER_FACT = {"train": 3, "dev": 4, "test": 4}
+QUESTIONS_PER_FACT = {"train": 2, "dev": 4, "test": 4}
 
 BASE_DOCUMENTS = 24_000
 CPT_DOCUMENTS = 8_000
