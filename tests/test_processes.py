@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,7 +39,10 @@ def test_two_processes_equal_one(world, tmp_path, metrics_of, kind):
     together = config_of(world, tmp_path / "together", kind, steps=4)
     (tmp_path / "run.yaml").write_text(to_yaml(together))
     (tmp_path / "worker.py").write_text(WORKER)
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": os.getcwd()}
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     command = [sys.executable, str(tmp_path / "worker.py"), str(tmp_path / "run.yaml"), str(free_port())]
     workers = [
         subprocess.Popen([*command, str(number)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -50,7 +50,8 @@ def work(tmp_path_factory):
     convert = [sys.executable, "-m", "tools.convert_hf", "from-hf", str(root / "hf"), str(root / "model")]
     subprocess.run(convert, check=True)
     (root / "run.yaml").write_text(
-        f"run: {root}/run\nsteps: 100\ndata: {{store: {root}/store, batch_size: 8}}\ninit: {{checkpoint: {root}/model}}\n"
+        f"run: {root}/run\nsteps: 100\n"
+        f"data: {{store: {root}/store, batch_size: 8}}\ninit: {{checkpoint: {root}/model}}\n"
         "precision: {params: float32, compute: float32}\ncheckpoint: {every: 20}\n"
         "optimizer: {learning_rate: 1.0e-3, warmup_steps: 5}\n"
     )
