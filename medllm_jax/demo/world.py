@@ -16,6 +16,7 @@ Everything here is a function of the seed alone.
 
 import functools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -169,7 +170,8 @@ def tokenizer_texts() -> list[str]:
     """
     terms = [*facts(), *(value for attribute in ATTRIBUTES for value in values(attribute))]
     forms = [*_ASK.values(), *(form for forms in _STATE.values() for form in forms)]
-    phrases = [part for form in forms for part in form.replace("{d}", "\n").replace("{v}", "\n").split("\n")]
+    # A question begins with the very tokens of a statement, so that what statements teach is at hand in a question.
+    phrases = [part for form in forms for part in re.split(r"\{d\}|\{v\}|(?=どれか)", form) if part]
     template = yaml.safe_load(TEMPLATE.read_text(encoding="utf-8"))
     cues = [condition["cue"] for condition in template["conditions"].values()]
     # Phrases often, so that they are merged before a term's pieces can take a part of them.
