@@ -70,19 +70,16 @@ def checkpoints_of(run: str | epath.Path) -> epath.Path:
 
 
 def steps(run: str | epath.Path) -> list[int]:
-    """Steps of the whole checkpoints of a run folder, in order. Only reads."""
+    """Steps of the whole checkpoints of a run folder, in order."""
     folder = checkpoints_of(run)
-    numbered = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
-    return sorted(int(path.name) for path in numbered if ocp.is_orbax_checkpoint(path))
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    # The marker is what makes a checkpoint whole where nothing can be renamed, as in a bucket.
+    return sorted(int(name) for name in names if name.isdigit() and (folder / name / "commit_success.txt").exists())
 
 
 def newest_step(run: str | epath.Path) -> int | None:
     """Step of the newest whole checkpoint of a run folder, or None."""
-    folder = checkpoints_of(run)
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    # The marker is what makes a checkpoint whole where nothing can be renamed, as in a bucket.
-    whole = [int(name) for name in names if name.isdigit() and (folder / name / "commit_success.txt").exists()]
-    return max(whole, default=None)
+    return max(steps(run), default=None)
 
 
 def latest_step(run: str | epath.Path) -> int:

@@ -162,3 +162,32 @@ def test_help_imports_nothing_heavy(verb):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]", done.stdout
+
+
+def documented_commands():
+    """Every `medllm` and converter command in README and docs, continuation lines joined."""
+    for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = file.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in text.splitlines():
+            command = line.partition("#")[0].strip()
+            if line.startswith("    ") and command.startswith(("medllm ", "python -m tools.convert_hf ")):
+                yield command
+
+
+def test_documented_commands_are_understood():
+    import shlex
+
+    from medllm_jax.cli import _make_parser
+    from tools.convert_hf.__main__ import _parser as converter_parser
+
+    commands = list(documented_commands())
+    assert len(commands) >= 9
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] == "medllm":
+            options, rest = _make_parser().parse_known_args(words[1:])
+            assert not rest or options.takes_settings, command
+            if options.takes_settings:
+                load_run_config(ROOT / options.config, rest)
+        else:
+            converter_parser().parse_args(words[3:])

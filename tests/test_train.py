@@ -134,6 +134,28 @@ def test_killed_process_goes_on(world, finished, tmp_path, metrics_of):
     assert_equal_bits(params_of(tmp_path / "run"), params_of(finished / "cpt"))
 
 
+def test_restored_weights_come_back_split(finished):
+    from medllm_jax.checkpoint import load_model_config
+
+    plan = blueprint(load_model_config(finished / "cpt"), PrecisionConfig(), make_mesh(MeshConfig()))
+    large = [leaf for leaf in jax.tree.leaves(load_params(finished / "cpt", plan.abstract)) if leaf.size > 1000]
+    assert len(large) == 8
+    for leaf in large:
+        assert all(shard.data.size * 8 == leaf.size for shard in leaf.addressable_shards), leaf.sharding
+
+
+def test_an_unfinished_checkpoint_does_not_count(finished, tmp_path):
+    """Where nothing can be renamed, as in a bucket, only the marker says that a checkpoint is whole."""
+    import shutil
+
+    from medllm_jax.checkpoint import latest_step, steps
+
+    copy = shutil.copytree(finished / "cpt", tmp_path / "copy")
+    assert steps(copy) == [4, 6]
+    (copy / "checkpoints" / "6" / "commit_success.txt").unlink()
+    assert latest_step(copy) == 4
+
+
 def test_rpo_starts_at_its_reference(finished, metrics_of):
     """The reference is the model that RPO starts from: at first, both rewards are zero and the DPO term is log 2."""
     first = metrics_of(finished / "rpo")[1]
