@@ -135,13 +135,12 @@ def _pairs(options: argparse.Namespace) -> None:
     with Console("pairs", len(exam.questions) * len(options.conditions), unit="prompt") as console:
         show = lambda done: console.update(done, every_seconds=10)  # noqa: E731
         rows, counts = make_pairs(exam, template, options.conditions, complete, wanted, show)
-    for name, count in counts.items():
-        print(f"{name}: {count}")
+    print(", ".join(f"{name}: {count}" for name, count in counts.items() if name != "pairs"))
     if not rows:
         raise UserError(f"no pair came out of {exam.name}: see the counts above; more samples, or a higher temperature")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    print(f"pairs: {output}")
+    print(f"{output}: {len(rows)} pairs")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -98,6 +98,7 @@ class Console:
         self._start, self._first, self._last_line = time.monotonic(), done, 0.0
         self._bar = None
         if enabled and sys.stderr.isatty():
+            import rich.console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
@@ -106,6 +107,7 @@ class Console:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(),
+                console=rich.console.Console(stderr=True),
             )
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
             self._bar.start()
@@ -119,8 +121,11 @@ class Console:
         if not self._enabled or (now - self._last_line < every_seconds and done < self._total):
             return
         self._last_line = now
-        left = (now - self._start) / max(done - self._first, 1) * (self._total - done)
-        print(f"{self._title}: {self._unit} {done}/{self._total} {note} ({_duration(left)} left)", flush=True)
+        line = f"{self._title}: {self._unit} {done}/{self._total}" + (f"  {note}" if note else "")
+        if self._first < done < self._total:
+            left = (now - self._start) / (done - self._first) * (self._total - done)
+            line += f"  ({_duration(left)} left)"
+        print(line, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -63,7 +63,8 @@ def test_plain_lines_in_a_log_and_silence_where_disabled(capsys):
         console.update(3, every_seconds=1000)
         console.update(4, every_seconds=1000)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and "2/4 loss 1.0" in lines[0] and "4/4" in lines[1] and "left" in lines[0]
+    assert len(lines) == 2 and "2/4  loss 1.0" in lines[0] and "left" in lines[0]
+    assert "4/4" in lines[1] and "left" not in lines[1]
     with Console("job", 4, enabled=False) as console:
         console.update(4)
     assert capsys.readouterr().out == ""

@@ -7,6 +7,7 @@ so a document cannot end itself or open a chat turn. Only what a chat template w
 import contextlib
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ def load_tokenizer(folder: str | epath.PathLike) -> Any:
     Raises UserError where the folder is missing or holds no tokenizer that can be loaded.
     """
     path = _require_tokenizer(folder)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
     from transformers import AutoTokenizer  # slow to import
 
     with _local_copy(path) as local:
