@@ -146,7 +146,8 @@ class ObjectiveConfig:
         name: cpt is next-token prediction; rpo is DPO plus a length-normalised NLL of the chosen response
         beta: RPO: strength of the preference term's tie to the reference model
         alpha: RPO: weight of the NLL term
-        vocab_chunks: parts of the vocabulary the LM head is computed in; 1 holds the logits of a whole micro-batch
+        vocab_chunks: parts of the vocabulary, which they divide, that the LM head is computed in; 1 holds the logits of
+            a whole micro-batch
     """
 
     name: Literal["cpt", "rpo"] = "cpt"
@@ -247,6 +248,11 @@ class RunConfig:
         _require(
             self.model is not None or self.init.checkpoint is not None,
             "neither model nor init.checkpoint is set: give the shape of a new model, or a checkpoint to start from",
+        )
+        _require(
+            self.model is None or self.model.vocab_size % self.objective.vocab_chunks == 0,
+            f"objective.vocab_chunks {self.objective.vocab_chunks} does not divide the vocabulary of "
+            f"{self.model and self.model.vocab_size}",
         )
         _require(self.checkpoint.every > 0 and self.checkpoint.keep > 0, "checkpoint.every and .keep must be positive")
 

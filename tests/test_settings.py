@@ -84,6 +84,7 @@ def test_a_model_file_as_an_override(run_file, tmp_path, monkeypatch):
         (["--mesh.fsdp", "-1", "--mesh.data", "-1"], "at most one is -1"),
         (["--model.num_key_value_heads", "3"], "num_attention_heads 2 is not a multiple of"),
         (["--objective.beta", "0"], "objective.beta is 0.0: it must be positive"),
+        (["--objective.vocab_chunks", "3"], "objective.vocab_chunks 3 does not divide the vocabulary of 100"),
         (["--model", "null"], "neither model nor init.checkpoint is set"),
         (["stray"], "unexpected argument 'stray'"),
         (["--steps"], "--steps has no value"),
