@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from medllm_jax import train as train_module
-from medllm_jax.checkpoint import load_meta, load_params
+from medllm_jax.checkpoint import abstract_params, load_meta, load_params
 from medllm_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -37,8 +37,7 @@ def config_of(world, run, kind="cpt", *, steps=6, every=2, accumulate=1, store=N
         run=str(run),
         steps=steps,
         data=DataConfig(store=str(store or default_store), batch_size=8, accumulate=accumulate),
-        **({"init": InitConfig(str(world.model))} | changes),
-        precision=PrecisionConfig(compute="float32"),
+        **({"init": InitConfig(str(world.model)), "precision": PrecisionConfig(compute="float32")} | changes),
         objective=ObjectiveConfig(name=kind),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
         checkpoint=CheckpointConfig(every=every, keep=2),
@@ -95,6 +94,16 @@ def test_resumed_equals_uninterrupted(world, finished, tmp_path, monkeypatch, me
     assert metrics_of(tmp_path / "run") == metrics_of(finished / kind)
     assert list(metrics_of(tmp_path / "run")) == list(range(1, 7))
     assert_equal_bits(params_of(tmp_path / "run"), params_of(finished / kind))
+
+
+@pytest.mark.parametrize("params", ["float32", "bfloat16"])
+def test_bfloat16_stays_close(world, finished, tmp_path, metrics_of, params):
+    """The losses are float32 whatever the products are; weights in bfloat16 learn, more coarsely."""
+    config = config_of(world, tmp_path / "run", precision=PrecisionConfig(params=params, compute="bfloat16"))
+    train(config)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(abstract_params(tmp_path / "run"))} == {params}
+    for step, row in metrics_of(tmp_path / "run").items():
+        assert row["loss"] == pytest.approx(metrics_of(finished / "cpt")[step]["loss"], abs=0.05)
 
 
 def test_a_finished_run_is_left_as_it_is(world, finished, metrics_of):
