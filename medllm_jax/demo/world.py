@@ -44,8 +44,8 @@ CPT_DOCUMENTS = 8_000
 # Shares of the base documents: questions, those of them that explain first, those of these that go astray; and of the
 # statements, those about new diseases.
 QUESTION_SHARE = 0.45
-EXPLAIN_SHARE = 0.2
-ASTRAY_SHARE = 0.3
+EXPLAIN_SHARE = 0.3
+ASTRAY_SHARE = 0.4
 NEW_SHARE = 0.03
 # Share of the CPT documents that are such as the base was made from, against forgetting.
 REPLAY_SHARE = 0.25
