@@ -47,7 +47,8 @@ def make_pairs(
 ) -> tuple[list[dict[str, Any]], Counter]:
     """Rows `prompt`, `chosen`, `rejected` (and `id`, `condition`), and counts of samples and prompts by what they were.
 
-    A sample that ran into the length limit has no end to learn from: it is counted, and in no pair.
+    A sample that ran into the length limit has no end to learn from, and an empty one no text: they are counted, and in
+    no pair.
     """
     rows: list[dict[str, Any]] = []
     counts: Counter = Counter()
@@ -85,7 +86,9 @@ def _graded(
         counts["right samples"] += correct
         if sample.finish_reason == "length":
             counts["samples cut at the length limit"] += 1
-        elif sample.text:
+        elif not sample.text.strip():
+            counts["empty samples"] += 1
+        else:
             (right if correct else wrong)[sample.text] = None
     return list(right), list(wrong)
 

@@ -76,6 +76,13 @@ def test_cut_samples_are_counted_and_in_no_pair(exam):
     assert rows == [] and counts["samples cut at the length limit"] == 4
 
 
+def test_empty_samples_are_counted_and_in_no_pair(exam):
+    complete = sampler(" b", "\n", "")
+    rows, counts = make_pairs(exam, load_template("plain"), ["answer_only"], complete, PairOptions(samples=3))
+    assert counts["empty samples"] == 4
+    assert not any(row["rejected"].strip() == "" for row in rows)
+
+
 def test_repeated_samples_count_once(exam):
     rows, _ = make_pairs(
         exam, load_template("plain"), ["answer_only"], sampler(" b", " b", " a"), PairOptions(samples=3)
