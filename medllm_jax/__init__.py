@@ -1,3 +1,7 @@
 """Continued pretraining and Reasoning Preference Optimization of Qwen2.5 on TPUs, and on a laptop's CPU."""
 
+from medllm_jax.remote import turn_off_listing_cache
+
 __version__ = "0.1.0"
+
+turn_off_listing_cache()  # here, since it must come before whatever module of ours is the first to touch a bucket

@@ -15,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from medllm_jax.config import ModelConfig
 from medllm_jax.errors import UserError
+from medllm_jax.remote import is_remote
 from medllm_jax.settings import build
 from medllm_jax.sharding import path_of
 from medllm_jax.step import TrainState
@@ -66,7 +67,8 @@ def _training_items(state: TrainState) -> dict[str, Any]:
 
 def checkpoints_of(run: str | epath.Path) -> epath.Path:
     """The checkpoint folder of a run folder, absolute: Orbax takes no other."""
-    return epath.Path(run).resolve() / "checkpoints"
+    folder = epath.Path(run)
+    return (folder if is_remote(folder) else folder.resolve()) / "checkpoints"
 
 
 def steps(run: str | epath.Path) -> list[int]:

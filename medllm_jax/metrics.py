@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from medllm_jax.remote import is_remote
+
 
 class MetricsLog:
     """metrics.jsonl (every step, in order, each once) and TensorBoard events of a run folder.
@@ -25,8 +27,7 @@ class MetricsLog:
         temporary.write_text("".join(_dump(line) for line in self._lines))
         temporary.replace(self._path)
         # What can't be appended to (an object in a bucket) is written anew at every flush.
-        self._appendable = "://" not in str(run)
-        self._file = self._path.open("a") if self._appendable else None
+        self._file = None if is_remote(run) else self._path.open("a")
         self._events = SummaryWriter(str(run / "tensorboard"), purge_step=after_step + 1)
 
     def write(self, rows: list[dict[str, Any]]) -> None:

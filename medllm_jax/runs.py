@@ -26,6 +26,11 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
+# Where a tokenizer is before it is whole. In a bucket its files are moved one by one: as long as one is left here, what
+# stands in its place is not all.
+_UNFINISHED_TOKENIZER = ".tokenizer.tmp"
+_UNFINISHED_CONFIG = ".config.yaml.tmp"
+
 # Settings that may differ when a run goes on: they change speed, place or what is written, not what is computed
 # (sums may be taken in another order). The schedule depends on `steps` unless it is constant.
 _MAY_CHANGE = (
@@ -53,7 +58,7 @@ def open_run(config: RunConfig) -> epath.Path:
     recorded = recorded_config(folder)
     if recorded is not None:
         _check_same_run(config, recorded, folder)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(entry.name != _UNFINISHED_CONFIG for entry in folder.iterdir()):
         raise UserError(f"run folder {folder} is not empty and holds no run: choose another folder, or empty this one")
     return folder
 
@@ -68,7 +73,7 @@ def record_config(folder: epath.Path, config: RunConfig) -> None:
     """Writes config.yaml of a new run; that of a run that goes on stays as it was first written."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "config.yaml").exists():
-        temporary = folder / ".config.yaml.tmp"
+        temporary = folder / _UNFINISHED_CONFIG
         temporary.write_text(to_yaml(config))
         temporary.replace(folder / "config.yaml")
 
@@ -96,9 +101,10 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_tokenizer(*runs: str | epath.Path | None) -> epath.Path | None:
-    """The tokenizer folder of the first of some run folders that carries one, or None."""
-    folders = [epath.Path(run) / "tokenizer" for run in runs if run is not None]
-    return next((folder for folder in folders if folder.exists()), None)
+    """The tokenizer folder of the first of some run folders that carries one, whole, or None."""
+    folders = [epath.Path(run) for run in runs if run is not None]
+    whole = (f for f in folders if (f / "tokenizer").exists() and not (f / _UNFINISHED_TOKENIZER).exists())
+    return next((folder / "tokenizer" for folder in whole), None)
 
 
 def tokenizer_of(run: str | epath.Path) -> epath.Path:
@@ -120,9 +126,11 @@ def carry_tokenizer(source: str | None, run: epath.Path) -> None:
 
 def copy_tokenizer(source: epath.Path, run: epath.Path) -> None:
     """Copies the tokenizer's files, and the generation config beside them, into a run folder."""
-    target, unfinished = run / "tokenizer", run / ".tokenizer.tmp"
+    target, unfinished = run / "tokenizer", run / _UNFINISHED_TOKENIZER
     unfinished.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             (source / name).copy(unfinished / name, overwrite=True)
+    if target.exists():  # in part: see find_tokenizer
+        target.rmtree()
     unfinished.rename(target)

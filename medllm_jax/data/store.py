@@ -21,6 +21,7 @@ from etils import epath
 
 from medllm_jax.data.batch import Kind
 from medllm_jax.errors import UserError
+from medllm_jax.remote import is_remote
 
 FORMAT_VERSION = 1
 
@@ -57,11 +58,6 @@ class StoreMetadata:
     digest: str
     dropped: dict[str, dict[str, Any]]
     format_version: int = FORMAT_VERSION
-
-
-def is_remote(path: epath.Path) -> bool:
-    """Whether a path is in object storage: nothing can be renamed there, so the last file written is the commit."""
-    return "://" in str(path)
 
 
 def kvstore_spec(path: epath.Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from medllm_jax.errors import UserError
+from medllm_jax.remote import is_remote
 
 # Any of these makes a folder a tokenizer; the order is the order in which they are hashed.
 _VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
@@ -111,7 +112,7 @@ def _require_tokenizer(folder: str | epath.PathLike) -> epath.Path:
 @contextlib.contextmanager
 def _local_copy(path: epath.Path) -> Iterator[Path]:
     """The folder itself, or for object storage, which transformers cannot read, a temporary copy of its small files."""
-    if "://" not in str(path):
+    if not is_remote(path):
         yield Path(path)
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -17,6 +17,7 @@ from medllm_jax.evaluation.exam import Exam
 from medllm_jax.evaluation.jsonl import parse_row
 from medllm_jax.evaluation.prompts import CONDITIONS, PromptTemplate
 from medllm_jax.evaluation.scoring import Grade, Summary, grade, summarize
+from medllm_jax.remote import is_remote
 
 # An object in a bucket cannot be appended to, and writing it whole for every line would take longer than the model.
 _LINES_PER_REWRITE = 100
@@ -194,7 +195,7 @@ class _RawOutputs:
 
 
 def _appendable(file: epath.Path) -> bool:
-    return "://" not in str(file)
+    return not is_remote(file)
 
 
 def _hash(prompt: str, max_new_tokens: int, stop: tuple[str, ...], model: str) -> str:

@@ -11,13 +11,9 @@ from pathlib import Path
 from etils import epath
 
 from medllm_jax.errors import UserError
+from medllm_jax.remote import is_remote
 
 _REMOVALS = 100  # tries, 50 ms apart
-
-
-def is_remote(path: str | os.PathLike) -> bool:
-    """Is this a URL such as gs://bucket/folder?"""
-    return "://" in os.fspath(path)
 
 
 def check_free(target: str | os.PathLike) -> None:

@@ -11,8 +11,9 @@ from medllm_jax import checkpoint, runs
 from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.errors import UserError
 from medllm_jax.metrics import Console
+from medllm_jax.remote import is_remote
 from medllm_jax.settings import to_plain
-from tools.convert_hf.folders import check_free, is_remote, new_folder
+from tools.convert_hf.folders import check_free, new_folder
 from tools.convert_hf.hf_weights import HFFolder, open_hf
 from tools.convert_hf.names import Tensor, unflatten
 

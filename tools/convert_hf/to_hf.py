@@ -13,7 +13,8 @@ from medllm_jax.config import ModelConfig
 from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.errors import UserError
 from medllm_jax.metrics import Console
-from tools.convert_hf.folders import check_free, is_remote, new_folder, replaced_folder
+from medllm_jax.remote import is_remote
+from tools.convert_hf.folders import check_free, new_folder, replaced_folder
 from tools.convert_hf.hf_config import config_json, read_json, token_ids_of, write_json
 from tools.convert_hf.hf_weights import ShardWriter
 from tools.convert_hf.names import Tensor, tensors_of
