@@ -14,7 +14,8 @@ import numpy as np
 from etils import epath
 
 from medllm_jax.data.packing import best_fit, concatenate_and_split, document_segment, pieces
-from medllm_jax.data.store import RowStoreWriter, StoreMetadata
+from medllm_jax.data.store import StoreMetadata
+from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
 from medllm_jax.data.tokenizer import encode_plain, fingerprint, load_tokenizer
 from medllm_jax.errors import UserError
 
@@ -228,12 +229,11 @@ def prepare_corpus(
             parts = (part for document in documents for part in pieces(document, sequence_length))
             rows = best_fit(map(document_segment, parts), sequence_length)
         for row in rows:
-            writer.append(row[None])
+            writer.append(row[None], "corpus")
         if not documents.count:
             raise UserError(f"no document to prepare in {inputs}; left out: {dropped}")
         return writer.finish(
-            examples=documents.count,
-            split_documents=documents.longer_than_a_row,
+            {"corpus": CorpusFacts(documents.count, documents.longer_than_a_row)},
             packing=packing,
             vocab_size=len(tokenizer),
             tokenizer_fingerprint=fingerprint(tokenizer_dir),

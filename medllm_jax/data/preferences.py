@@ -29,7 +29,8 @@ from medllm_jax.data.corpus import (
     text_problem,
 )
 from medllm_jax.data.packing import Segment, best_fit, pair_segment
-from medllm_jax.data.store import RowStore, RowStoreWriter, StoreMetadata
+from medllm_jax.data.store import RowStore, StoreMetadata
+from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
 from medllm_jax.data.tokenizer import control_tokens, encode_plain, encode_rendered, fingerprint, load_tokenizer
 from medllm_jax.errors import UserError
 
@@ -145,11 +146,11 @@ def prepare_pairs(
                     progress(count, tokens)
 
         for row in best_fit(segments(), sequence_length, max_segments=pairs_per_row):
-            writer.append(row[None])
+            writer.append(row[None], "pairs")
         if not count:
             raise UserError(f"no preference pair to prepare in {inputs}; left out: {dropped}")
         return writer.finish(
-            examples=count,
+            {"pairs": CorpusFacts(count)},
             packing="pairs",
             vocab_size=len(tokenizer),
             tokenizer_fingerprint=fingerprint(tokenizer_dir),

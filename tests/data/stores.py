@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from medllm_jax.data.store import RowStore, RowStoreWriter
+from medllm_jax.data.store import RowStore
+from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
 
 ABOUT = {"packing": "split", "vocab_size": 1000, "tokenizer_fingerprint": "f" * 64, "eos_token_id": 0}
 
@@ -18,9 +19,14 @@ def numbered_rows(count, sequence_length=12, kind="cpt"):
     return rows
 
 
-def write_rows(path, rows, kind="cpt", **options):
+def write_rows(path, rows, kind="cpt", corpora=None, **options):
+    """A store of rows; corpora: name -> number of its rows, in order (default: all are of one corpus)."""
+    corpora = {"corpus": len(rows)} if corpora is None else corpora
     with RowStoreWriter(path, kind, rows.shape[-1], **options) as writer:
-        for start in range(0, len(rows), 7):
-            writer.append(rows[start : start + 7])
-        writer.finish(examples=len(rows), **ABOUT)
+        start = 0
+        for name, count in corpora.items():
+            for first in range(start, start + count, 7):
+                writer.append(rows[first : min(first + 7, start + count)], name)
+            start += count
+        writer.finish({name: CorpusFacts(examples=count) for name, count in corpora.items()}, **ABOUT)
     return RowStore.open(path)

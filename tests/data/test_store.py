@@ -1,20 +1,21 @@
+import dataclasses
 import hashlib
-import json
 import pickle
 import shutil
 
 import numpy as np
 import pytest
 
-from medllm_jax.data import store as store_module
-from medllm_jax.data.store import RowStore, RowStoreWriter, check_compatible, kvstore_spec
+from medllm_jax.data import store_writer as writer_module
+from medllm_jax.data.store import RowStore, StoreMetadata, check_compatible, kvstore_spec, verify
+from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
 from medllm_jax.errors import UserError
 from tests.data.stores import ABOUT, numbered_rows, write_rows
 
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(store_module, "_MAX_SHARD_ROWS", 8)
+    monkeypatch.setattr(writer_module, "_MAX_SHARD_ROWS", 8)
 
 
 def shards(path):
@@ -50,24 +51,86 @@ def test_metadata_describes_the_rows(tmp_path, small_shards):
 def test_shards_do_not_change_the_digest(tmp_path, monkeypatch):
     digests = set()
     for shard_rows in (1, 5, 4096):
-        monkeypatch.setattr(store_module, "_MAX_SHARD_ROWS", shard_rows)
+        monkeypatch.setattr(writer_module, "_MAX_SHARD_ROWS", shard_rows)
         digests.add(write_rows(tmp_path / str(shard_rows), numbered_rows(23)).metadata.digest)
     assert len(digests) == 1
 
 
-def test_every_flipped_byte_is_detected(tmp_path, small_shards):
-    rows = numbered_rows(8)
-    write_rows(tmp_path / "store", rows)
-    (shard,) = shards(tmp_path / "store")
-    content = shard.read_bytes()
-    for place in range(0, len(content), 3):
-        damaged = bytearray(content)
-        damaged[place] ^= 1 << place % 8
-        shard.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"row \d of store .* is damaged"):
-            RowStore.open(tmp_path / "store").read(range(8))
-    shard.write_bytes(content)
-    assert np.array_equal(RowStore.open(tmp_path / "store").read(range(8)), rows)
+def test_a_flipped_byte_anywhere_is_reported(tmp_path, small_shards):
+    """In rows, shard indices, and every file beside them; and the store is as good as before when it is put back."""
+    path = tmp_path / "store"
+    write_rows(path, numbered_rows(11), corpora={"a": 4, "b": 7})
+    files = [file for file in path.rglob("*") if file.is_file()]
+    assert len(files) == 5
+    for file in files:
+        content = file.read_bytes()
+        in_rows = file.parent.name == "0"
+        for place in range(0, len(content), 3 if in_rows else 5):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << place % 8
+            file.write_bytes(damaged)
+            shard = file.relative_to(path)
+            match = rf"row \d+ of store {path} is damaged or missing \(shard {shard}\)" if in_rows else str(path)
+            with pytest.raises(UserError, match=match):
+                verify(path)
+            if in_rows:
+                with pytest.raises(UserError, match=match):
+                    RowStore.open(path).read(range(11))
+        file.write_bytes(content)
+    assert np.array_equal(verify(path).read(range(11)), numbered_rows(11))
+
+
+def test_verify_names_every_damaged_row(tmp_path, small_shards):
+    path = tmp_path / "store"
+    write_rows(path, numbered_rows(20))
+    middle = shards(path)[1]
+    seen = []
+    verify(path, seen.append)
+    assert seen == [8, 16, 20]
+    middle.write_bytes(middle.read_bytes()[:-5])
+    with pytest.raises(UserError) as caught:
+        verify(path)
+    assert [f"row {row} of" in str(caught.value) for row in (7, 8, 15, 16)] == [False, True, True, False]
+
+
+def test_verify_tells_whole_rows_that_are_not_the_ones_described(tmp_path, small_shards):
+    path, other = tmp_path / "store", tmp_path / "other"
+    write_rows(path, numbered_rows(16))
+    write_rows(other, numbered_rows(16) * 2)
+    shutil.copy(shards(other)[1], shards(path)[1])
+    with pytest.raises(UserError, match=r"not those that store\.json describes"):
+        verify(path)
+
+
+def test_corpora_are_ranges_of_rows(tmp_path, small_shards):
+    rows = numbered_rows(20)
+    rows[3:, 1, 7:] = 0
+    store = write_rows(tmp_path / "store", rows, corpora={"a": 3, "none": 0, "b": 17})
+    found = store.metadata.corpora
+    assert [(c.name, c.first_row, c.rows, c.examples, c.tokens) for c in found] == [
+        ("a", 0, 3, 3, 27), ("none", 3, 0, 0, 0), ("b", 3, 17, 17, 119),
+    ]  # fmt: skip
+    assert store.metadata.examples == 20
+    assert np.array_equal(store.tokens_per_row, np.count_nonzero(rows[:, 1], axis=-1))
+    with RowStoreWriter(tmp_path / "mixed", "cpt", 12) as writer:
+        writer.append(rows[:2], "a")
+        writer.append(rows[:2], "b")
+        with pytest.raises(ValueError, match="after those of another"):
+            writer.append(rows[:2], "a")
+        with pytest.raises(ValueError, match="rows are of"):
+            writer.finish({"a": CorpusFacts(examples=2)}, **ABOUT)
+
+
+def test_storage_that_cannot_be_reached_is_not_damage(tmp_path, monkeypatch):
+    store = write_rows(tmp_path / "store", numbered_rows(3))
+
+    class Unreachable:
+        def __getitem__(self, index):
+            raise ValueError("UNAVAILABLE: the network is down")
+
+    monkeypatch.setattr(store, "_array", Unreachable())
+    with pytest.raises(ConnectionError, match=r"row 1 of store .* cannot be read now: UNAVAILABLE"):
+        store.read([1])
 
 
 def test_damage_names_the_row_and_leaves_the_others_readable(tmp_path, small_shards):
@@ -110,8 +173,9 @@ def test_a_store_replaced_in_place_reads_anew(tmp_path):
 
 
 def broken(path, **changes):
-    content = json.loads((path / "store.json").read_text())
-    (path / "store.json").write_text(json.dumps(content | changes))
+    """A store.json that says something else, with a checksum that agrees."""
+    metadata = StoreMetadata.from_json((path / "store.json").read_bytes())
+    (path / "store.json").write_text(dataclasses.replace(metadata, **changes).to_json())
 
 
 def test_open_refuses_what_is_not_a_complete_store(tmp_path):
@@ -130,27 +194,27 @@ def test_open_refuses_what_is_not_a_complete_store(tmp_path):
 
     damaged("not a complete store", lambda: (path / "store.json").unlink())
     damaged("format version 99", lambda: broken(path, format_version=99))
-    damaged("cannot be understood", lambda: broken(path, colour="blue"))
+    damaged("cannot be understood", lambda: (path / "store.json").write_text('{"format_version": 2, "checksum": 1}'))
     damaged("cannot be understood", lambda: (path / "store.json").write_text('{"rows": 5'))
     damaged("cannot be understood", lambda: (path / "store.json").write_text("[]"))
     damaged("rows are int32", lambda: broken(path, rows=6))
     damaged("rows are int32", lambda: broken(path, sequence_length=13))
-    damaged("cannot be opened", lambda: shutil.rmtree(path / "rows"))
+    damaged("has lost its rows/zarr.json", lambda: shutil.rmtree(path / "rows"))
 
 
 @pytest.fixture(params=["local", "in place"])
 def both_kinds_of_storage(request, monkeypatch):
     """The writer's two ways to commit: by renaming, and, as on gs://, by writing store.json last."""
     if request.param == "in place":
-        monkeypatch.setattr(store_module, "is_remote", lambda path: True)
-        monkeypatch.setattr(store_module, "kvstore_spec", lambda path: {"driver": "file", "path": f"{path}/"})
+        monkeypatch.setattr(writer_module, "is_remote", lambda path: True)
+        monkeypatch.setattr(writer_module, "kvstore_spec", lambda path: {"driver": "file", "path": f"{path}/"})
     return request.param
 
 
 def test_failure_leaves_nothing(tmp_path, small_shards, both_kinds_of_storage):
     def fail():
         with RowStoreWriter(tmp_path / "store", "cpt", 12) as writer:
-            writer.append(numbered_rows(30))
+            writer.append(numbered_rows(30), "corpus")
             assert list(tmp_path.rglob("zarr.json")), "the failure must come after something was written"
             raise KeyError("on purpose")
 
@@ -158,13 +222,13 @@ def test_failure_leaves_nothing(tmp_path, small_shards, both_kinds_of_storage):
         fail()
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="at least one row"), RowStoreWriter(tmp_path / "store", "cpt", 12) as writer:
-        writer.finish(examples=0, **ABOUT)
+        writer.finish({}, **ABOUT)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_writer_leaves_no_store_and_can_be_repeated(tmp_path, small_shards, both_kinds_of_storage):
     writer = RowStoreWriter(tmp_path / "store", "cpt", 12)
-    writer.append(numbered_rows(30))
+    writer.append(numbered_rows(30), "corpus")
     writer._pending.result()
     with pytest.raises(UserError, match=r"no store at|not a complete store"):
         RowStore.open(tmp_path / "store")
@@ -190,7 +254,7 @@ def test_failed_overwrite_keeps_the_old_store(tmp_path, small_shards):
         pytest.raises(KeyError),
         RowStoreWriter(tmp_path / "store", "cpt", 12, overwrite=True) as writer,
     ):
-        writer.append(rows * 2)
+        writer.append(rows * 2, "corpus")
         raise KeyError("on purpose")
     assert np.array_equal(RowStore.open(tmp_path / "store").read(range(30)), rows)
 
@@ -208,10 +272,10 @@ def test_only_stores_are_overwritten(tmp_path):
 
 def test_two_writers_of_one_output(tmp_path):
     with RowStoreWriter(tmp_path / "store", "cpt", 12) as late:
-        late.append(numbered_rows(4) * 2)
+        late.append(numbered_rows(4) * 2, "corpus")
         write_rows(tmp_path / "store", numbered_rows(4))
         with pytest.raises(UserError, match="exists"):
-            late.finish(examples=4, **ABOUT)
+            late.finish({"corpus": CorpusFacts(examples=4)}, **ABOUT)
     assert np.array_equal(RowStore.open(tmp_path / "store").read(range(4)), numbered_rows(4))
     assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
 
@@ -220,7 +284,7 @@ def test_writer_refuses_rows_of_another_shape(tmp_path):
     writer = RowStoreWriter(tmp_path / "store", "cpt", 12)
     for rows in (numbered_rows(2, 13), numbered_rows(2).astype(np.int64), numbered_rows(2)[0]):
         with pytest.raises(ValueError, match="expected int32"):
-            writer.append(rows)
+            writer.append(rows, "corpus")
 
 
 def test_check_compatible(tmp_path):
