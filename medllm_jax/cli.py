@@ -4,7 +4,9 @@ Exit codes: 0 done; 1 failure; 2 the input or the config is wrong.
 """
 
 import argparse
+import contextlib
 import difflib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+# Options of `data cpt` that are settings of its recipe, by the same names (see data/corpus.py).
+_RECIPE = (
+    "sequence_length", "packing", "append_eos", "on_bad", "normalise", "min_characters", "max_bytes", "duplicates",
+    "near_threshold", "pii", "pii_rate", "pii_patterns",
+)  # fmt: skip
+
+
 # --- verbs -------------------------------------------------------------------------------------------------------
 
 
@@ -74,24 +83,45 @@ def _reference(options: argparse.Namespace) -> None:
 
 
 def _data_cpt(options: argparse.Namespace) -> None:
-    from medllm_jax.data.corpus import prepare_corpus
+    import os
 
-    with _counting("documents") as progress:
+    from medllm_jax.data.corpus import Corpus, Recipe, prepare_corpus
+    from medllm_jax.data.stages import in_processes, on_beam
+    from medllm_jax.settings import build, read_yaml
+
+    settings = read_yaml(options.config) if options.config else {}
+    where = options.config or "the command line"
+    listed = settings.pop("corpora", [])
+    tokenizer = options.tokenizer or settings.pop("tokenizer", None)
+    output = options.output or settings.pop("output", None)
+    settings |= {name: value for name, value in vars(options).items() if name in _RECIPE and value is not None}
+    recipe = build(Recipe, settings, where)
+    if options.input:
+        listed = [{"name": "corpus", "input": options.input}]
+    corpora = [build(Corpus, corpus, f"{where}: corpora[{number}]") for number, corpus in enumerate(listed)]
+    for name, value in (
+        ("--input (or corpora in --config)", corpora),
+        ("--tokenizer", tokenizer),
+        ("--output", output),
+    ):
+        if not value:
+            raise UserError(f"medllm data cpt: {name} is not given (see medllm data cpt --help)")
+
+    with contextlib.ExitStack() as stack:
+        if options.engine == "beam":
+            engine = on_beam(shlex.split(options.beam_options))
+        else:
+            engine = stack.enter_context(in_processes(options.workers or os.cpu_count() or 1))
+        show = stack.enter_context(_stages())
         metadata = prepare_corpus(
-            options.input,
-            options.tokenizer,
-            options.output,
-            options.sequence_length,
-            packing=options.packing,
-            on_bad=options.on_bad,
-            append_eos=not options.no_eos,
-            overwrite=options.overwrite,
-            progress=progress,
+            corpora, tokenizer, output, recipe, overwrite=options.overwrite, engine=engine, progress=show
         )
-    _report_store(options.output, metadata, "documents")
+    _report_store(output, metadata, "documents")
+    print(f"the whole report: medllm data show {output}")
 
 
 def _data_pairs(options: argparse.Namespace) -> None:
+    from medllm_jax.data.gate import Gate
     from medllm_jax.data.preferences import prepare_pairs
 
     with _counting("pairs") as progress:
@@ -104,10 +134,27 @@ def _data_pairs(options: argparse.Namespace) -> None:
             max_prompt_tokens=options.max_prompt_tokens,
             on_bad=options.on_bad,
             on_long=options.on_long,
+            gate=Gate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
             overwrite=options.overwrite,
             progress=progress,
         )
     _report_store(options.output, metadata, "pairs")
+
+
+def _data_show(options: argparse.Namespace) -> None:
+    from medllm_jax.data.report import report
+    from medllm_jax.data.store import RowStore
+
+    print(report(RowStore.open(options.store).metadata))
+
+
+def _data_verify(options: argparse.Namespace) -> None:
+    from medllm_jax.data.store import RowStore, verify
+    from medllm_jax.metrics import Console
+
+    with Console("verify", len(RowStore.open(options.store)), unit="row") as console:
+        store = verify(options.store, lambda done: console.update(done, every_seconds=5))
+    print(f"{options.store}: {len(store):,} rows are as they were written, {store.metadata.digest}")
 
 
 def _pairs(options: argparse.Namespace) -> None:
@@ -207,24 +254,42 @@ def _is_int(text: str) -> bool:
     return text.removeprefix("-").isdigit()
 
 
+@contextlib.contextmanager
 def _counting(what: str):
-    """A context whose value shows a growing count now and then: (items, tokens) -> None."""
-    import contextlib
+    """A context whose value shows a growing count now and then."""
     import time
 
-    @contextlib.contextmanager
-    def counting():
-        last = time.monotonic()
+    last = time.monotonic()
 
-        def show(items: int, tokens: int) -> None:
-            nonlocal last
-            if time.monotonic() - last >= 5:
-                last = time.monotonic()
-                print(f"{items:,} {what}, {tokens:,} tokens", flush=True)
+    def show(items: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 5:
+            last = time.monotonic()
+            print(f"{items:,} {what}", flush=True)
 
+    yield show
+
+
+@contextlib.contextmanager
+def _stages():
+    """A context whose value shows stage after stage: (stage, done, total) -> None."""
+    from medllm_jax.metrics import Console
+
+    console, current = None, None
+
+    def show(stage: str, done: int, total: int) -> None:
+        nonlocal console, current
+        if stage != current:
+            if console is not None:
+                console.close()
+            console, current = Console(stage, total, done=done, unit="unit"), stage
+        console.update(done, every_seconds=5)
+
+    try:
         yield show
-
-    return counting()
+    finally:
+        if console is not None:
+            console.close()
 
 
 def _report_store(output: str, metadata: Any, what: str) -> None:
@@ -259,17 +324,39 @@ def _make_parser() -> _Parser:
 
     data = verbs.add_parser("data", help="documents or preference pairs to a store of packed rows")
     kinds = data.add_subparsers(title="kinds", required=True, metavar="KIND")
-    cpt = verb(kinds, "cpt", _data_cpt, "documents (.jsonl with `text`, .jsonl.gz, .txt) to a token store")
-    _add_store_arguments(cpt)
-    cpt.add_argument(
-        "--packing", choices=("best_fit", "split"), default="best_fit", help="keep documents whole, or cut"
+    cpt = verb(
+        kinds, "cpt", _data_cpt, "documents (.jsonl, .txt, .parquet; .gz, .zst) to a token store (see docs/corpora.md)"
     )
-    cpt.add_argument("--no-eos", action="store_true", help="do not end documents with the end-of-sequence token")
+    cpt.add_argument("--config", help="YAML with corpora and their manifests, and any of these settings")
+    _add_store_arguments(cpt, required=False)
+    cpt.add_argument("--packing", choices=("best_fit", "split"), help="keep documents whole (default), or cut")
+    cpt.add_argument(
+        "--no-eos",
+        dest="append_eos",
+        action="store_false",
+        default=None,
+        help="no end-of-sequence token",
+    )
+    cpt.add_argument("--normalise", choices=("none", "nfc", "nfkc"), help="Unicode form (default none)")
+    cpt.add_argument("--min-characters", type=int, help="leave out shorter documents (default 1)")
+    cpt.add_argument("--max-bytes", type=int, help="of one line or text (default 64 MiB)")
+    cpt.add_argument("--duplicates", choices=("keep", "exact", "near"), help="which are left out (default exact)")
+    cpt.add_argument("--near-threshold", type=float, help="similarity of near duplicates (default 0.8)")
+    cpt.add_argument(
+        "--engine", choices=("here", "beam"), default="here", help="processes here (default), or Apache Beam"
+    )
+    cpt.add_argument("--workers", type=int, help="processes (default: one a core)")
+    cpt.add_argument("--beam-options", default="", help="in one string, like '--runner=DataflowRunner --project=...'")
     pairs = verb(kinds, "pairs", _data_pairs, "preference rows (`prompt`, `chosen`, `rejected`) to a pair store")
     _add_store_arguments(pairs)
     pairs.add_argument("--pairs-per-row", type=int, help="at most so many pairs in a row (default: as many as fit)")
     pairs.add_argument("--max-prompt-tokens", type=int, help="a pair with a longer prompt is over-long")
     pairs.add_argument("--on-long", choices=("error", "skip"), default="error", help="what to do about over-long pairs")
+
+    show = verb(kinds, "show", _data_show, "the report of a store: corpora, manifests, what was left out, statistics")
+    show.add_argument("store", help="store folder, local or gs://")
+    check = verb(kinds, "verify", _data_verify, "read all of a store against its checksums")
+    check.add_argument("store", help="store folder, local or gs://")
 
     make = verb(verbs, "pairs", _pairs, "sample a model on an exam with known answers, grade, make preference rows")
     _add_model_arguments(make)
@@ -313,12 +400,20 @@ def _settings_help() -> str:
     return describe() + "\n"
 
 
-def _add_store_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", nargs="+", required=True, help="files, folders or globs, local or gs://")
-    parser.add_argument("--tokenizer", required=True, help="folder with the model's tokenizer")
-    parser.add_argument("--output", required=True, help="store folder, local or gs://")
-    parser.add_argument("--sequence-length", type=int, default=4096, help="tokens in a row (default 4096)")
-    parser.add_argument("--on-bad", choices=("error", "skip"), default="error", help="what to do about malformed rows")
+def _add_store_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """required: what is not given is not to be found in a config file either."""
+    default = (lambda value: value) if required else (lambda value: None)
+    parser.add_argument("--input", nargs="+", required=required, help="files, folders or globs, local or gs://")
+    parser.add_argument("--tokenizer", required=required, help="folder with the model's tokenizer, or a .model file")
+    parser.add_argument("--output", required=required, help="store folder, local or gs://")
+    parser.add_argument("--sequence-length", type=int, default=default(4096), help="tokens in a row (default 4096)")
+    bad = "what to do about malformed rows (default error)"
+    parser.add_argument("--on-bad", choices=("error", "skip"), default=default("error"), help=bad)
+    pii = "personal data: stop where it is found (default), mask it, or only report it (see docs/personal-data.md)"
+    parser.add_argument("--pii", choices=("fail", "mask", "report"), default=default("fail"), help=pii)
+    rate = "share of documents with findings up to which `fail` goes on (default 0)"
+    parser.add_argument("--pii-rate", type=float, default=default(0.0), help=rate)
+    parser.add_argument("--pii-patterns", nargs="+", default=default([]), help="YAML files with more patterns")
     parser.add_argument("--overwrite", action="store_true", help="replace a store that is there")
 
 

@@ -27,7 +27,7 @@ def make_world(root: Path) -> World:
 
     from medllm_jax.checkpoint import write_model
     from medllm_jax.config import MeshConfig, PrecisionConfig
-    from medllm_jax.data.corpus import prepare_corpus
+    from medllm_jax.data.corpus import Corpus, Recipe, prepare_corpus
     from medllm_jax.data.preferences import prepare_pairs
     from medllm_jax.loading import blueprint, random_params
     from medllm_jax.runs import copy_tokenizer
@@ -49,7 +49,8 @@ def make_world(root: Path) -> World:
             for number in range(24)
         ],
     )
-    prepare_corpus([str(made.corpus)], made.tokenizer, made.token_store, SEQUENCE_LENGTH)
+    recipe = Recipe(sequence_length=SEQUENCE_LENGTH)
+    prepare_corpus([Corpus("corpus", str(made.corpus))], made.tokenizer, made.token_store, recipe)
     prepare_pairs([str(made.pairs)], made.tokenizer, made.pair_store, 2 * SEQUENCE_LENGTH)
     config = tiny_config()
     plan = blueprint(config, PrecisionConfig(compute="float32"), make_mesh(MeshConfig()))

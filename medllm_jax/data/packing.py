@@ -10,6 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from medllm_jax.errors import UserError
+
+
+def check_sequence_length(sequence_length: int) -> None:
+    """UserError where a row would be too short to learn from."""
+    if sequence_length < 2:
+        raise UserError(f"the sequence length is {sequence_length}: a row needs at least 2 tokens to predict one")
+
 
 class Segment(NamedTuple):
     """What must stay together in one row: tokens int32 [n] and branch_ids int32 [n], with n from 1 to S."""

@@ -7,37 +7,34 @@ A row of input has ``prompt``, ``chosen`` and ``rejected``: three plain strings,
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from medllm_jax.data.corpus import (
-    JSON_LINES,
-    Dropped,
-    Inputs,
-    OnBad,
-    Progress,
-    batched,
-    check_sequence_length,
-    eos_of,
-    find_files,
-    read_json_lines,
-    reject,
-    text_problem,
-)
-from medllm_jax.data.packing import Segment, best_fit, pair_segment
+from medllm_jax.data.gate import Findings, Gate
+from medllm_jax.data.packing import Segment, best_fit, check_sequence_length, pair_segment
+from medllm_jax.data.reading import Dropped, Inputs, OnBad, ReadOptions, read_files, reject, text_problem
 from medllm_jax.data.store import RowStore, StoreMetadata
 from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
-from medllm_jax.data.tokenizer import control_tokens, encode_plain, encode_rendered, fingerprint, load_tokenizer
+from medllm_jax.data.tokenizer import (
+    control_tokens,
+    encode_plain,
+    encode_rendered,
+    eos_of,
+    fingerprint,
+    load_tokenizer,
+)
 from medllm_jax.errors import UserError
 
 Messages = list[dict[str, str]]
 Side = str | Messages
 
 _SIDES = ("prompt", "chosen", "rejected")
+_BATCH_PAIRS = 256  # for one call of the tokenizer
 _ROLES = ("system", "user", "assistant")
 _SAME = "chosen and rejected are the same"
 
@@ -52,17 +49,16 @@ class Pair(NamedTuple):
 
 
 def read_pairs(inputs: Inputs, on_bad: OnBad, dropped: Dropped) -> Iterator[Pair]:
-    """The pairs of all .jsonl and .jsonl.gz inputs (see ``corpus.find_files``), in order, one in memory at a time.
+    """The pairs of all inputs (.jsonl, .parquet; see ``reading.find_files``), in order, one in memory at a time.
 
     Raises UserError naming file and line of a row that is no pair; with on_bad "skip" it is counted in ``dropped``.
     """
-    for file in find_files(inputs, JSON_LINES):
-        for row, where in read_json_lines(file, on_bad, dropped):
-            problem = _pair_problem(row)
-            if problem:
-                reject(where, problem, on_bad, dropped)
-            else:
-                yield Pair(row["prompt"], row["chosen"], row["rejected"], where)
+    for row, where in read_files(inputs, ReadOptions(on_bad=on_bad), dropped, _SIDES):
+        problem = _pair_problem(row)
+        if problem:
+            reject(where, problem, on_bad, dropped)
+        else:
+            yield Pair(row["prompt"], row["chosen"], row["rejected"], where)
 
 
 def _pair_problem(row: dict[str, Any]) -> str | None:
@@ -105,8 +101,9 @@ def prepare_pairs(
     max_prompt_tokens: int | None = None,
     on_bad: OnBad = "error",
     on_long: OnBad = "error",
+    gate: Gate = Gate(),  # noqa: B008 (frozen)
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[int], None] = lambda pairs: None,
 ) -> StoreMetadata:
     """Preference pairs to a store of rows of ``sequence_length`` tokens; returns what ``store.json`` says.
 
@@ -116,8 +113,9 @@ def prepare_pairs(
     A row takes as many pairs as fit, or at most ``pairs_per_row``.
 
     on_bad: what to do about a row that is no pair. on_long: what to do about a pair longer than a row, or with a prompt
-    of more than ``max_prompt_tokens``. "skip" counts them by reason, with the first line numbers. progress is called
-    now and then with the pairs and tokens kept so far. Nothing is left at ``output`` on failure.
+    of more than ``max_prompt_tokens``. "skip" counts them by reason, with the first line numbers. gate: what is done
+    about personal data, which is looked for in all pairs before any is written. progress is called now and then with
+    the pairs kept so far. Nothing is left at ``output`` on failure.
 
     Raises UserError for such rows otherwise, for messages where the tokenizer has no chat template, an input without
     pairs, a tokenizer without the end-of-sequence token, and an output that exists (unless ``overwrite``).
@@ -128,29 +126,31 @@ def prepare_pairs(
     with RowStoreWriter(output, "pairs", sequence_length, overwrite=overwrite) as writer:
         tokenizer = load_tokenizer(tokenizer_dir)
         encoder = _PairEncoder(tokenizer, eos_of(tokenizer, tokenizer_dir), str(tokenizer_dir))
-        dropped = Dropped()
-        count = tokens = 0
+        found, dropped = Findings(), Dropped()
+        for pair in read_pairs(inputs, on_bad, Dropped()):
+            found.add(gate.scanner, tuple(_texts(pair)), pair.where)
+        gate.check("the pairs", found)
+        count = 0
 
         def segments() -> Iterator[Segment]:
-            nonlocal count, tokens
-            for batch in batched(read_pairs(inputs, on_bad, dropped), _characters):
+            nonlocal count
+            pairs = (_masked(pair, gate) for pair in read_pairs(inputs, on_bad, dropped))
+            for batch in iter(lambda: list(itertools.islice(pairs, _BATCH_PAIRS)), []):
                 for where, encoded in encoder(batch, on_bad, dropped):
                     problem = _length_problem(encoded, sequence_length, max_prompt_tokens)
                     if problem:
                         reject(where, problem, on_long, dropped)
                         continue
                     count += 1
-                    tokens += sum(map(len, encoded))
                     yield pair_segment(*encoded)
-                if progress is not None:
-                    progress(count, tokens)
+                progress(count)
 
         for row in best_fit(segments(), sequence_length, max_segments=pairs_per_row):
             writer.append(row[None], "pairs")
         if not count:
             raise UserError(f"no preference pair to prepare in {inputs}; left out: {dropped}")
         return writer.finish(
-            {"pairs": CorpusFacts(count)},
+            {"pairs": CorpusFacts(count, manifest={"personal_data": found.as_dict()})},
             packing="pairs",
             vocab_size=len(tokenizer),
             tokenizer_fingerprint=fingerprint(tokenizer_dir),
@@ -241,8 +241,13 @@ def _texts(pair: Pair) -> Iterator[str]:
             yield from (message["content"] for message in side)
 
 
-def _characters(pair: Pair) -> int:
-    return sum(map(len, _texts(pair)))
+def _masked(pair: Pair, gate: Gate) -> Pair:
+    def mask(side: Side) -> Side:
+        if isinstance(side, str):
+            return gate.mask(side)
+        return [message | {"content": gate.mask(message["content"])} for message in side]
+
+    return pair._replace(prompt=mask(pair.prompt), chosen=mask(pair.chosen), rejected=mask(pair.rejected))
 
 
 def _length_problem(encoded: Encoded, sequence_length: int, max_prompt_tokens: int | None) -> str | None:

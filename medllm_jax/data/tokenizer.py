@@ -1,4 +1,4 @@
-"""Tokenizers: load one from a folder, say which one it is, and turn text into token ids.
+"""Tokenizers: load one, say which one it is, and turn text into token ids.
 
 Text is data: ``encode_plain`` never turns the *text* of a control token, such as ``<|im_end|>``, into the token itself,
 so a document cannot end itself or open a chat turn. Only what a chat template wrote goes through ``encode_rendered``.
@@ -6,29 +6,43 @@ so a document cannot end itself or open a chat turn. Only what a chat template w
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from medllm_jax.errors import UserError
 from medllm_jax.remote import is_remote
 
+_SENTENCEPIECE = "tokenizer.model"
 # Any of these makes a folder a tokenizer; the order is the order in which they are hashed.
-_VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
+_VOCABULARY_FILES = ("vocab.json", "merges.txt", _SENTENCEPIECE, "added_tokens.json")
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json")
+# Beside one of these a SentencePiece model is not the whole tokenizer, and transformers puts them together.
+_MORE_THAN_A_MODEL = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json")
+
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def load_tokenizer(folder: str | epath.PathLike) -> Any:
-    """The tokenizer in a folder (local or gs://), a ``transformers`` tokenizer; nothing is downloaded or executed.
+def load_tokenizer(path: str | epath.PathLike) -> Any:
+    """The tokenizer of a folder or of a SentencePiece file ``*.model``, local or gs://.
 
-    Raises UserError where the folder is missing or holds no tokenizer that can be loaded.
+    A ``transformers`` tokenizer; or ``SentencePieceTokenizer`` for a .model file, and for a folder that has only a
+    tokenizer.model. Nothing is downloaded or executed.
+
+    Raises UserError where there is no tokenizer, or none that can be loaded.
     """
-    path = _require_tokenizer(folder)
+    path = _require_tokenizer(path)
+    model = _lone_model(path)
+    if model is not None:
+        return SentencePieceTokenizer(model)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
     from transformers import AutoTokenizer  # slow to import
 
@@ -37,15 +51,71 @@ def load_tokenizer(folder: str | epath.PathLike) -> Any:
             return AutoTokenizer.from_pretrained(str(local), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises many types, all meaning that these files are not usable
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"the tokenizer in {path} cannot be loaded: {reason}") from error
+            hint = (
+                f"; its SentencePiece model alone is {path / _SENTENCEPIECE}"
+                if (path / _SENTENCEPIECE).exists()
+                else ""
+            )
+            raise UserError(f"the tokenizer in {path} cannot be loaded: {reason}{hint}") from error
 
 
-def fingerprint(folder: str | epath.PathLike) -> str:
+class SentencePieceTokenizer:
+    """A SentencePiece model, with as much of a ``transformers`` tokenizer's interface as is used here.
+
+    It has no chat template. The text of a control piece is never the piece; a piece that the model's training was
+    given as a user-defined symbol is ordinary text to SentencePiece, and so it is here.
+    """
+
+    chat_template = None
+
+    def __init__(self, file: epath.PathLike):
+        """Raises UserError where the file is not a SentencePiece model."""
+        import sentencepiece
+
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=epath.Path(file).read_bytes())
+        except RuntimeError as error:
+            raise UserError(f"{file} cannot be loaded: it is not a SentencePiece model") from error
+        ids = list(range(len(self)))
+        # bool [vocabulary]: control pieces, and pieces that are one byte of a character.
+        self.control = np.array(self._model.is_control(ids), bool)
+        self.bytes = np.array(self._model.is_byte(ids), bool)
+        self.bos_token_id = _known(self._model.bos_id())
+        self.eos_token_id = _known(self._model.eos_id())
+
+    def __len__(self) -> int:
+        return self._model.get_piece_size()
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        return self._model.id_to_piece(np.flatnonzero(self.control).tolist())
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts))
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of token ids, with control pieces as their names unless they are skipped."""
+        parts = []
+        for control, run in itertools.groupby(map(int, ids), key=self.control.__getitem__):
+            if not control:
+                parts.append(self._model.decode(list(run)))
+            elif not skip_special_tokens:
+                parts += self._model.id_to_piece(list(run))
+        return "".join(parts)
+
+
+def _known(token_id: int) -> int | None:
+    return token_id if token_id >= 0 else None  # SentencePiece says -1 where there is none
+
+
+def fingerprint(path: str | epath.PathLike) -> str:
     """sha256 (hex) of what maps text to token ids; files that differ in formatting or chat template only are equal.
 
-    Raises UserError where the folder holds no tokenizer.
+    A SentencePiece file has the fingerprint of the folder that has it alone, as tokenizer.model.
+
+    Raises UserError where there is no tokenizer.
     """
-    path = _require_tokenizer(folder)
+    path = _require_tokenizer(path)
     digest = hashlib.sha256()
     if (path / "tokenizer.json").exists():
         try:
@@ -60,9 +130,11 @@ def fingerprint(folder: str | epath.PathLike) -> str:
             content["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
         digest.update(json.dumps(content, sort_keys=True, ensure_ascii=True).encode())
         return digest.hexdigest()
-    for name in _VOCABULARY_FILES:
-        if (path / name).exists():
-            content = (path / name).read_bytes()
+    model = _lone_model(path)
+    files = [(name, path / name) for name in _VOCABULARY_FILES] if model is None else [(_SENTENCEPIECE, model)]
+    for name, file in files:
+        if file.exists():
+            content = file.read_bytes()
             digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
@@ -71,17 +143,31 @@ def encode_plain(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of texts as data: the text of a control token stays text. No special tokens are added."""
     if not texts:
         return []
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return tokenizer.encode(texts)
     return _encode(tokenizer, texts, split_special_tokens=True)
 
 
 def encode_rendered(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that a chat template wrote: control tokens count as such. No special tokens are added."""
+    """Token ids of texts that a chat template wrote: control tokens count as such. No special tokens are added.
+
+    Raises UserError for a SentencePiece model: it has no chat template, so nothing can have been rendered for it.
+    """
     if not texts:
         return []
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        raise UserError("a SentencePiece model has no chat template: use plain strings, or a tokenizer with a template")
     return _encode(tokenizer, texts, split_special_tokens=False)
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool) -> list[list[int]]:
+    if tokenizer.is_fast:
+        # What calling the tokenizer comes to, without offsets and masks that nobody reads: they cost half the time.
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = split_special_tokens
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
     # verbose=False: a document longer than the model's context is no reason for a warning, it will be packed.
     encoded = tokenizer(
         list(texts),
@@ -94,19 +180,91 @@ def _encode(tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool)
     return encoded["input_ids"]
 
 
+def eos_of(tokenizer: Any, tokenizer_dir: str | epath.PathLike) -> int:
+    """The id of the end-of-sequence token; UserError where the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer in {tokenizer_dir} has no end-of-sequence token: set eos_token in its config")
+    return tokenizer.eos_token_id
+
+
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:
     """The texts of the tokenizer's control tokens, sorted."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return tuple(sorted(tokenizer.all_special_tokens))
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     return tuple(sorted({*added, *tokenizer.all_special_tokens}))
 
 
-def _require_tokenizer(folder: str | epath.PathLike) -> epath.Path:
-    path = epath.Path(folder)
+def byte_pieces(tokenizer: Any) -> np.ndarray:
+    """Which tokens are not whole characters, bool [vocabulary]; control tokens and other added ones are not.
+
+    In a byte-level vocabulary the tokens whose bytes are not valid UTF-8 by themselves; where characters that are not
+    in the vocabulary fall back to bytes, the tokens such as ``<0xE3>``. The share of them in a corpus says how badly
+    the vocabulary fits its language.
+    """
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return tokenizer.bytes
+    vocabulary = tokenizer.get_vocab()
+    is_piece = _is_part_of_a_character if _is_byte_level(tokenizer) else _BYTE_PIECE.fullmatch
+    found = np.zeros(max(vocabulary.values()) + 1, bool)
+    found[[token_id for token, token_id in vocabulary.items() if is_piece(token)]] = True
+    found[list(tokenizer.added_tokens_decoder)] = False
+    return found
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    if not tokenizer.is_fast or tokenizer.backend_tokenizer.decoder is None:
+        return False
+    decoder = json.loads(tokenizer.backend_tokenizer.decoder.__getstate__())
+    return any(part["type"] == "ByteLevel" for part in decoder.get("decoders", [decoder]))
+
+
+def _byte_alphabet() -> dict[int, int]:
+    """Code point -> byte of the letters that a byte-level vocabulary is spelled in.
+
+    Bytes that print in Latin-1 stand for themselves, the others follow from U+0100 on (GPT-2's bytes_to_unicode).
+    """
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(0x100) if byte not in printing)
+    return {byte: byte for byte in printing} | {0x100 + place: byte for place, byte in enumerate(others)}
+
+
+_BYTE_ALPHABET = _byte_alphabet()
+
+
+def _is_part_of_a_character(token: str) -> bool:
+    if token.isascii():
+        return False
+    try:
+        token.translate(_BYTE_ALPHABET).encode("latin-1").decode("utf-8")
+    except UnicodeDecodeError:
+        return True
+    except UnicodeEncodeError:  # a token that is not spelled in bytes
+        return False
+    return False
+
+
+def _require_tokenizer(path: str | epath.PathLike) -> epath.Path:
+    path = epath.Path(path)
+    if path.name.endswith(".model") and path.is_file():
+        return path
     if not path.is_dir():
-        raise UserError(f"no tokenizer folder at {path}: give the folder that holds tokenizer.json")
+        raise UserError(
+            f"no tokenizer folder at {path}: give the folder that holds tokenizer.json, or a SentencePiece file *.model"
+        )
     if not any((path / name).exists() for name in ("tokenizer.json", *_VOCABULARY_FILES)):
-        raise UserError(f"no tokenizer in {path}: expected tokenizer.json (or vocab.json and merges.txt) there")
+        raise UserError(
+            f"no tokenizer in {path}: expected tokenizer.json (or vocab.json and merges.txt, or tokenizer.model) there"
+        )
     return path
+
+
+def _lone_model(path: epath.Path) -> epath.Path | None:
+    """The SentencePiece model, where it is all that the tokenizer consists of."""
+    if not path.is_dir():
+        return path
+    alone = not any((path / name).exists() for name in _MORE_THAN_A_MODEL)
+    return path / _SENTENCEPIECE if alone and (path / _SENTENCEPIECE).exists() else None
 
 
 @contextlib.contextmanager

@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 import subprocess
@@ -7,7 +8,14 @@ import pytest
 from etils import epath
 
 from medllm_jax.data import tokenizer as tokenizer_module
-from medllm_jax.data.tokenizer import control_tokens, encode_plain, encode_rendered, fingerprint, load_tokenizer
+from medllm_jax.data.tokenizer import (
+    byte_pieces,
+    control_tokens,
+    encode_plain,
+    encode_rendered,
+    fingerprint,
+    load_tokenizer,
+)
 from medllm_jax.errors import UserError
 from tests.tiny import SPECIAL_TOKENS, make_tokenizer
 
@@ -18,6 +26,27 @@ TEXTS = [
     "emoji 🩺, accents é",
     "<|im_start|>system",
 ]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_file(tmp_path_factory):
+    """A model of 256 byte pieces, three special ones and a few of the texts' own."""
+    import sentencepiece
+
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["The patient has a fever.", "患者は発熱を訴えている。"] * 20),
+        model_writer=content,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    file = tmp_path_factory.mktemp("sentencepiece") / "mine.model"
+    file.write_bytes(content.getvalue())
+    return file
 
 
 def test_plain_text_comes_back_and_control_tokens_stay_text(tokenizer_dir):
@@ -34,8 +63,82 @@ def test_plain_text_comes_back_and_control_tokens_stay_text(tokenizer_dir):
     assert encode_plain(tokenizer, []) == encode_rendered(tokenizer, []) == []
 
 
-def test_control_tokens(tokenizer_dir):
+@pytest.mark.parametrize("encode, split", [(encode_plain, True), (encode_rendered, False)])
+def test_ids_are_those_of_calling_the_tokenizer(tokenizer_dir, encode, split):
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.add_tokens(["fever"])
+    texts = [*TEXTS, "", *SPECIAL_TOKENS, "long " * 500]
+    called = tokenizer(texts, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+    # What a call with padding or truncation leaves behind is no part of the next one.
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=7)
+    assert encode(tokenizer, texts) == called
+
+
+def test_control_tokens(tokenizer_dir, sentencepiece_file):
     assert set(control_tokens(load_tokenizer(tokenizer_dir))) == set(SPECIAL_TOKENS)
+    assert control_tokens(load_tokenizer(sentencepiece_file)) == ("</s>", "<s>")
+
+
+def test_sentencepiece_text_comes_back_and_control_pieces_stay_text(sentencepiece_file):
+    tokenizer = load_tokenizer(sentencepiece_file)
+    texts = [*TEXTS, "a</s>b", "<s>", "<0xE3>", ""]
+    encoded = encode_plain(tokenizer, texts)
+    assert [tokenizer.decode(ids) for ids in encoded] == texts
+    control = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    assert len(control) == 2 and not any(control & set(ids) for ids in encoded)
+    assert max(map(max, filter(None, encoded))) < len(tokenizer)
+
+    [ids] = encode_plain(tokenizer, ["fever"])
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id]) == "fever</s>"
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == "fever"
+    assert tokenizer.chat_template is None
+    with pytest.raises(UserError, match="no chat template"):
+        encode_rendered(tokenizer, ["a"])
+
+
+def test_sentencepiece_as_a_file_and_as_a_folder(sentencepiece_file, tokenizer_dir, tmp_path):
+    shutil.copy(sentencepiece_file, tmp_path / "tokenizer.model")
+    folder, file = load_tokenizer(tmp_path), load_tokenizer(sentencepiece_file)
+    assert encode_plain(folder, TEXTS) == encode_plain(file, TEXTS)
+    assert fingerprint(tmp_path) == fingerprint(sentencepiece_file)
+    # Beside a tokenizer.json it says nothing.
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    assert encode_plain(load_tokenizer(tmp_path), TEXTS) == encode_plain(load_tokenizer(tokenizer_dir), TEXTS)
+    assert fingerprint(tmp_path) == fingerprint(tokenizer_dir)
+    (tmp_path / "broken.model").write_bytes(b"not a model")
+    assert fingerprint(tmp_path / "broken.model") != fingerprint(sentencepiece_file)
+    with pytest.raises(UserError, match="not a SentencePiece model"):
+        load_tokenizer(tmp_path / "broken.model")
+
+
+def test_byte_pieces_of_a_byte_level_vocabulary(tokenizer_dir):
+    tokenizer = load_tokenizer(tokenizer_dir)
+    own = len(tokenizer)
+    tokenizer.add_tokens(["ée"])  # as it stands, not the bytes E9 65 that a token of the vocabulary would be
+    found = byte_pieces(tokenizer)
+    assert found.dtype == bool and len(found) == own + 1 and not found[own]
+    assert found[:own].tolist() == ["\ufffd" in tokenizer.decode([token]) for token in range(own)]
+    assert 128 <= found.sum() < own
+    ids = encode_plain(tokenizer, ["患者 fever", "🩺"])
+    assert not found[ids[0]].any() and found[ids[1]].all()
+
+
+def test_byte_pieces_of_a_vocabulary_with_byte_fallback(sentencepiece_file):
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "é"]
+    bpe = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+    bpe.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    for tokenizer in (
+        PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>"),
+        load_tokenizer(sentencepiece_file),
+    ):
+        found = byte_pieces(tokenizer)
+        assert len(found) == len(tokenizer) and found.sum() == 256
+        known, unknown = encode_plain(tokenizer, ["a", "🩺"])
+        assert not found[known].any() and found[unknown].sum() == 4
 
 
 def test_no_tokenizer_there(tmp_path):
