@@ -92,6 +92,8 @@ def _data_cpt(options: argparse.Namespace) -> None:
     settings = read_yaml(options.config) if options.config else {}
     where = options.config or "the command line"
     listed = settings.pop("corpora", [])
+    if not isinstance(listed, list):
+        raise UserError(f"{where}: corpora is a list of corpora, each with name and input")
     tokenizer = options.tokenizer or settings.pop("tokenizer", None)
     output = options.output or settings.pop("output", None)
     settings |= {name: value for name, value in vars(options).items() if name in _RECIPE and value is not None}
@@ -99,13 +101,10 @@ def _data_cpt(options: argparse.Namespace) -> None:
     if options.input:
         listed = [{"name": "corpus", "input": options.input}]
     corpora = [build(Corpus, corpus, f"{where}: corpora[{number}]") for number, corpus in enumerate(listed)]
-    for name, value in (
-        ("--input (or corpora in --config)", corpora),
-        ("--tokenizer", tokenizer),
-        ("--output", output),
-    ):
-        if not value:
-            raise UserError(f"medllm data cpt: {name} is not given (see medllm data cpt --help)")
+    given = {"--input (or corpora in --config)": corpora, "--tokenizer": tokenizer, "--output": output}
+    missing = [name for name, value in given.items() if not value]
+    if missing:
+        options.parser.error(f"the following arguments are required: {', '.join(missing)}")
 
     with contextlib.ExitStack() as stack:
         if options.engine == "beam":

@@ -1,8 +1,10 @@
 """The command line: exit codes, one line a mistake, and the verbs on tiny input from end to end."""
 
 import json
+import shutil
 
 import pytest
+import yaml
 
 from medllm_jax.cli import main
 from tests.tiny import write_json_lines
@@ -83,6 +85,40 @@ def test_data_reports_what_it_left_out(world, tmp_path, capsys):
     assert run(*arguments, "--on-bad", "skip") == 0
     printed = capsys.readouterr().out
     assert "bad.jsonl:2" in printed and "bad.jsonl:3" in printed
+
+
+def test_a_config_file_lists_corpora_and_settings(world, tmp_path, capsys):
+    file = tmp_path / "corpora.yaml"
+    corpus = {"name": "guidelines", "input": [str(world.corpus)], "licence": "CC-BY-4.0", "contact": "team"}
+    config = {"corpora": [corpus], "tokenizer": str(world.tokenizer), "output": str(tmp_path / "store")}
+    file.write_text(yaml.safe_dump(config | {"sequence_length": 64, "duplicates": "near", "pii_rate": 0.5}))
+    assert run("data", "cpt", "--config", file, "--duplicates", "keep", "--workers", 1) == 0
+    metadata = json.loads((tmp_path / "store" / "store.json").read_text())
+    assert (metadata["recipe"]["duplicates"], metadata["recipe"]["pii_rate"]) == ("keep", 0.5)
+    capsys.readouterr()
+    assert run("data", "show", tmp_path / "store") == 0
+    printed = capsys.readouterr().out
+    assert "## guidelines" in printed and "licence: CC-BY-4.0" in printed and "characters per token" in printed
+    for wrong, line in (
+        ({"corpora": [corpus | {"license": "x"}]}, "corpora[0]: unknown key license: did you mean licence?"),
+        ({"packings": "split"}, "unknown key packings: did you mean packing?"),
+        ({"corpora": 3}, "corpora is a list"),
+    ):
+        file.write_text(yaml.safe_dump(config | wrong))
+        assert run("data", "cpt", "--config", file, "--overwrite") == 2
+        assert line in capsys.readouterr().err
+
+
+def test_verify_names_the_damage(world, tmp_path, capsys):
+    shutil.copytree(world.token_store, tmp_path / "store")
+    assert run("data", "verify", tmp_path / "store") == 0
+    assert "rows are as they were written" in capsys.readouterr().out
+    shard = tmp_path / "store" / "rows" / "c" / "0" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    data[5] ^= 1
+    shard.write_bytes(data)
+    assert run("data", "verify", tmp_path / "store") == 2
+    assert "row 0 of store" in (error := capsys.readouterr().err) and "shard rows/c/0/0/0" in error
 
 
 def test_train_then_evaluate_then_pairs(world, tmp_path, exam, capsys):

@@ -157,13 +157,14 @@ class RowStoreWriter:
             dropped=dict(dropped or {}),
             recipe=dict(recipe or {}),
         )
-        (self._folder / METADATA_FILE).write_text(metadata.to_json())
+        text = metadata.to_json()
+        (self._folder / METADATA_FILE).write_text(text)
         if self._folder != self.path:
             check_replaceable(self.path, overwrite=self._overwrite)  # again: another writer may have finished meanwhile
             _remove_store(self.path)
             self._folder.rename(self.path)
         self._finished = True
-        return metadata
+        return StoreMetadata.from_json(text.encode())  # as every reader will see it
 
     def _corpus_rows(self, corpora: Mapping[str, CorpusFacts]):
         first = 0

@@ -50,7 +50,9 @@ def run_demo(workdir: str, seed: int) -> Path:
         _say({"base": "To a base level", "cpt": "Continued pretraining on facts that the base has hardly seen"}[name])
         text = str(work / "world" / corpus)
         if not Path(stores[name]).exists():
-            _medllm("data", "cpt", "--input", text, *_store_arguments(place["tokenizer"], stores[name]))
+            # The world says the same things again and again: that is how so small a model comes to know them.
+            store = _store_arguments(place["tokenizer"], stores[name])
+            _medllm("data", "cpt", "--input", text, *store, "--duplicates", "keep")
         _train(name, place, stores[name], seed)
 
     _say("Preference pairs from the CPT model's own answers, graded by the exam's extractor")

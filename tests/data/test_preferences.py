@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from medllm_jax.data.corpus import Dropped
+from medllm_jax.data.gate import Gate
 from medllm_jax.data.pipeline import BatchStream
 from medllm_jax.data.preferences import prepare_pairs, read_pairs, read_reference, write_reference
 from medllm_jax.data.store import RowStore
@@ -81,7 +82,7 @@ def test_the_store_holds_the_pairs(tmp_path, tokenizer_dir, pairs_per_row):
     assert most == (pairs_per_row or most) and most > (0 if pairs_per_row else 2)
     assert (found.kind, found.packing, found.examples, found.pairs_per_row) == ("pairs", "pairs", 23, most)
     assert found.tokens == sum(len(part) for pair in expected.elements() for part in pair)
-    assert progress[-1] == (23, found.tokens)
+    assert progress[-1] == (23,)
     assert found == RowStore.open(tmp_path / "store").metadata
 
 
@@ -298,3 +299,24 @@ def test_reference_of_another_shape_is_refused(tmp_path, pair_store):
     with pytest.raises(ValueError, match="holds no pairs"):
         write_reference(documents, "model", values)
     assert not (pair_store.path / "reference").exists()
+
+
+def test_personal_data_in_pairs(tmp_path, tokenizer_dir):
+    """All three sides are looked at, before anything is written; messages are masked inside."""
+    number = "090-1234-5678"
+    plain = {"prompt": "Whom to call?", "chosen": " nobody", "rejected": f" call {number}"}
+    chat = {
+        "prompt": [{"role": "user", "content": f"Is {number} right?"}],
+        "chosen": [{"role": "assistant", "content": "yes"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+    file = write_json_lines(tmp_path / "rows.jsonl", [plain, chat])
+    with pytest.raises(
+        UserError, match=r"2 of 2 documents of the pairs .*2 phone \(first at .*rows.jsonl:1 char"
+    ) as caught:
+        prepare_pairs(file, tokenizer_dir, tmp_path / "store", 256)
+    assert number not in str(caught.value) and not (tmp_path / "store").exists()
+    found = prepare_pairs(file, tokenizer_dir, tmp_path / "store", 256, gate=Gate("mask"))
+    assert found.corpora[0].manifest["personal_data"]["flagged"] == 2
+    tokens = RowStore.open(tmp_path / "store").read([0])[0, 0]
+    assert "1234" not in (text := load_tokenizer(tokenizer_dir).decode(tokens)) and "Whom to call?" in text
