@@ -79,7 +79,7 @@ def _reference(options: argparse.Namespace) -> None:
     from medllm_jax.reference import cache_reference
 
     pairs = cache_reference(config)
-    print(f"reference log-probabilities of {pairs} pairs: {config.data.store}")
+    print(f"reference log-probabilities of {pairs} pairs: {', '.join(config.data.stores)}")
 
 
 def _data_cpt(options: argparse.Namespace) -> None:

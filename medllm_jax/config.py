@@ -112,14 +112,17 @@ class DataConfig:
     """The rows a run reads.
 
     Attributes:
-        store: token store (cpt) or pair store (rpo), local or gs://
+        store: token store (cpt) or pair store (rpo), local or gs://; or a list of stores, whose corpora differ in name
+        mix: corpus -> weight, its share of the rows that are read; each corpus then has epochs of its own, every one is
+            named, and 0 leaves it out; null shuffles all rows together and reads each once an epoch
         batch_size: rows of one optimizer step, over all hosts
         accumulate: micro-batches that one optimizer step is computed in
         threads: reading threads
         prefetch: batches held ready ahead of the device; at least as many as threads
     """
 
-    store: str
+    store: str | tuple[str, ...]
+    mix: dict[str, float] | None = None
     batch_size: int = 8
     accumulate: int = 1
     threads: int = 4
@@ -136,6 +139,10 @@ class DataConfig:
             self.batch_size % self.accumulate == 0,
             f"data.batch_size {self.batch_size} is not a multiple of data.accumulate {self.accumulate}",
         )
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        return (self.store,) if isinstance(self.store, str) else self.store
 
 
 @dataclass(frozen=True)

@@ -69,25 +69,31 @@ class Meter:
     """Metrics of steps whose numbers are still on the device, fetched together so that the loop never waits for one."""
 
     def __init__(self):
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._since = time.monotonic()
+        self._pending: list[tuple[int, dict[str, Any]]] = []
+        self._since, self._waited = time.monotonic(), 0.0
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
+        """Adds a step: scalars of the device, and numbers of the host, which come back as they are."""
         self._pending.append((step, metrics))
 
-    def take(self) -> list[dict[str, Any]]:
-        """Rows of all steps added since the last call; waits for the device. Speeds are means over these steps."""
+    def take(self, waited: float = 0.0) -> list[dict[str, Any]]:
+        """Rows of all steps added since the last call; waits for the device. Speeds are means over these steps.
+
+        waited: seconds that the loop has waited for data so far. `data_wait`, their share of the time since the last
+        call, is an upper bound of what the device waited: while the loop waits, it may have steps left to do.
+        """
         values = jax.device_get([metrics for _, metrics in self._pending])
         now = time.monotonic()
         seconds = max(now - self._since, 1e-9)
         rows = [
-            {"step": step, **{name: float(value) for name, value in sorted(row.items())}}
+            {"step": step, **{k: v if isinstance(v, int | float) else float(v) for k, v in sorted(row.items())}}
             for (step, _), row in zip(self._pending, values, strict=True)
         ]
         tokens = sum(row.get("tokens", 0.0) for row in rows)
         for row in rows:
             row |= {"step_seconds": seconds / len(rows), "tokens_per_second": tokens / seconds}
-        self._pending, self._since = [], now
+            row["data_wait"] = (waited - self._waited) / seconds
+        self._pending, self._since, self._waited = [], now, waited
         return rows
 
 

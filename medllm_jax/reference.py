@@ -10,14 +10,14 @@ from flax import nnx
 from medllm_jax.config import RunConfig
 from medllm_jax.data.batch import Batch
 from medllm_jax.data.pipeline import in_order
-from medllm_jax.data.preferences import write_reference
+from medllm_jax.data.references import write_references
 from medllm_jax.errors import UserError
 from medllm_jax.fingerprint import model_fingerprint
 from medllm_jax.loading import load_model
 from medllm_jax.losses import pair_log_probs
 from medllm_jax.metrics import Console
 from medllm_jax.sharding import check_divisible, make_mesh, put_batch, replicated
-from medllm_jax.train import open_store, with_model
+from medllm_jax.train import open_rows, with_model
 
 
 def cache_reference(config: RunConfig) -> int:
@@ -32,23 +32,23 @@ def cache_reference(config: RunConfig) -> int:
             "reference log-probabilities belong to an RPO run: set objective.name to rpo, "
             "and init.checkpoint to the model that it starts from"
         )
-    store, mesh = open_store(config), make_mesh(config.mesh)
-    rows = config.data.batch_size // config.data.accumulate
-    check_divisible(mesh, config.model, rows)
+    rows, mesh = open_rows(config), make_mesh(config.mesh)
+    batch_size = config.data.batch_size // config.data.accumulate
+    check_divisible(mesh, config.model, batch_size)
     model = load_model(config.init.checkpoint, config.precision, mesh)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def score(params: Any, batch: Batch) -> jax.Array:
         network = nnx.merge(model.structure, params)
-        return pair_log_probs(network, batch, store.metadata.pairs_per_row, config.objective.vocab_chunks)
+        return pair_log_probs(network, batch, rows.pairs_per_row, config.objective.vocab_chunks)
 
     scored = []
-    batches = in_order(store, rows, process_index=jax.process_index(), process_count=jax.process_count())
-    with Console("reference", len(store), unit="row", enabled=jax.process_index() == 0) as console:
+    batches = in_order(rows, batch_size, process_index=jax.process_index(), process_count=jax.process_count())
+    with Console("reference", len(rows), unit="row", enabled=jax.process_index() == 0) as console:
         for batch, real in batches:
             scored.append(np.asarray(score(model.params, put_batch(batch, mesh)))[:real])
             console.update(sum(map(len, scored)), every_seconds=5)
     fingerprint = model_fingerprint(model.params)
     if jax.process_index() == 0:
-        write_reference(store, fingerprint, np.concatenate(scored))
-    return store.metadata.examples
+        write_references(rows, fingerprint, np.concatenate(scored))
+    return sum(corpus.examples for corpus in rows.corpora)

@@ -159,8 +159,12 @@ def _checked(hint: Any, value: Any, key: str) -> Any:
     wanted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) not in wanted:  # which jsonargparse lets pass
         raise UserError(f"{key}: expected {_type_name(hint)}, got null")
-    if str in wanted and value is not None and not isinstance(value, str):
+    if str in wanted and isinstance(value, str):
+        return value
+    if str in wanted and value is not None and not isinstance(value, list | tuple):
         raise UserError(f"{key}: expected {_type_name(hint)}, got {value!r}")
+    if isinstance(value, dict) and not all(isinstance(name, str) for name in value):
+        raise UserError(f"{key}: a name in it is not text; write it in quotes")
     if int in wanted and isinstance(value, bool):
         raise UserError(f"{key}: expected {_type_name(hint)}, got {value!r}")
     try:
@@ -172,6 +176,10 @@ def _checked(hint: Any, value: Any, key: str) -> Any:
 def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_type_name(typing.get_args(hint)[0])}"
+    if typing.get_origin(hint) is dict:
+        return "a mapping of " + " to ".join(map(_type_name, typing.get_args(hint)))
     if isinstance(hint, types.UnionType):
         return " or ".join("null" if t is type(None) else _type_name(t) for t in typing.get_args(hint))
     return {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}.get(

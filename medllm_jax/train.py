@@ -13,9 +13,11 @@ from jax.experimental import multihost_utils
 from medllm_jax import runs
 from medllm_jax.checkpoint import CheckpointWriter, load_meta, load_model_config, load_params, load_state, newest_step
 from medllm_jax.config import RunConfig
-from medllm_jax.data.pipeline import BatchStream
-from medllm_jax.data.preferences import read_reference
-from medllm_jax.data.store import RowStore, check_compatible
+from medllm_jax.data.ahead import Ahead
+from medllm_jax.data.pipeline import BatchStream, check_mix
+from medllm_jax.data.references import read_references
+from medllm_jax.data.sources import Rows, Seen
+from medllm_jax.data.store import check_compatible
 from medllm_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from medllm_jax.errors import UserError
 from medllm_jax.fingerprint import model_fingerprint
@@ -34,7 +36,7 @@ def train(config: RunConfig) -> epath.Path:
     """Trains until `config.steps`, from the newest checkpoint of the run folder if it has one. Returns the folder."""
     config = with_model(config)
     folder = runs.open_run(config)
-    store = open_store(config)
+    rows = open_rows(config)
     mesh = make_mesh(config.mesh)
     check_divisible(mesh, config.model, config.data.batch_size // config.data.accumulate)
     plan = blueprint(config.model, config.precision, mesh, remat=config.remat)
@@ -45,13 +47,14 @@ def train(config: RunConfig) -> epath.Path:
     start = newest_step(folder) or 0
     if start:
         meta = load_meta(folder, start)
-        check_same_data(folder, meta, store)
+        check_same_data(folder, meta, rows)
         state = load_state(folder, start, abstract)
     else:
         params = initial_params(config, plan)
-        meta = first_meta(config, store, params)
+        meta = first_meta(config, rows, params)
         state = initialise(params)
-    reference = read_reference(store, meta["reference_model"]) if config.objective.name == "rpo" else None
+    reference = read_references(rows, meta["reference_model"]) if config.objective.name == "rpo" else None
+    seen = Seen(rows, meta["seen"])
     multihost_utils.sync_global_devices("every process has looked at the run folder")
     if jax.process_index() == 0:
         runs.record_config(folder, config)
@@ -69,17 +72,20 @@ def train(config: RunConfig) -> epath.Path:
         out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), replicated(mesh)),
     )
     with (
-        open_stream(config, store, meta["position"], reference) as stream,
+        open_stream(config, rows, meta["position"], reference) as stream,
+        Ahead(stream, functools.partial(put_batch, mesh=mesh), position=meta["position"]) as batches,
         CheckpointWriter(folder, every=config.checkpoint.every, keep=config.checkpoint.keep) as checkpoints,
-        Progress(config, folder, start) as progress,
+        Progress(config, folder, start, batches, seen) as progress,
     ):
         for step in range(start + 1, config.steps + 1):
-            state, metrics = step_function(state, put_batch(next(stream), mesh))
+            state, metrics = step_function(state, next(batches))
+            seen.add(stream.row_ids(batches.position - 1))
             progress.add(step, metrics)
             last = step == config.steps
             if last or checkpoints.due(step):
                 progress.flush(step)  # before the save: a resumed run must find the lines of the steps that it skips
-                checkpoints.save(step, state, meta | {"position": stream.position}, force=last)
+                now = {"position": batches.position, "seen": seen.counts}
+                checkpoints.save(step, state, meta | now, force=last)
     return folder
 
 
@@ -104,25 +110,29 @@ def with_model(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=found)
 
 
-def open_store(config: RunConfig) -> RowStore:
-    """The run's store; UserError where its kind, its tokens or its tokenizer don't fit the model."""
-    store = RowStore.open(config.data.store)
+def open_rows(config: RunConfig) -> Rows:
+    """The rows of the run's stores; UserError where their kind, tokens, tokenizer or corpora don't fit the run."""
+    rows = Rows.open(config.data.stores)
     tokenizer = runs.find_tokenizer(config.run, config.init.checkpoint)
-    check_compatible(
-        store,
-        kind=STORE_KINDS[config.objective.name],
-        vocab_size=config.model.vocab_size,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None,
-    )
-    return store
+    for store in rows.stores:
+        check_compatible(
+            store,
+            kind=STORE_KINDS[config.objective.name],
+            vocab_size=config.model.vocab_size,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None,
+        )
+    if config.data.mix is not None:
+        check_mix(rows, config.data.mix)
+    return rows
 
 
-def open_stream(config: RunConfig, store: RowStore, position: int, reference: np.ndarray | None) -> BatchStream:
+def open_stream(config: RunConfig, rows: Rows, position: int, reference: np.ndarray | None) -> BatchStream:
     """This process' part of the run's batches, from a position on."""
     return BatchStream(
-        store,
+        rows,
         config.data.batch_size,
         config.seed,
+        mix=config.data.mix,
         position=position,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -149,22 +159,24 @@ def state_maker(plan: Blueprint, optimizer: optax.GradientTransformation, seed: 
     return abstract, jax.jit(make, donate_argnums=0, out_shardings=shardings)
 
 
-def first_meta(config: RunConfig, store: RowStore, params: Any) -> dict[str, Any]:
+def first_meta(config: RunConfig, rows: Rows, params: Any) -> dict[str, Any]:
     """What every checkpoint of this run says beside its arrays; `position` is the data's, in batches."""
     return {
         "config": to_plain(config),
         "model": to_plain(config.model),
         "position": 0,
         "reference_model": model_fingerprint(params) if config.objective.name == "rpo" else None,
-        "store_digest": store.metadata.digest,
+        "seen": Seen(rows).counts,
+        "rows_digest": rows.digest,
     }
 
 
-def check_same_data(folder: epath.Path, meta: dict[str, Any], store: RowStore) -> None:
-    if meta["store_digest"] != store.metadata.digest:
+def check_same_data(folder: epath.Path, meta: dict[str, Any], rows: Rows) -> None:
+    # By their names too: the same rows under other names would be counted, and mixed, as others.
+    if meta["rows_digest"] != rows.digest or meta["seen"].keys() != Seen(rows).counts.keys():
         raise UserError(
-            f"run {folder} was trained on other rows than store {store.path} holds now: "
-            "give the store that it began with, or choose another run folder"
+            f"run {folder} was trained on other rows than there are now in {rows}: "
+            "give what it began with, in the same order, or choose another run folder"
         )
 
 
@@ -174,26 +186,33 @@ class Progress:
     The numbers stay on the device until `logging.every` steps have gathered, so the loop does not wait for each.
     """
 
-    def __init__(self, config: RunConfig, folder: epath.Path, start: int):
+    def __init__(self, config: RunConfig, folder: epath.Path, start: int, batches: Ahead, seen: Seen):
         writes = jax.process_index() == 0
         self._every, self._schedule = config.logging.every, make_schedule(config.optimizer, config.steps)
+        self._batches, self._seen, self._mixed = batches, seen, config.data.mix is not None
         self._meter = Meter()
         self._log = MetricsLog(folder, after_step=start) if writes else None
         self._console = Console(f"{config.objective.name} {folder.name}", config.steps, done=start, enabled=writes)
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        self._meter.add(step, metrics)
+        seen = self._seen.counts
+        if not self._mixed:  # else each corpus has its own
+            seen["epoch"] = self._seen.epochs
+        self._meter.add(step, metrics | seen)
         if step % self._every == 0:
             self.flush(step)
 
     def flush(self, step: int) -> None:
         """Fetches and writes what has gathered."""
-        rows = self._meter.take()
+        rows = self._meter.take(self._batches.waited)
         if not rows or self._log is None:
             return
         self._log.write([row | {"learning_rate": float(self._schedule(row["step"] - 1))} for row in rows])
         last = rows[-1]
-        self._console.update(step, f"loss {last['loss']:.4f}  {last['tokens_per_second']:,.0f} tokens/s")
+        note = f"loss {last['loss']:.4f}  {last['tokens_per_second']:,.0f} tokens/s"
+        if last["data_wait"] > 0.01:
+            note += f"  data {100 * last['data_wait']:.1f} %"
+        self._console.update(step, note)
 
     def __enter__(self) -> "Progress":
         return self

@@ -149,7 +149,18 @@ def test_demo_configs_load():
 
 
 @pytest.mark.parametrize(
-    "verb", [[], ["train"], ["reference"], ["evaluate"], ["pairs"], ["demo"], ["data", "cpt"], ["data", "pairs"]]
+    "verb",
+    [
+        [],
+        ["train"],
+        ["reference"],
+        ["evaluate"],
+        ["pairs"],
+        ["demo"],
+        ["data", "cpt"],
+        ["data", "pairs"],
+        ["data", "show"],
+    ],
 )
 def test_help_imports_nothing_heavy(verb):
     """What makes `--help` slow is imports; a clock in a test would only say how busy the machine is."""

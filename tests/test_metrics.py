@@ -1,6 +1,7 @@
 """What a run writes: every step once, also after an interruption; progress on a terminal and in a log."""
 
 import json
+import time
 
 import jax.numpy as jnp
 from etils import epath
@@ -55,6 +56,17 @@ def test_meter_fetches_in_order_with_speed():
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 2.0)]
     assert all(row["tokens_per_second"] > 0 and row["step_seconds"] > 0 for row in rows)
     assert meter.take() == []
+
+
+def test_meter_keeps_numbers_of_the_host_and_gives_the_share_of_waiting():
+    meter, shares = Meter(), []
+    for waited in (0.0, 0.01, 0.01):
+        meter.add(1, {"loss": jnp.float32(1), "rows/a": 2**53, "epoch": 0.5})
+        time.sleep(0.02)
+        (row,) = meter.take(waited)
+        assert (row["rows/a"], row["epoch"]) == (2**53, 0.5) and isinstance(row["rows/a"], int)
+        shares.append(row["data_wait"])
+    assert shares[0] == shares[2] == 0 < shares[1] <= 0.5
 
 
 def test_plain_lines_in_a_log_and_silence_where_disabled(capsys):

@@ -11,7 +11,7 @@ import pytest
 from medllm_jax.reference import cache_reference
 from medllm_jax.settings import to_yaml
 from medllm_jax.train import train
-from tests.test_train import config_of
+from tests.test_train import HALVES, config_of, parts_of
 
 WORKER = """
 import sys
@@ -32,11 +32,14 @@ def free_port():
 
 @pytest.mark.parametrize("kind", ["cpt", "rpo"])
 def test_two_processes_equal_one(world, tmp_path, metrics_of, kind):
-    alone = config_of(world, tmp_path / "alone", kind, steps=4)
+    data = {}
+    if kind == "cpt":
+        data = {"store": parts_of(world.token_store, tmp_path, HALVES), "mix": {"first": 1, "second": 3}}
+    alone = config_of(world, tmp_path / "alone", kind, steps=4, **data)
     if kind == "rpo":
         cache_reference(alone)
     train(alone)
-    together = config_of(world, tmp_path / "together", kind, steps=4)
+    together = config_of(world, tmp_path / "together", kind, steps=4, **data)
     (tmp_path / "run.yaml").write_text(to_yaml(together))
     (tmp_path / "worker.py").write_text(WORKER)
     env = os.environ | {

@@ -62,9 +62,40 @@ def test_a_model_file_as_an_override(run_file, tmp_path, monkeypatch):
     assert load_run_config(run_file, ["--model", "other.yaml"]).model.hidden_size == 16
 
 
+@pytest.mark.parametrize("text", ["a", "[a, b]", "[a]", "gs://bucket/a b", "'[a, b]'", "'null'"])
+def test_a_store_or_a_list_of_stores(run_file, tmp_path, text):
+    by_file = RUN.replace("{store: a}", f"{{store: {text}}}" if "gs" not in text else "{store: 'gs://bucket/a b'}")
+    run_file.write_text(by_file)
+    config = load_run_config(run_file)
+    stores = {"a": ("a",), "[a, b]": ("a", "b"), "[a]": ("a",)}
+    assert config.data.stores == stores.get(text, (text.strip("'"),))
+    assert load_run_config(run_file, ["--data.store", text]) == config
+    assert build(RunConfig, to_plain(config), "here") == config
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_run_config(tmp_path / "again.yaml") == config
+
+
+def test_a_mix_and_one_weight_of_it(run_file, tmp_path):
+    run_file.write_text(RUN.replace("{store: a}", "{store: a, mix: {papers: 3, ノート: 0.5}}"))
+    config = load_run_config(run_file)
+    assert config.data.mix == {"papers": 3.0, "ノート": 0.5}
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_run_config(tmp_path / "again.yaml") == build(RunConfig, to_plain(config), "here") == config
+    assert load_run_config(run_file, ["--data.mix.papers", "1e-3"]).data.mix == {"papers": 0.001, "ノート": 0.5}
+    assert load_run_config(run_file, ["--data.mix", "{papers: 1}"]).data.mix == {"papers": 1.0}
+    assert load_run_config(run_file, ["--data.mix", "null"]).data.mix is None
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
+        (["--data.store", "[a, 5]"], "data.store: expected text or a list of text, got ['a', 5]"),
+        (["--data.store", "{a: b}"], "data.store: expected text or a list of text, got {'a': 'b'}"),
+        (["--data.store", "null"], "data.store: expected text or a list of text, got null"),
+        (["--run", "[a]"], "run: expected text, got ['a']"),
+        (["--data.mix", "a"], "data.mix: expected a mapping of text to a number or null, got 'a'"),
+        (["--data.mix.a", "much"], "data.mix: expected a mapping of text to a number or null, got {'a': 'much'}"),
+        (["--data.mix", "{2024: 1}"], "data.mix: a name in it is not text; write it in quotes"),
         (
             ["--optimizer.learnign_rate", "1"],
             "unknown key optimizer.learnign_rate: did you mean optimizer.learning_rate?",

@@ -1,10 +1,13 @@
 """Runs: resumed equals uninterrupted, bit for bit; RPO starts at its reference; what can't go on says so."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,6 +26,8 @@ from medllm_jax.config import (
     PrecisionConfig,
     RunConfig,
 )
+from medllm_jax.data.store import RowStore
+from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
 from medllm_jax.errors import UserError
 from medllm_jax.loading import blueprint
 from medllm_jax.reference import cache_reference
@@ -31,12 +36,12 @@ from medllm_jax.sharding import make_mesh
 from medllm_jax.train import train
 
 
-def config_of(world, run, kind="cpt", *, steps=6, every=2, accumulate=1, store=None, **changes):
+def config_of(world, run, kind="cpt", *, steps=6, every=2, accumulate=1, store=None, mix=None, **changes):
     default_store = world.token_store if kind == "cpt" else world.pair_store
     return RunConfig(
         run=str(run),
         steps=steps,
-        data=DataConfig(store=str(store or default_store), batch_size=8, accumulate=accumulate),
+        data=DataConfig(store=store or str(default_store), mix=mix, batch_size=8, accumulate=accumulate),
         **({"init": InitConfig(str(world.model)), "precision": PrecisionConfig(compute="float32")} | changes),
         objective=ObjectiveConfig(name=kind),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
@@ -94,6 +99,67 @@ def test_resumed_equals_uninterrupted(world, finished, tmp_path, monkeypatch, me
     assert metrics_of(tmp_path / "run") == metrics_of(finished / kind)
     assert list(metrics_of(tmp_path / "run")) == list(range(1, 7))
     assert_equal_bits(params_of(tmp_path / "run"), params_of(finished / kind))
+
+
+HALVES = {"first": slice(0, None, 2), "second": slice(1, None, 2)}
+
+
+def parts_of(path, folder, parts):
+    """Paths of stores of one corpus each: name -> the rows of another store that it holds."""
+    store = RowStore.open(path)
+    rows, about = store.read(range(len(store))), store.metadata
+    for name, part in parts.items():
+        with RowStoreWriter(folder / name, about.kind, about.sequence_length) as writer:
+            writer.append(rows[part], name)
+            same = {key: getattr(about, key) for key in ("packing", "vocab_size", "tokenizer_fingerprint")}
+            writer.finish({name: CorpusFacts(len(rows[part]))}, eos_token_id=about.eos_token_id, **same)
+    return tuple(str(folder / name) for name in parts)
+
+
+def test_a_mix_of_stores_resumed_equals_uninterrupted(world, tmp_path, monkeypatch, metrics_of):
+    stores = parts_of(world.token_store, tmp_path / "stores", HALVES)
+    mix = {"store": stores, "mix": {"second": 0.75, "first": 0.25}}
+    train(config_of(world, tmp_path / "whole", **mix))
+    with monkeypatch.context() as patch:
+        break_at(patch, 4)
+        with pytest.raises(KilledError):
+            train(config_of(world, tmp_path / "run", **mix))
+    moved = tuple(str(shutil.copytree(store, tmp_path / Path(store).name)) for store in stores)
+    train(config_of(world, tmp_path / "run", **mix | {"store": moved}))
+    rows = metrics_of(tmp_path / "whole")
+    assert metrics_of(tmp_path / "run") == rows
+    assert_equal_bits(params_of(tmp_path / "run"), params_of(tmp_path / "whole"))
+    tokens = np.cumsum([row["tokens"] for row in rows.values()])
+    for step, row in rows.items():
+        assert (row["rows/first"], row["rows/second"], "epoch" in row) == (2 * step, 6 * step, False)
+        assert row["tokens/first"] + row["tokens/second"] == tokens[step - 1]
+    for change, line in (
+        ({"mix": mix["mix"] | {"first": 1}}, r"data\.mix\.first was 0\.25 and is now 1"),
+        ({"mix": None}, r"data\.mix\.first was 0\.25 and is now None"),
+        ({"store": stores[::-1]}, "trained on other rows"),
+    ):
+        with pytest.raises(UserError, match=line):
+            train(config_of(world, tmp_path / "run", **mix | change))
+
+
+def test_metrics_say_what_was_read_and_what_was_waited_for(world, finished):
+    rows = RowStore.open(world.token_store)
+    (corpus,) = rows.metadata.corpora
+    lines = [json.loads(line) for line in (finished / "cpt" / "metrics.jsonl").read_text().splitlines()]
+    tokens = np.cumsum([line["tokens"] for line in lines])
+    for step, line in enumerate(lines, 1):
+        assert line[f"rows/{corpus.name}"] == 8 * step and line["epoch"] == 8 * step / len(rows)
+        assert line[f"tokens/{corpus.name}"] == tokens[step - 1]
+        assert 0 <= line["data_wait"] < 1
+
+
+def test_rpo_on_several_stores_starts_at_its_reference(world, tmp_path, metrics_of):
+    config = config_of(world, tmp_path / "run", "rpo", steps=2, store=parts_of(world.pair_store, tmp_path, HALVES))
+    cache_reference(config)
+    train(config)
+    first = metrics_of(tmp_path / "run")[1]
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+    assert first["dpo"] == pytest.approx(np.log(2), abs=1e-5)
 
 
 @pytest.mark.parametrize("params", ["float32", "bfloat16"])
@@ -155,8 +221,6 @@ def test_restored_weights_come_back_split(finished):
 
 def test_an_unfinished_checkpoint_does_not_count(finished, tmp_path):
     """Where nothing can be renamed, as in a bucket, only the marker says that a checkpoint is whole."""
-    import shutil
-
     from medllm_jax.checkpoint import latest_step, steps
 
     copy = shutil.copytree(finished / "cpt", tmp_path / "copy")
@@ -174,7 +238,7 @@ def test_rpo_starts_at_its_reference(finished, metrics_of):
     assert first["loss"] == pytest.approx(first["dpo"] + first["nll"], abs=1e-5)
 
 
-def test_rpo_logs_what_users_expect_and_learns(finished, metrics_of):
+def test_rpo_logs_what_users_expect_and_learns(world, finished, metrics_of):
     rows = metrics_of(finished / "rpo")
     expected = {
         "step",
@@ -188,6 +252,8 @@ def test_rpo_logs_what_users_expect_and_learns(finished, metrics_of):
         "pairs",
     }
     expected |= {"rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm", "entropy", "learning_rate"}
+    (name,) = (corpus.name for corpus in RowStore.open(world.pair_store).metadata.corpora)
+    expected |= {f"rows/{name}", f"tokens/{name}", "epoch"}
     assert expected == set(rows[1])
     assert rows[6]["rewards/margins"] > 0 and rows[6]["loss"] < rows[1]["loss"]
 
@@ -224,13 +290,12 @@ def test_a_folder_that_is_no_run_is_refused(world, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_other_rows_than_the_run_began_with_are_refused(world, finished, tmp_path):
-    from medllm_jax.data.corpus import prepare_corpus
-
-    (tmp_path / "other.txt").write_text("other text, other rows")
-    prepare_corpus([str(tmp_path / "other.txt")], world.tokenizer, tmp_path / "store", 64)
+@pytest.mark.parametrize("part", [{"corpus": slice(3)}, {"another": slice(None)}])
+def test_other_rows_or_corpora_than_the_run_began_with_are_refused(world, finished, tmp_path, part):
+    assert [corpus.name for corpus in RowStore.open(world.token_store).metadata.corpora] == ["corpus"]
+    (store,) = parts_of(world.token_store, tmp_path, part)
     with pytest.raises(UserError, match="trained on other rows"):
-        train(config_of(world, finished / "cpt", store=tmp_path / "store"))
+        train(config_of(world, finished / "cpt", store=store))
 
 
 @pytest.mark.parametrize(
@@ -240,12 +305,13 @@ def test_other_rows_than_the_run_began_with_are_refused(world, finished, tmp_pat
         ({"accumulate": 2}, "micro-batch of 4 rows does not divide"),
         ({"kind": "rpo", "store": "token_store"}, "holds cpt rows, the run needs pairs"),
         ({"store": "missing"}, "no store at"),
+        ({"mix": {"none": 1}}, "the mix does not fit the rows: no corpus none"),
         ({"init": InitConfig("nowhere")}, "nowhere holds no checkpoint"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(world, tmp_path, change, line):
     if "store" in change:
-        change = change | {"store": getattr(world, change["store"], tmp_path / change["store"])}
+        change = change | {"store": str(getattr(world, change["store"], tmp_path / change["store"]))}
     with pytest.raises(UserError, match=line) as caught:
         train(config_of(world, tmp_path / "run", **change))
     assert "\n" not in str(caught.value)

@@ -8,6 +8,9 @@ from medllm_jax.data.personal import Scanner
 from medllm_jax.data.reading import Dropped
 from medllm_jax.errors import UserError
 
+# What stood glued to a finding may only be seen once that is masked. Bounded, for a mask may itself match a pattern.
+_ROUNDS = 3
+
 
 class Findings:
     """What a scan has found: documents, those with findings, and by pattern how many and where the first are."""
@@ -58,7 +61,14 @@ class Gate:
 
     def mask(self, text: str) -> str:
         """The text as it may be written."""
-        return self.scanner.mask(text, self.scanner.find(text)) if self.mode == "mask" else text
+        if self.mode != "mask":
+            return text
+        for _ in range(_ROUNDS):
+            found = self.scanner.find(text)
+            if not found:
+                break
+            text = self.scanner.mask(text, found)
+        return text
 
     def check(self, name: str, found: Findings) -> None:
         """UserError, with counts and places, where more was found in a corpus than may pass."""

@@ -263,9 +263,7 @@ def verify(path: str | epath.PathLike, progress: Callable[[int], None] = lambda 
         more = f"; and {len(damaged) - 10} rows more" if len(damaged) > 10 else ""
         raise UserError("; ".join(damaged[:10]) + more)
     if digest.hexdigest() != store.metadata.digest or not np.array_equal(tokens, store.tokens_per_row):
-        raise UserError(
-            f"the rows of store {path} are whole, and not those that store.json describes; {_COPY_AGAIN}"
-        )
+        raise UserError(f"the rows of store {path} are whole, and not those that store.json describes; {_COPY_AGAIN}")
     return store
 
 
