@@ -1,22 +1,17 @@
 """Reference log-probabilities of a pair store, computed once by the model that RPO starts from."""
 
-import functools
-from typing import Any
-
 import jax
 import numpy as np
-from flax import nnx
 
 from medllm_jax.config import RunConfig
-from medllm_jax.data.batch import Batch
 from medllm_jax.data.pipeline import in_order
 from medllm_jax.data.references import write_references
 from medllm_jax.errors import UserError
 from medllm_jax.fingerprint import model_fingerprint
 from medllm_jax.loading import load_model
-from medllm_jax.losses import pair_log_probs
 from medllm_jax.metrics import Console
-from medllm_jax.sharding import check_divisible, make_mesh, put_batch, replicated
+from medllm_jax.programs import score_program
+from medllm_jax.sharding import check_divisible, make_mesh, put_batch
 from medllm_jax.train import open_rows, with_model
 
 
@@ -36,12 +31,7 @@ def cache_reference(config: RunConfig) -> int:
     batch_size = config.data.batch_size // config.data.accumulate
     check_divisible(mesh, config.model, batch_size)
     model = load_model(config.init.checkpoint, config.precision, mesh)
-
-    @functools.partial(jax.jit, out_shardings=replicated(mesh))
-    def score(params: Any, batch: Batch) -> jax.Array:
-        network = nnx.merge(model.structure, params)
-        return pair_log_probs(network, batch, rows.pairs_per_row, config.objective.vocab_chunks)
-
+    score = score_program(config, model.structure, mesh, rows.pairs_per_row)
     scored = []
     batches = in_order(rows, batch_size, process_index=jax.process_index(), process_count=jax.process_count())
     with Console("reference", len(rows), unit="row", enabled=jax.process_index() == 0) as console:

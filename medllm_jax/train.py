@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -21,13 +20,12 @@ from medllm_jax.data.store import check_compatible
 from medllm_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from medllm_jax.errors import UserError
 from medllm_jax.fingerprint import model_fingerprint
-from medllm_jax.loading import Blueprint, blueprint, random_params
-from medllm_jax.losses import objective
+from medllm_jax.loading import Blueprint, random_params
 from medllm_jax.metrics import Console, Meter, MetricsLog
-from medllm_jax.optimizer import make_optimizer, make_schedule
+from medllm_jax.optimizer import make_schedule
+from medllm_jax.programs import train_program
 from medllm_jax.settings import to_plain
-from medllm_jax.sharding import check_divisible, make_mesh, put_batch, replicated
-from medllm_jax.step import new_state, state_shardings, train_step
+from medllm_jax.sharding import make_mesh, put_batch
 
 STORE_KINDS = {"cpt": "cpt", "rpo": "pairs"}
 
@@ -38,21 +36,17 @@ def train(config: RunConfig) -> epath.Path:
     folder = runs.open_run(config)
     rows = open_rows(config)
     mesh = make_mesh(config.mesh)
-    check_divisible(mesh, config.model, config.data.batch_size // config.data.accumulate)
-    plan = blueprint(config.model, config.precision, mesh, remat=config.remat)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-
-    abstract, initialise = state_maker(plan, optimizer, config.seed)
+    program = train_program(config, mesh)
 
     start = newest_step(folder) or 0
     if start:
         meta = load_meta(folder, start)
         check_same_data(folder, meta, rows)
-        state = load_state(folder, start, abstract)
+        state = load_state(folder, start, program.abstract)
     else:
-        params = initial_params(config, plan)
+        params = initial_params(config, program.plan)
         meta = first_meta(config, rows, params)
-        state = initialise(params)
+        state = program.initialise(params)
     reference = read_references(rows, meta["reference_model"]) if config.objective.name == "rpo" else None
     seen = Seen(rows, meta["seen"])
     multihost_utils.sync_global_devices("every process has looked at the run folder")
@@ -60,17 +54,6 @@ def train(config: RunConfig) -> epath.Path:
         runs.record_config(folder, config)
         runs.carry_tokenizer(config.init.checkpoint, folder)
 
-    step_function = jax.jit(
-        functools.partial(
-            train_step,
-            structure=plan.structure,
-            loss=objective(config.objective),
-            optimizer=optimizer,
-            accumulate=config.data.accumulate,
-        ),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), replicated(mesh)),
-    )
     with (
         open_stream(config, rows, meta["position"], reference) as stream,
         Ahead(stream, functools.partial(put_batch, mesh=mesh), position=meta["position"]) as batches,
@@ -78,7 +61,7 @@ def train(config: RunConfig) -> epath.Path:
         Progress(config, folder, start, batches, seen) as progress,
     ):
         for step in range(start + 1, config.steps + 1):
-            state, metrics = step_function(state, next(batches))
+            state, metrics = program.step(state, next(batches))
             seen.add(stream.row_ids(batches.position - 1))
             progress.add(step, metrics)
             last = step == config.steps
@@ -147,16 +130,6 @@ def initial_params(config: RunConfig, plan: Blueprint) -> Any:
     if config.init.checkpoint is None:
         return random_params(plan, config.seed)
     return load_params(config.init.checkpoint, plan.abstract)
-
-
-def state_maker(plan: Blueprint, optimizer: optax.GradientTransformation, seed: int):
-    """Shapes and shardings of the train state, and the function that makes the first one of parameters."""
-    mesh = plan.abstract["norm"]["weight"].sharding.mesh
-    make = functools.partial(new_state, optimizer=optimizer, seed=seed)
-    shapes = jax.eval_shape(make, plan.abstract)
-    shardings = state_shardings(shapes, optimizer, mesh)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return abstract, jax.jit(make, donate_argnums=0, out_shardings=shardings)
 
 
 def first_meta(config: RunConfig, rows: Rows, params: Any) -> dict[str, Any]:

@@ -37,7 +37,7 @@ ALLOWED = {
     "runs": {"config", "errors", "settings"},
     "pairs": {"errors", "evaluation"},
 }
-COMPOSES = {"train", "reference", "loading", "generate", "cli", "demo"}
+COMPOSES = {"train", "programs", "reference", "loading", "generate", "cli", "demo"}
 VERBS = {"train": {"reference", "cli"}, "reference": {"cli"}, "generate": {"cli"}, "cli": {"demo"}, "demo": {"cli"}}
 
 

@@ -1,0 +1,81 @@
+"""The programs that a run compiles: what `train` and `reference` execute is what `plan` looks at."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from medllm_jax.config import RunConfig
+from medllm_jax.data.batch import Batch
+from medllm_jax.loading import Blueprint, blueprint
+from medllm_jax.losses import objective, pair_log_probs
+from medllm_jax.optimizer import make_optimizer
+from medllm_jax.sharding import check_divisible, replicated, rows_over
+from medllm_jax.step import TrainState, new_state, state_shardings, train_step
+
+
+class TrainProgram(NamedTuple):
+    """One optimizer step of a run on a mesh. Nothing is allocated until it is called.
+
+    plan: the model without its weights; abstract: shapes and shardings of the state; initialise: the first state of
+    parameters, which it takes over; step: ``(state, batch) -> (state, metrics)``, which takes over the state.
+    """
+
+    plan: Blueprint
+    abstract: TrainState
+    initialise: Callable[[Any], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def train_program(config: RunConfig, mesh: Mesh) -> TrainProgram:
+    """The step of a run whose config has a model; UserError where model or micro-batch don't split over the mesh."""
+    check_divisible(mesh, config.model, config.data.batch_size // config.data.accumulate)
+    plan = blueprint(config.model, config.precision, mesh, remat=config.remat)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    abstract, initialise = _state_maker(plan, optimizer, config.seed)
+    step = functools.partial(
+        train_step,
+        structure=plan.structure,
+        loss=objective(config.objective),
+        optimizer=optimizer,
+        accumulate=config.data.accumulate,
+    )
+    shardings = (jax.tree.map(lambda x: x.sharding, abstract), replicated(mesh))
+    return TrainProgram(plan, abstract, initialise, jax.jit(step, donate_argnums=0, out_shardings=shardings))
+
+
+def _state_maker(plan: Blueprint, optimizer: optax.GradientTransformation, seed: int):
+    mesh = plan.abstract["norm"]["weight"].sharding.mesh
+    make = functools.partial(new_state, optimizer=optimizer, seed=seed)
+    shapes = jax.eval_shape(make, plan.abstract)
+    shardings = state_shardings(shapes, optimizer, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return abstract, jax.jit(make, donate_argnums=0, out_shardings=shardings)
+
+
+def score_program(
+    config: RunConfig, structure: nnx.GraphDef, mesh: Mesh, pairs_per_row: int
+) -> Callable[[Any, Batch], jax.Array]:
+    """``(params, batch) -> float32 [B, P, 2]``: log-probabilities of a micro-batch's pairs, whole on each device."""
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def score(params: Any, batch: Batch) -> jax.Array:
+        return pair_log_probs(nnx.merge(structure, params), batch, pairs_per_row, config.objective.vocab_chunks)
+
+    return score
+
+
+def abstract_batch(mesh: Mesh, rows: int, sequence_length: int, pairs_per_row: int | None) -> Batch:
+    """Shapes and shardings of a batch; with reference log-probabilities where pairs_per_row is not None."""
+
+    def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=rows_over(mesh))
+
+    integers = [array(sequence_length) for _ in range(4)]
+    reference = None if pairs_per_row is None else array(pairs_per_row, 2, dtype=jnp.float32)
+    return Batch(*integers, array(sequence_length, dtype=jnp.float32), reference)
