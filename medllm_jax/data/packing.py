@@ -47,18 +47,24 @@ def pieces(tokens: np.ndarray, sequence_length: int) -> Iterator[np.ndarray]:
 
 
 def best_fit(
-    segments: Iterable[Segment], sequence_length: int, *, max_segments: int | None = None, open_rows: int = 1024
+    segments: Iterable[Segment],
+    sequence_length: int,
+    *,
+    max_segments: int | None = None,
+    open_rows: int = 1024,
+    window_tokens: int = 2**22,
 ) -> Iterator[np.ndarray]:
     """Rows int32 [3, S] that hold each segment whole, each put where it leaves the least room.
 
-    max_segments: the most segments of one row. open_rows: the most rows that wait for more; past that the fullest one
-    leaves. ValueError for an empty segment or one longer than a row.
+    Of every window of about so many tokens the longest segments go first (best fit decreasing), so that short ones
+    fill what long ones leave. max_segments: the most segments of one row. open_rows: the most rows that wait for more;
+    past that the fullest one leaves. ValueError for an empty segment or one longer than a row.
     """
     # Sorted (room left, serial number): the serial number orders equal rooms, and is the key of `filled`.
     rooms: list[tuple[int, int]] = []
     filled: dict[int, list[Segment]] = {}
     serial = 0
-    for segment in segments:
+    for segment in _longest_first(segments, window_tokens):
         length = len(segment.tokens)
         if not 0 < length <= sequence_length:
             raise ValueError(f"a segment of {length} tokens does not go into a row of {sequence_length}")
@@ -78,6 +84,19 @@ def best_fit(
             bisect.insort(rooms, (room - length, row))
     for row in sorted(filled):
         yield row_of(filled[row], sequence_length)
+
+
+def _longest_first(segments: Iterable[Segment], window_tokens: int) -> Iterator[Segment]:
+    """The segments of each window by falling length; equally long ones stay in order."""
+    window: list[Segment] = []
+    tokens = 0
+    for segment in segments:
+        window.append(segment)
+        tokens += len(segment.tokens)
+        if tokens >= window_tokens:
+            yield from sorted(window, key=lambda segment: -len(segment.tokens))
+            window, tokens = [], 0
+    yield from sorted(window, key=lambda segment: -len(segment.tokens))
 
 
 def concatenate_and_split(documents: Iterable[np.ndarray], sequence_length: int) -> Iterator[np.ndarray]:

@@ -41,11 +41,12 @@ def unpack(rows, sequence_length):
     return unpacked
 
 
-@given(st.data(), SIZE, st.integers(1, 5), st.one_of(st.none(), st.integers(1, 3)))
-def test_best_fit_keeps_every_segment_whole_and_once(data, size, open_rows, max_segments):
+@given(st.data(), SIZE, st.integers(1, 5), st.one_of(st.none(), st.integers(1, 3)), st.integers(1, 60))
+def test_best_fit_keeps_every_segment_whole_and_once(data, size, open_rows, max_segments, window):
     documents = numbered(data.draw(st.lists(st.integers(1, size), max_size=40)))
     segments = [document_segment(document) for document in documents]
-    rows = unpack(best_fit(iter(segments), size, max_segments=max_segments, open_rows=open_rows), size)
+    options = {"max_segments": max_segments, "open_rows": open_rows, "window_tokens": window}
+    rows = unpack(best_fit(iter(segments), size, **options), size)
     assert Counter(tokens for row in rows for tokens, _ in row) == Counter(map(tuple, documents))
     assert all(len(row) <= (max_segments or size) for row in rows)
 
@@ -93,10 +94,19 @@ def test_best_fit_takes_the_tightest_row():
     assert sorted(sorted(len(tokens) for tokens, _ in row) for row in rows) == [[3, 7], [5, 5]]
 
 
-def test_best_fit_fills_rows_well():
-    lengths = np.random.default_rng(0).lognormal(4.5, 1.0, 3000).astype(int).clip(1, 512)
-    rows = list(best_fit(map(document_segment, numbered(lengths)), 512))
-    assert lengths.sum() / (len(rows) * 512) > 0.98
+# Medians and spreads of document lengths in tokens: abstracts, articles, and a mix of notes and textbooks.
+MIXES = {"abstracts": ((350, 0.5),), "articles": ((3500, 0.8),), "notes and books": ((120, 0.8), (30_000, 1.0))}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_best_fit_fills_rows_of_4096(mix):
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([rng.lognormal(np.log(median), spread, 1500) for median, spread in MIXES[mix]])
+    documents = [np.ones(max(1, int(length)), np.int32) for length in rng.permutation(lengths)]
+    parts = (part for document in documents for part in pieces(document, 4096))
+    rows = sum(1 for _ in best_fit(map(document_segment, parts), 4096))
+    fill = sum(map(len, documents)) / (rows * 4096)
+    assert fill >= 0.99
 
 
 @pytest.mark.parametrize("length", [0, 11])
