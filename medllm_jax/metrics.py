@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from medllm_jax.remote import is_remote
+from medllm_jax.remote import is_remote, write_whole
 
 
 class MetricsLog:
@@ -23,9 +23,7 @@ class MetricsLog:
 
         self._path = run / "metrics.jsonl"
         self._lines = [line for line in read_lines(self._path) if line["step"] <= after_step]
-        temporary = self._path.with_name(".metrics.jsonl.tmp")
-        temporary.write_text("".join(_dump(line) for line in self._lines))
-        temporary.replace(self._path)
+        write_whole(self._path, "".join(_dump(line) for line in self._lines))
         # What can't be appended to (an object in a bucket) is written anew at every flush.
         self._file = None if is_remote(run) else self._path.open("a")
         self._events = SummaryWriter(str(run / "tensorboard"), purge_step=after_step + 1)
@@ -79,8 +77,8 @@ class Meter:
     def take(self, waited: float = 0.0) -> list[dict[str, Any]]:
         """Rows of all steps added since the last call; waits for the device. Speeds are means over these steps.
 
-        waited: seconds that the loop has waited for data so far. `data_wait`, their share of the time since the last
-        call, is an upper bound of what the device waited: while the loop waits, it may have steps left to do.
+        waited: seconds that the device has waited for data so far (see `Ahead`). `data_wait` is their share of the time
+        since the last call.
         """
         values = jax.device_get([metrics for _, metrics in self._pending])
         now = time.monotonic()

@@ -1,13 +1,56 @@
-"""What is different about gs://. Imports nothing of it: what reads buckets is slow to import."""
+"""What is different about gs://. Imports neither what reads buckets nor paths, which are slow to import.
 
+Clients repeat requests that fail for a while. So an answer that was lost means that a request is carried out twice, and
+what is done in a bucket must bear that: writing and removing do; moving does not, since what was moved is not found.
+"""
+
+import contextlib
 import json
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from etils import epath
 
 
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path is in object storage: nothing can be appended to there, and a folder can't be renamed at once."""
     return "://" in str(path)
+
+
+def names_in(folder: "epath.Path") -> set[str]:
+    """Names of what a folder holds; none where it is not there: a bucket has no empty folders."""
+    try:
+        return {entry.name for entry in folder.iterdir()}
+    except FileNotFoundError:
+        return set()
+
+
+def write_whole(path: "epath.Path", text: str) -> None:
+    """Writes a file that is there whole or not at all: in a bucket every object is, elsewhere it takes a rename."""
+    if is_remote(path):
+        path.write_text(text)
+        return
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def remove_folder(path: "epath.Path") -> None:
+    """Removes a folder and all in it; it need not be there."""
+    with contextlib.suppress(FileNotFoundError):
+        path.rmtree()
+
+
+def move_folder(path: "epath.Path", target: "epath.Path") -> None:
+    """Moves a folder of files to where none is; in a bucket not at once: it is whole when ``path`` is gone."""
+    if not is_remote(path):
+        path.rename(target)
+        return
+    for file in path.iterdir():
+        file.copy(target / file.name, overwrite=True)
+    remove_folder(path)
 
 
 def turn_off_listing_cache() -> None:

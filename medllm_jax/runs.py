@@ -12,6 +12,7 @@ from etils import epath
 
 from medllm_jax.config import RunConfig
 from medllm_jax.errors import UserError
+from medllm_jax.remote import move_folder, names_in, remove_folder, write_whole
 from medllm_jax.settings import build, read_yaml, to_plain, to_yaml
 
 TOKENIZER_FILES = (
@@ -29,7 +30,7 @@ TOKENIZER_FILES = (
 # Where a tokenizer is before it is whole. In a bucket its files are moved one by one: as long as one is left here, what
 # stands in its place is not all.
 _UNFINISHED_TOKENIZER = ".tokenizer.tmp"
-_UNFINISHED_CONFIG = ".config.yaml.tmp"
+_UNFINISHED_CONFIG = ".config.yaml."  # how the name of one begins that was not written to its end
 
 # Settings that may differ when a run goes on: they change speed, place or what is written, not what is computed
 # (sums may be taken in another order). The schedule depends on `steps` unless it is constant.
@@ -45,6 +46,7 @@ _MAY_CHANGE = (
     "distributed",
     "init.checkpoint",  # read at the first start only
     "objective.vocab_chunks",
+    "attention",
     "remat",
 )
 
@@ -58,7 +60,7 @@ def open_run(config: RunConfig) -> epath.Path:
     recorded = recorded_config(folder)
     if recorded is not None:
         _check_same_run(config, recorded, folder)
-    elif folder.exists() and any(entry.name != _UNFINISHED_CONFIG for entry in folder.iterdir()):
+    elif not all(name.startswith(_UNFINISHED_CONFIG) for name in names_in(folder)):
         raise UserError(f"run folder {folder} is not empty and holds no run: choose another folder, or empty this one")
     return folder
 
@@ -73,9 +75,7 @@ def record_config(folder: epath.Path, config: RunConfig) -> None:
     """Writes config.yaml of a new run; that of a run that goes on stays as it was first written."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "config.yaml").exists():
-        temporary = folder / _UNFINISHED_CONFIG
-        temporary.write_text(to_yaml(config))
-        temporary.replace(folder / "config.yaml")
+        write_whole(folder / "config.yaml", to_yaml(config))
 
 
 def _check_same_run(config: RunConfig, recorded: RunConfig, folder: epath.Path) -> None:
@@ -131,6 +131,5 @@ def copy_tokenizer(source: epath.Path, run: epath.Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             (source / name).copy(unfinished / name, overwrite=True)
-    if target.exists():  # in part: see find_tokenizer
-        target.rmtree()
-    unfinished.rename(target)
+    remove_folder(target)  # in part, if it is there: see find_tokenizer
+    move_folder(unfinished, target)

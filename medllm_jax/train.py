@@ -54,16 +54,17 @@ def train(config: RunConfig) -> epath.Path:
         runs.record_config(folder, config)
         runs.carry_tokenizer(config.init.checkpoint, folder)
 
+    put = functools.partial(put_batch, mesh=mesh)
     with (
         open_stream(config, rows, meta["position"], reference) as stream,
-        Ahead(stream, functools.partial(put_batch, mesh=mesh), position=meta["position"]) as batches,
+        Progress(config, folder, start, seen) as progress,
+        Ahead(stream, put, position=meta["position"], busy=progress.device_is_busy) as batches,
         CheckpointWriter(folder, every=config.checkpoint.every, keep=config.checkpoint.keep) as checkpoints,
-        Progress(config, folder, start, batches, seen) as progress,
     ):
         for step in range(start + 1, config.steps + 1):
             state, metrics = program.step(state, next(batches))
             seen.add(stream.row_ids(batches.position - 1))
-            progress.add(step, metrics)
+            progress.add(step, metrics, batches.waited)
             last = step == config.steps
             if last or checkpoints.due(step):
                 progress.flush(step)  # before the save: a resumed run must find the lines of the steps that it skips
@@ -159,15 +160,23 @@ class Progress:
     The numbers stay on the device until `logging.every` steps have gathered, so the loop does not wait for each.
     """
 
-    def __init__(self, config: RunConfig, folder: epath.Path, start: int, batches: Ahead, seen: Seen):
+    def __init__(self, config: RunConfig, folder: epath.Path, start: int, seen: Seen):
         writes = jax.process_index() == 0
         self._every, self._schedule = config.logging.every, make_schedule(config.optimizer, config.steps)
-        self._batches, self._seen, self._mixed = batches, seen, config.data.mix is not None
+        self._seen, self._mixed = seen, config.data.mix is not None
+        self._newest: jax.Array | None = None
+        self._waited = 0.0
         self._meter = Meter()
         self._log = MetricsLog(folder, after_step=start) if writes else None
         self._console = Console(f"{config.objective.name} {folder.name}", config.steps, done=start, enabled=writes)
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def device_is_busy(self) -> bool:
+        """Whether a step is still being computed; does not wait for it."""
+        return self._newest is not None and not self._newest.is_ready()
+
+    def add(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
+        """Takes a step's numbers; waited: seconds that it and those before have waited for data."""
+        self._newest, self._waited = metrics["loss"], waited
         seen = self._seen.counts
         if not self._mixed:  # else each corpus has its own
             seen["epoch"] = self._seen.epochs
@@ -177,7 +186,7 @@ class Progress:
 
     def flush(self, step: int) -> None:
         """Fetches and writes what has gathered."""
-        rows = self._meter.take(self._batches.waited)
+        rows = self._meter.take(self._waited)
         if not rows or self._log is None:
             return
         self._log.write([row | {"learning_rate": float(self._schedule(row["step"] - 1))} for row in rows])

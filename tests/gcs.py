@@ -1,22 +1,31 @@
 """Google Cloud Storage in memory, on loopback: what TensorStore, gcsfs and google-cloud-storage ask of its JSON API.
 
 What is not understood is refused, never ignored: a precondition that an emulator overlooks makes writers look safe that
-are not. Every request goes through ``_Handler._serve``.
+are not. Every request goes through ``_Handler._serve``, where ``Faults`` make some go wrong, as they do over a network.
 """
 
 import base64
 import datetime
 import hashlib
+import itertools
 import json
+import os
+import random
 import re
+import socket
+import struct
+import subprocess
 import sys
+import tempfile
 import threading
+import time
+import types
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote
 
 import google_crc32c
@@ -37,6 +46,44 @@ def environment(url: str) -> dict[str, str]:
     }
 
 
+class Python(subprocess.Popen):
+    """A Python process whose clients talk to an emulator."""
+
+    def __init__(self, gcs: "Gcs", *arguments: Any):
+        env = os.environ | environment(gcs.url) | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        # A file, because a process would stop at a pipe that nobody reads.
+        self._printed = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        command = [sys.executable, *map(str, arguments)]
+        super().__init__(command, env=env, stdout=self._printed, stderr=subprocess.STDOUT)
+
+    def output(self) -> str:
+        """All that it printed, once it has ended."""
+        self.wait(timeout=300)
+        self._printed.seek(0)
+        return self._printed.read()
+
+
+def run(gcs: "Gcs", *arguments: Any) -> str:
+    """What such a process printed; it must succeed."""
+    process = Python(gcs, *arguments)
+    output = process.output()
+    assert process.returncode == 0, output
+    return output
+
+
+def be_impatient() -> None:
+    """From now on the clients in this process try again after milliseconds, not seconds."""
+    import asyncio
+
+    import gcsfs.retry
+    import tensorstore
+
+    gcsfs.retry.asyncio = types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 100))
+    patient = tensorstore.open
+    retries = {"context": {"gcs_request_retries": {"initial_delay": "10ms"}}}
+    tensorstore.open = lambda spec, **more: patient(spec | retries if isinstance(spec, dict) else spec, **more)
+
+
 class Request(NamedTuple):
     """A request as it came: the path with its query, the body without transfer encoding."""
 
@@ -52,10 +99,48 @@ class Response(NamedTuple):
     headers: dict[str, str] = {}  # noqa: RUF012 (never changed)
 
 
+Fault = Literal["unavailable", "lost", "reset", "cut", "slow"]
+
+
 class Logged(NamedTuple):
+    """A request; status 0 stands for an answer that did not come, or not to its end."""
+
     method: str
     path: str
     status: int
+    fault: Fault | None = None
+
+
+class Faults(NamedTuple):
+    """What goes wrong, in shares of the requests; a request's number decides which, so that a run can be repeated.
+
+    unavailable: answered 503. Of these every fourth was carried out all the same, and only its answer is "lost".
+    reset: the connection ends, for one half before anything was done, for the other after, with the answer "cut" in the
+    middle. slow: answered after ``delay_seconds``. lost_writes: whether a write, too, may be carried out and yet fail.
+    """
+
+    unavailable: float = 0.0
+    reset: float = 0.0
+    slow: float = 0.0
+    delay_seconds: float = 0.05
+    seed: int = 0
+    lost_writes: bool = True
+
+    def of(self, number: int, request: Request) -> Fault | None:
+        lost, cut = (0.25, 0.5) if self.lost_writes or request.method == "GET" else (0.0, 0.0)
+        shares: dict[Fault, float] = {
+            "unavailable": (1 - lost) * self.unavailable,
+            "lost": lost * self.unavailable,
+            "reset": (1 - cut) * self.reset,
+            "cut": cut * self.reset,
+            "slow": self.slow,
+        }
+        left = random.Random(f"{self.seed}/{number}").random()
+        for fault, share in shares.items():
+            left -= share
+            if left < 0:
+                return fault
+        return None
 
 
 @dataclass
@@ -83,6 +168,7 @@ class _Upload:
     query: dict[str, str]
     resource: dict[str, Any]
     data: bytearray = field(default_factory=bytearray)
+    answer: Response | None = None  # once it is finished, given again to whoever asks again
 
 
 class _Refused(Exception):  # noqa: N818 (an answer, not an error)
@@ -94,8 +180,10 @@ class _Refused(Exception):  # noqa: N818 (an answer, not an error)
 class Gcs:
     """The emulator; a context. What it holds can be read and written without HTTP."""
 
-    def __init__(self, *buckets: str):
+    def __init__(self, *buckets: str, faults: Faults | None = None):
         self.buckets: dict[str, dict[str, Stored]] = {bucket: {} for bucket in buckets}
+        self.faults = faults or Faults()  # may be set anew at any time
+        self.numbers = itertools.count()  # of requests
         self.log: list[Logged] = []
         self.lock = threading.RLock()
         self._generation = 1_700_000_000_000_000
@@ -304,6 +392,8 @@ class Gcs:
         if request.method == "DELETE":
             del self._uploads[number]
             return Response(499)
+        if upload.answer is not None:
+            return upload.answer
         asked = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", request.headers.get("Content-Range", "bytes */*"))
         if asked is None:
             raise _Refused(400, f"Content-Range {request.headers['Content-Range']!r} cannot be understood")
@@ -316,9 +406,10 @@ class Gcs:
             # What was received before and comes again, because its answer was lost, is left as it is.
             upload.data += request.body[len(upload.data) - int(first) :]
         if total != "*" and len(upload.data) == int(total):
-            del self._uploads[number]
             upload.resource |= _hashes_in(request.headers)
-            return self._finish_upload(upload.bucket, upload.query, upload.resource, bytes(upload.data))
+            upload.answer = self._finish_upload(upload.bucket, upload.query, upload.resource, bytes(upload.data))
+            upload.data.clear()
+            return upload.answer
         held = {"Range": f"bytes=0-{len(upload.data) - 1}"} if upload.data else {}
         return Response(308, headers=held)
 
@@ -433,6 +524,9 @@ def _json_response(content: dict[str, Any], status: int = 200) -> Response:
     return Response(status, json.dumps(content).encode(), {"Content-Type": "application/json; charset=UTF-8"})
 
 
+_UNAVAILABLE = _json_response({"error": {"code": 503, "message": "try again later"}}, 503)
+
+
 def _split(uri: str) -> tuple[str, str]:
     bucket, _, name = uri.removeprefix("gs://").partition("/")
     return bucket, name
@@ -488,9 +582,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         gcs: Gcs = self.server.gcs
         request = Request(self.command, self.path, self.headers, self._body())
-        response = gcs.answer(request)
-        gcs.log.append(Logged(request.method, request.path, response.status))
-        self._send(response)
+        fault = gcs.faults.of(next(gcs.numbers), request)
+        if fault == "slow":
+            time.sleep(gcs.faults.delay_seconds)
+        response = _UNAVAILABLE if fault in ("unavailable", "reset") else gcs.answer(request)
+        if fault == "lost":
+            response = _UNAVAILABLE
+        gone = fault in ("reset", "cut")
+        gcs.log.append(Logged(request.method, request.path, 0 if gone else response.status, fault))
+        if gone:
+            self._reset(response if fault == "cut" else None)
+        else:
+            self._send(response)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _serve  # noqa: N815
 
@@ -505,7 +608,15 @@ class _Handler(BaseHTTPRequestHandler):
             pass
         return bytes(body)
 
-    def _send(self, response: Response) -> None:
+    def _reset(self, response: Response | None) -> None:
+        """Ends the connection with a reset, after half of an answer's body if there is an answer."""
+        if response is not None:
+            self._send(response, len(response.body) // 2)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+
+    def _send(self, response: Response, end: int | None = None) -> None:
         self.send_response(response.status)
         for name, value in response.headers.items():
             self.send_header(name, value)
@@ -513,7 +624,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(response.body)))
         self.end_headers()
         if response.status not in (204, 304):
-            self.wfile.write(response.body)
+            self.wfile.write(response.body[:end])
 
     def log_message(self, *_: Any) -> None:
         """Nothing on the terminal: there is the log."""

@@ -34,7 +34,7 @@ ALLOWED = {
     "remote": set(),
     "metrics": {"remote"},
     "checkpoint": {"config", "errors", "remote", "settings", "sharding", "step"},
-    "runs": {"config", "errors", "settings"},
+    "runs": {"config", "errors", "remote", "settings"},
     "pairs": {"errors", "evaluation"},
 }
 COMPOSES = {"train", "programs", "reference", "loading", "generate", "cli", "demo"}

@@ -14,7 +14,7 @@ from etils import epath
 from medllm_jax.runs import carry_tokenizer, copy_tokenizer, find_tokenizer
 from medllm_jax.settings import to_yaml
 from medllm_jax.train import train
-from tests.gcs import Gcs, environment
+from tests.gcs import Faults, Gcs, Python, run
 from tests.test_train import config_of
 from tests.tiny import write_json_lines
 from tests.world import SEQUENCE_LENGTH
@@ -26,21 +26,6 @@ ROOT = Path(__file__).parents[1]
 def gcs():
     with Gcs("bucket") as server:
         yield server
-
-
-def start(gcs, *arguments):
-    """A Python process whose clients talk to the emulator."""
-    env = os.environ | environment(gcs.url) | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *(str(argument) for argument in arguments)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def run(gcs, *arguments):
-    """What a process printed; it must succeed."""
-    process = start(gcs, *arguments)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    return output
 
 
 def medllm(gcs, *arguments):
@@ -245,21 +230,7 @@ def test_the_recipe_in_a_bucket(world, gcs, tmp_path, metrics_of):
     local_store = json.loads((world.token_store / "store.json").read_text())
     assert json.loads(gcs.get("gs://bucket/cpt/store.json"))["digest"] == local_store["digest"]
 
-    train(config_of(world, tmp_path / "local"))
-    config = config_of(world, "gs://bucket/run", store="gs://bucket/cpt")
-    file = tmp_path / "run.yaml"
-    file.write_text(to_yaml(config).replace(str(world.model), "gs://bucket/in/model"))
-    process = start(gcs, "-m", "medllm_jax.cli", "train", "--config", file)
-    deadline = time.monotonic() + 300
-    while not whole_checkpoints(gcs):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and 6 not in whole_checkpoints(gcs)
-    medllm(gcs, "train", "--config", file)
-    (tmp_path / "fetched").mkdir()
-    (tmp_path / "fetched" / "metrics.jsonl").write_bytes(gcs.get("gs://bucket/run/metrics.jsonl"))
+    train_interrupted(world, gcs, tmp_path, "-m", "medllm_jax.cli")
     assert metrics_of(tmp_path / "fetched") == metrics_of(tmp_path / "local")
     assert whole_checkpoints(gcs) == [4, 6]
     assert {"tokenizer/tokenizer.json", "config.yaml"} <= set(gcs.names("gs://bucket/run/"))
@@ -270,6 +241,39 @@ def test_the_recipe_in_a_bucket(world, gcs, tmp_path, metrics_of):
     arguments = ["evaluate", "--run", "gs://bucket/run", "--exam", "gs://bucket/in/exam.jsonl", "--template", "plain"]
     medllm(gcs, *arguments, "--output", "gs://bucket/exam", "--conditions", "answer_only")
     assert json.loads(gcs.get("gs://bucket/exam/scores.json"))["conditions"]["answer_only"]["n"] == 3
+
+
+@pytest.mark.slow
+def test_training_in_a_bucket_that_answers_badly(world, gcs, tmp_path, metrics_of):
+    for folder, name in ((world.token_store, "cpt"), (world.model, "in/model")):
+        gcs.upload(folder, f"gs://bucket/{name}")
+    # No lost writes: Orbax can't survive them. TensorStore writes OCDBT's manifest again, finds it there, and the save
+    # ends with ALREADY_EXISTS (started again, the run goes on from the checkpoint before).
+    gcs.faults = Faults(unavailable=0.10, reset=0.02, slow=0.05, lost_writes=False)
+    code = "import sys; from medllm_jax.cli import main; from tests.gcs import be_impatient; be_impatient(); "
+    train_interrupted(world, gcs, tmp_path, "-c", f"{code} sys.exit(main())")
+    assert metrics_of(tmp_path / "fetched") == metrics_of(tmp_path / "local")
+    assert whole_checkpoints(gcs) == [4, 6]
+    assert {"unavailable", "lost", "reset", "cut", "slow"} <= {entry.fault for entry in gcs.log}
+
+
+def train_interrupted(world, gcs, tmp_path, *program):
+    """Trains locally, and on gs:// where it is killed after a checkpoint and goes on; fetches the metrics of that."""
+    train(config_of(world, tmp_path / "local"))
+    config = config_of(world, "gs://bucket/run", store="gs://bucket/cpt")
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(config).replace(str(world.model), "gs://bucket/in/model"))
+    process = Python(gcs, *program, "train", "--config", file)
+    deadline = time.monotonic() + 300
+    while not whole_checkpoints(gcs):
+        assert process.poll() is None and time.monotonic() < deadline, process.output()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL and 6 not in whole_checkpoints(gcs)
+    run(gcs, *program, "train", "--config", file)
+    (tmp_path / "fetched").mkdir()
+    (tmp_path / "fetched" / "metrics.jsonl").write_bytes(gcs.get("gs://bucket/run/metrics.jsonl"))
 
 
 def whole_checkpoints(gcs):

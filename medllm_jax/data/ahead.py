@@ -14,12 +14,21 @@ class Ahead:
     thread comes out of ``next``, and of every later one. A context; leaving it, or ``close``, stops the thread.
 
     position: items handed out, counted on from the argument; those made early do not count.
-    waited: seconds that ``next`` has waited in all.
+    waited: seconds that ``next`` has waited in all; but a wait at whose end ``busy()`` says that what was handed out
+    before is still being worked on has held nothing up, and does not count.
     """
 
-    def __init__(self, items: Iterator[Any], put: Callable[[Any], Any], *, position: int = 0, depth: int = 2):
+    def __init__(
+        self,
+        items: Iterator[Any],
+        put: Callable[[Any], Any],
+        *,
+        position: int = 0,
+        depth: int = 2,
+        busy: Callable[[], bool] = lambda: False,
+    ):
         self.position, self.waited = position, 0.0
-        self._items, self._put = items, put
+        self._items, self._put, self._busy = items, put, busy
         # One thread, so items are made one after the other and in order.
         self._thread = ThreadPoolExecutor(1, "ahead")
         self._made = collections.deque(self._thread.submit(self._make) for _ in range(depth))
@@ -35,7 +44,8 @@ class Ahead:
         try:
             item = self._made[0].result()
         finally:
-            self.waited += time.monotonic() - began
+            if not self._busy():
+                self.waited += time.monotonic() - began
         self._made.popleft()  # not before it was there: an item that failed is never passed over
         self._made.append(self._thread.submit(self._make))
         self.position += 1

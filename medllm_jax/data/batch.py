@@ -42,21 +42,21 @@ def positions_of(segment_ids: np.ndarray, branch_ids: np.ndarray) -> np.ndarray:
     A segment starts at 0, its branches each start where its branch 0 ended.
     """
     index = np.arange(segment_ids.shape[-1], dtype=np.int32)
-    same_segment = segment_ids[..., 1:] == segment_ids[..., :-1]
-    same_branch = branch_ids[..., 1:] == branch_ids[..., :-1]
-    segment_start = _last_true(index, ~same_segment, initial=True)
-    branch_start = _last_true(index, ~(same_segment & same_branch), initial=True)
-    prompt_end = _last_true(index, (branch_ids == 0)[..., 1:], initial=True)  # last branch-0 index so far
-    in_branch = branch_ids > 0
-    positions = np.where(in_branch, index - branch_start + prompt_end - segment_start + 1, index - segment_start)
-    return np.where(segment_ids == 0, 0, positions).astype(np.int32)
+    new_segment = segment_ids[..., 1:] != segment_ids[..., :-1]
+    positions = index - _last_true(index, new_segment)
+    if branch_ids.any():  # documents have none, and this is most of the work
+        new_branch = new_segment | (branch_ids[..., 1:] != branch_ids[..., :-1])
+        prompt_end = _last_true(index, branch_ids[..., 1:] == 0)  # last branch-0 index so far
+        positions += (branch_ids > 0) * (prompt_end + 1 - _last_true(index, new_branch))
+    positions *= segment_ids != 0
+    return positions
 
 
-def _last_true(index: np.ndarray, flags: np.ndarray, *, initial: bool) -> np.ndarray:
-    """For each place the largest index at or before it whose flag is set; ``flags`` starts at index 1."""
-    first = np.full((*flags.shape[:-1], 1), initial)
-    marked = np.where(np.concatenate([first, flags], axis=-1), index, 0)
-    return np.maximum.accumulate(marked, axis=-1)
+def _last_true(index: np.ndarray, flags: np.ndarray) -> np.ndarray:
+    """For each place the largest index at or before it whose flag is set, else 0; ``flags`` starts at index 1."""
+    marked = np.zeros((*flags.shape[:-1], len(index)), np.int32)
+    np.multiply(flags, index[1:], out=marked[..., 1:])
+    return np.maximum.accumulate(marked, axis=-1, out=marked)
 
 
 def loss_weights_of(segment_ids: np.ndarray, branch_ids: np.ndarray, kind: Kind) -> np.ndarray:

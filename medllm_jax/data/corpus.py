@@ -42,9 +42,10 @@ from medllm_jax.data.units import (
     units_of,
 )
 from medllm_jax.errors import UserError
+from medllm_jax.remote import remove_folder
 
 # Of input: what one task reads. Large enough that a task is worth its start, small enough to hold a task's tokens.
-_UNIT_BYTES = 16 * 2**20
+_UNIT_BYTES = 4 * 2**20
 _INVENTORY_BYTES, _INVENTORY_FILES = 256 * 2**20, 256  # likewise, of which only a hash and some places are wanted
 _READ_TOKENS = 2**21  # held at a time while packing
 
@@ -143,7 +144,7 @@ def prepare_corpus(
     """
     output = epath.Path(output)
     check_replaceable(output, overwrite=overwrite)
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer, tokenizer_fingerprint = load_tokenizer(tokenizer_dir), fingerprint(tokenizer_dir)
     ending = (eos_of(tokenizer, tokenizer_dir),) if recipe.append_eos else ()
     gate = Gate(recipe.pii, recipe.pii_rate, recipe.pii_patterns)
     cleaning = Cleaning(recipe.normalise, recipe.min_characters)
@@ -159,7 +160,7 @@ def prepare_corpus(
         gate.check(corpus.name, corpus.findings)
     chosen = _without_duplicates(taken, units, surveyed, recipe, work)
 
-    tokenise = Tokenise(cleaning, gate, str(tokenizer_dir), fingerprint(tokenizer_dir), ending)
+    tokenise = Tokenise(cleaning, gate, str(tokenizer_dir), tokenizer_fingerprint, ending)
     tokenised = run_stage(tokenise, chosen, work, engine, progress)
 
     with RowStoreWriter(output, "cpt", recipe.sequence_length, overwrite=overwrite) as writer:
@@ -171,12 +172,12 @@ def prepare_corpus(
             {corpus.name: corpus.facts() for corpus in taken},
             packing=recipe.packing,
             vocab_size=len(tokenizer),
-            tokenizer_fingerprint=fingerprint(tokenizer_dir),
+            tokenizer_fingerprint=tokenizer_fingerprint,
             eos_token_id=tokenizer.eos_token_id,
             dropped=_merged(corpus.dropped for corpus in taken).as_dict(),
             recipe=dataclasses.asdict(recipe) | {"pii_fingerprint": gate.scanner.fingerprint},
         )
-    work.rmtree()
+    remove_folder(work)
     return metadata
 
 

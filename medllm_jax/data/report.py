@@ -32,7 +32,8 @@ def _corpus(corpus: CorpusRows) -> Iterator[str]:
     about = corpus.manifest
     yield f"## {corpus.name}"
     yield (
-        f"{corpus.examples:,} examples in {corpus.rows:,} rows, {corpus.tokens:,} tokens; {corpus.split_documents:,} cut."
+        f"{corpus.examples:,} examples in {corpus.rows:,} rows, {corpus.tokens:,} tokens; "
+        f"{corpus.split_documents:,} longer than a row were cut."
     )
     stated = [f"* {name}: {about[name] or 'not stated'}" for name in _STATED if name in about]
     if "files" in about:

@@ -81,6 +81,8 @@ class Rows:
         indices = np.asarray(indices, np.int64)
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"rows {indices.min()}..{indices.max()} of {len(self)} in {self}")
+        if len(self.stores) == 1:  # mostly so: what it reads needs no copy
+            return self.stores[0].read(indices)
         rows = np.empty((len(indices), 3, self.sequence_length), np.int32)
         of_store = np.searchsorted(self._starts, indices, side="right") - 1
         for number in np.unique(of_store):

@@ -12,15 +12,18 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from etils import epath
 
 from medllm_jax.errors import UserError
+from medllm_jax.remote import names_in, write_whole
 
 Progress = Callable[[str, int, int], None]  # (stage, tasks done, tasks in all)
 T = TypeVar("T")
+
+_PRELOADED = ["medllm_jax.data.units", "transformers.models.auto.tokenization_auto", "rensa"]
 
 
 class Job(Protocol[T]):
@@ -54,7 +57,7 @@ def run_stage(job: Job[T], tasks: Sequence[T], folder: epath.Path, engine: Engin
     place = folder / job.name
     place.mkdir(parents=True, exist_ok=True)
     outputs = [place / _key(job, task) for task in tasks]
-    there = {entry.name for entry in place.iterdir()}
+    there = names_in(place)
     left = [
         (task, str(output)) for task, output in zip(tasks, outputs, strict=True) if _result(output).name not in there
     ]
@@ -85,9 +88,7 @@ def _perform(job: Job[T], argument: tuple[T, str]) -> str | None:
         result = job(task, output)
     except UserError as error:
         return str(error)
-    unfinished = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(result))
-    unfinished.replace(_result(output))
+    write_whole(_result(output), json.dumps(result))
     return None
 
 
@@ -103,13 +104,18 @@ def here(function: Callable[[Any], str | None], arguments: Sequence[Any]) -> Ite
 def in_processes(workers: int) -> Iterator[Engine]:
     """Worker processes on this machine, which start when they are first needed; a single argument is worked on here."""
     pool = None
+    # Forked from a clean process, since a fork of this one would copy the locks of whatever threads run here. What is
+    # slow to import it has imported once for all of them, beginning now, while this process goes on.
+    context = get_context("forkserver")
+    if workers > 1:
+        context.set_forkserver_preload(_PRELOADED)
+        forkserver.ensure_running()
 
     def run(function: Callable[[Any], str | None], arguments: Sequence[Any]) -> Iterable[str | None]:
         nonlocal pool
         if workers == 1 or len(arguments) < 2:
             return here(function, arguments)
-        # Spawned, since a fork would copy the locks of whatever threads run here.
-        pool = pool or ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
+        pool = pool or ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
         futures = [pool.submit(function, argument) for argument in arguments]
         return (future.result() for future in as_completed(futures))
 
@@ -155,7 +161,7 @@ def _to_file(function: Callable[[Any], str | None], argument: tuple[Any, str]) -
 def _from_file(argument: tuple[Any, str]) -> str | None:
     file = _error_file(argument)
     error = json.loads(file.read_bytes())
-    file.unlink()
+    file.unlink(missing_ok=True)
     return error
 
 

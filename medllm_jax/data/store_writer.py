@@ -24,7 +24,7 @@ from medllm_jax.data.store import (
     kvstore_spec,
 )
 from medllm_jax.errors import UserError
-from medllm_jax.remote import is_remote
+from medllm_jax.remote import is_remote, remove_folder
 
 # Of uncompressed rows: what the writer holds in memory, once being filled and once being written.
 _SHARD_BYTES = 64 * 2**20
@@ -212,7 +212,8 @@ class RowStoreWriter:
                 "dimension_names": ["row", "channel", "token"],
             },
         }
-        return ts.open(spec, create=True).result()
+        # (open=True: creating it twice, because the first answer was lost, is no error.)
+        return ts.open(spec, open=True, create=True).result()
 
 
 def check_replaceable(path: epath.Path, *, overwrite: bool) -> None:
@@ -232,5 +233,4 @@ def check_replaceable(path: epath.Path, *, overwrite: bool) -> None:
 def _remove_store(path: epath.Path) -> None:
     """Removes a store; its store.json goes first, so that what is left of an interrupted removal is not a store."""
     (path / METADATA_FILE).unlink(missing_ok=True)
-    if path.exists():
-        path.rmtree()
+    remove_folder(path)

@@ -66,6 +66,8 @@ def test_waiting_is_measured():
             time.sleep(0.01)
             next(items)
         assert items.waited < 0.02
+    with Ahead(slow(), int, busy=lambda: True) as items:
+        assert list(items) == [0, 1, 2] and items.waited == 0
 
 
 def test_a_consumer_that_dies_stops_the_thread():
