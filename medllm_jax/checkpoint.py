@@ -1,19 +1,20 @@
 """Orbax checkpoints: the only file that knows Orbax.
 
-A folder of checkpoints holds one folder a step, each with up to three items: ``params`` (the weights), ``training``
-(optimizer state and random key) and ``meta`` (plain values: the model's shape, the data position, the run's config).
+A folder of checkpoints holds one folder a step, each with up to three items: ``params`` (the weights that are
+trained), ``training`` (optimizer state and random key) and ``meta`` (plain values: the model's shape, the data
+position, the run's config, and of adapters their settings and what base they belong to, which is not copied).
 A converted Hugging Face model is a step 0 that has no ``training``.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from medllm_jax.config import ModelConfig
+from medllm_jax.config import AdapterConfig, ModelConfig
 from medllm_jax.errors import UserError
 from medllm_jax.remote import is_remote
 from medllm_jax.settings import build
@@ -115,6 +116,44 @@ def load_model_config(run: str | epath.Path, step: int | None = None) -> ModelCo
     return build(ModelConfig, load_meta(run, step)["model"], where=f"checkpoint of {run}")
 
 
+class Base(NamedTuple):
+    """The model that adapters belong to: run folder and step of its checkpoint, fingerprint of its stored weights."""
+
+    checkpoint: str
+    step: int
+    fingerprint: str
+
+
+class Adapted(NamedTuple):
+    """What a checkpoint of adapters says of them."""
+
+    settings: AdapterConfig
+    base: Base
+
+
+def load_adapted(run: str | epath.Path, step: int | None = None) -> Adapted | None:
+    """Settings and base of a checkpoint of adapters; None for one of a whole model. UserError if the base is gone."""
+    meta = load_meta(run, step)
+    if meta.get("base") is None:
+        return None
+    base = Base(**meta["base"])
+    if base.step not in steps(base.checkpoint):
+        raise UserError(
+            f"{run} holds adapters of the model in {base.checkpoint}, step {base.step}, and it is not there: "
+            "put it back, or leave a link there"
+        )
+    return Adapted(build(AdapterConfig, meta["config"]["adapter"], where=f"checkpoint of {run}"), base)
+
+
+def check_base(base: Base, fingerprint: str) -> None:
+    """UserError unless the fingerprint of what was read is the base's."""
+    if fingerprint != base.fingerprint:
+        raise UserError(
+            f"{base.checkpoint} is not the model that the adapters were trained on: its step {base.step} has other "
+            f"weights (fingerprint {fingerprint[:12]}, then {base.fingerprint[:12]}); put the former back"
+        )
+
+
 def load_params(run: str | epath.Path, abstract: Any, step: int | None = None) -> Any:
     """The weights of a checkpoint, in the dtype and sharding of a tree of ShapeDtypeStructs."""
     return _items(run, step, {"params": abstract})["params"]
@@ -127,15 +166,21 @@ def abstract_params(run: str | epath.Path, step: int | None = None) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
 
 
-def stream_params(run: str | epath.Path, step: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Path and value of each weight as stored, one at a time, in host memory."""
+def stream_params(
+    run: str | epath.Path, step: int | None = None, abstract: Any = None
+) -> Iterator[tuple[str, np.ndarray | jax.Array]]:
+    """Path and value of each weight, one at a time: as stored, in host memory, or as a tree of ShapeDtypeStructs says.
+
+    The caller lets go of a value before it asks for the next, if two at a time would be too much.
+    """
     step = latest_step(run) if step is None else step
-    shapes, structure = jax.tree_util.tree_flatten_with_path(abstract_params(run, step))
-    for place, (key_path, _) in enumerate(shapes):
-        one = [np.ndarray if i == place else ocp.PLACEHOLDER for i in range(len(shapes))]
+    if abstract is None:
+        abstract = jax.tree.map(lambda _: np.ndarray, abstract_params(run, step))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    for place, (key_path, leaf) in enumerate(leaves):
+        one = [leaf if i == place else ocp.PLACEHOLDER for i in range(len(leaves))]
         items = {"params": jax.tree.unflatten(structure, one)}
-        loaded = ocp.load_checkpointables(checkpoints_of(run) / str(step), items)["params"]
-        yield path_of(key_path), jax.tree.leaves(loaded)[place]
+        yield path_of(key_path), jax.tree.leaves(_items(run, step, items)["params"])[place]
 
 
 def write_model(run: str | epath.Path, params: Any, model: dict[str, Any]) -> None:

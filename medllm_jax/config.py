@@ -1,11 +1,16 @@
 """Everything a run can set, as frozen dataclasses. Reading them from YAML and the command line is in settings.py."""
 
+import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
 from medllm_jax.errors import UserError
 
 DType = Literal["float32", "bfloat16"]
+Remat = Literal[
+    "none", "elementwise", "attention_mlp", "attention_gate", "attention", "attention_offload", "dots", "full"
+]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class PrecisionConfig:
     """Number formats. Norms, softmax, losses and reductions are float32 whatever is set here.
 
     Attributes:
-        params: stored weights and optimizer state
+        params: stored weights, or adapters, and their optimizer state
         compute: matrix products
     """
 
@@ -105,6 +110,49 @@ class InitConfig:
     """
 
     checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA: low-rank adapters are trained and the weights that they stand on, the base, are frozen (docs/adapters.md).
+
+    Attributes:
+        rank: of an adapter's two matrices
+        alpha: an adapter's output is scaled by alpha / rank
+        dropout: share of an adapter's inputs that training drops
+        rslora: the scale is alpha / sqrt(rank) instead
+        projections: the linear layers that get an adapter
+        base: number format of the base; of int8, int4 and nf4 only the projections are so, the rest is in
+            precision.compute
+        double_quantization: the scales of a quantised base are quantised to 8 bits too
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rslora: bool = False
+    projections: tuple[Projection, ...] = typing.get_args(Projection)
+    base: Literal["float32", "bfloat16", "int8", "int4", "nf4"] = "bfloat16"
+    double_quantization: bool = False
+
+    def __post_init__(self):
+        _require(self.rank > 0, f"adapter.rank is {self.rank}: it must be positive")
+        _require(self.alpha > 0, f"adapter.alpha is {self.alpha}: it must be positive")
+        _require(0 <= self.dropout < 1, f"adapter.dropout is {self.dropout}: it must be at least 0 and below 1")
+        _require(
+            len(set(self.projections)) == len(self.projections) > 0,
+            f"adapter.projections is {', '.join(self.projections) or 'empty'}: name at least one, and each once",
+        )
+        _require(
+            not self.double_quantization or self.base in ("int8", "int4", "nf4"),
+            f"adapter.double_quantization is set and adapter.base is {self.base}, which has no scales: "
+            "choose int8, int4 or nf4",
+        )
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's output is multiplied by; rsLoRA is arXiv 2312.03732."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)
@@ -231,7 +279,14 @@ class RunConfig:
         steps: optimizer steps
         seed: of random weights, of the data order and of the step's random numbers
         model: shape, or the path of a model file beside the config; null takes it from init.checkpoint
-        remat: what the backward pass recomputes: `none` nothing, `dots` all but matrix products, `full` whole blocks
+        adapter: trains adapters on the frozen weights of init.checkpoint; null trains all weights
+        attention: of whole rows: `splash` is TPU's kernel; `xla` runs anywhere and holds float32 scores of a quarter of
+            the queries; `cudnn` is Nvidia's kernel, with a mask of 2 S S bytes a row; `auto` is splash on TPU, else xla
+        remat: what the backward pass recomputes of a block. From the most memory to the least: `none` nothing;
+            `elementwise` all but matrix products and attention; `attention_mlp` the output projection too;
+            `attention_gate` the up projection too; `attention` the gate too, so it keeps q, k, v and attention;
+            `attention_offload` the same, kept in the host's memory; `full` all. `dots` keeps all products with weights,
+            adapters' too, and recomputes attention
         distributed: one process a host; JAX finds the others by itself on TPU pods, GKE and Slurm
     """
 
@@ -241,13 +296,15 @@ class RunConfig:
     seed: int = 0
     model: ModelConfig | None = None
     init: InitConfig = field(default_factory=InitConfig)
+    adapter: AdapterConfig | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    remat: Literal["none", "dots", "full"] = "none"
+    attention: Literal["auto", "splash", "xla", "cudnn"] = "auto"
+    remat: Remat = "none"
     distributed: bool = False
 
     def __post_init__(self):
@@ -255,6 +312,10 @@ class RunConfig:
         _require(
             self.model is not None or self.init.checkpoint is not None,
             "neither model nor init.checkpoint is set: give the shape of a new model, or a checkpoint to start from",
+        )
+        _require(
+            self.adapter is None or self.init.checkpoint is not None,
+            "adapter is set and init.checkpoint is not: adapters need a base, give the checkpoint that holds it",
         )
         _require(
             self.model is None or self.model.vocab_size % self.objective.vocab_chunks == 0,

@@ -1,6 +1,8 @@
 """A hash of a model's weights, the same on every mesh."""
 
+import functools
 import hashlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -18,15 +20,30 @@ def model_fingerprint(params: Any) -> str:
     The checksums are made on the device, of integers, whose sums don't depend on their order: no weight travels to the
     host, and any sharding gives the same result.
     """
+    return digest(lines_of(params))
+
+
+def lines_of(params: Any) -> list[str]:
+    """What the fingerprint is the hash of: a line for each parameter, in the order of the tree."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     arrays = [leaf for _, leaf in leaves]
     everywhere = replicated(arrays[0].sharding.mesh) if isinstance(arrays[0].sharding, NamedSharding) else None
-    sums = jax.device_get(jax.jit(lambda arrays: list(map(_checksum, arrays)), out_shardings=everywhere)(arrays))
-    digest = hashlib.sha256()
+    sums = jax.device_get(_checksums(everywhere)(arrays))
+    lines = []
     for (key_path, leaf), checksum in zip(leaves, sums, strict=True):
         words = " ".join(f"{int(word):08x}" for word in checksum)
-        digest.update(f"{path_of(key_path)} {leaf.dtype.name} {leaf.shape} {words}\n".encode())
-    return digest.hexdigest()
+        lines.append(f"{path_of(key_path)} {leaf.dtype.name} {leaf.shape} {words}\n")
+    return lines
+
+
+def digest(lines: Iterable[str]) -> str:
+    """The fingerprint of a model whose parameters were looked at in turn."""
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@functools.cache
+def _checksums(sharding: NamedSharding | None) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    return jax.jit(lambda arrays: list(map(_checksum, arrays)), out_shardings=sharding)
 
 
 def _checksum(array: jax.Array) -> jax.Array:

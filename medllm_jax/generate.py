@@ -13,6 +13,7 @@ from etils import epath
 from flax import nnx
 
 from medllm_jax import runs
+from medllm_jax.compiler import compiler_options
 from medllm_jax.config import MeshConfig, PrecisionConfig
 from medllm_jax.data.tokenizer import encode_plain, load_tokenizer
 from medllm_jax.errors import UserError
@@ -74,8 +75,10 @@ class Generator:
         check_divisible(model.mesh, model.config, batch_size)
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
         self._eos = jnp.asarray(sorted(set(eos_token_ids)), jnp.int32)
-        self._prefill = jax.jit(self._prefill_rows, static_argnames="columns")
-        self._decode = jax.jit(self._decode_chunk, static_argnames=("temperature", "top_p"), donate_argnums=1)
+        options = {"compiler_options": compiler_options(model.mesh)}
+        self._prefill = jax.jit(self._prefill_rows, static_argnames="columns", **options)
+        sampling = ("temperature", "top_p")
+        self._decode = jax.jit(self._decode_chunk, static_argnames=sampling, donate_argnums=1, **options)
 
     @classmethod
     def from_run(
@@ -151,7 +154,7 @@ class Generator:
 
     def _start(self, prompts: list[list[int]], first: int, sampling: Sampling) -> _Decoding:
         """Runs the prompts through the model; they are padded at their left, so that all end in the same column."""
-        width = -(-max(map(len, prompts)) // _BUCKET) * _BUCKET
+        width, columns = _columns(max(map(len, prompts)), sampling)
         tokens = np.zeros((self._batch_size, width), np.int32)
         lengths = np.ones(self._batch_size, np.int32)
         for row, prompt in enumerate(prompts):
@@ -159,9 +162,20 @@ class Generator:
             lengths[row] = len(prompt)
         rows = np.arange(first, first + self._batch_size, dtype=np.uint32)
         sharding = rows_over(self._model.mesh)
-        columns = width + -(-sampling.max_new_tokens // _CHUNK) * _CHUNK
         placed = (jax.device_put(array, sharding) for array in (tokens, lengths, rows))
         return self._prefill(self._model.params, *placed, np.uint32(sampling.seed), columns=columns)
+
+    def lower_prefill(self, prompt_tokens: int, sampling: Sampling) -> jax.stages.Lowered:
+        """The program that reads prompts of so many tokens, for a look at what it costs; the weights may be shapes."""
+        sharding, rows = rows_over(self._model.mesh), self._batch_size
+        width, columns = _columns(prompt_tokens, sampling)
+        shapes = [((rows, width), jnp.int32), ((rows,), jnp.int32), ((rows,), jnp.uint32)]
+        placed = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
+        return self._prefill.lower(self._model.params, *placed, np.uint32(sampling.seed), columns=columns)
+
+    def lower_decode(self, state: Any, sampling: Sampling) -> jax.stages.Lowered:
+        """The program that adds a chunk of tokens to what `lower_prefill`'s returns; its shapes and shardings do."""
+        return self._decode.lower(self._model.params, state, temperature=sampling.temperature, top_p=sampling.top_p)
 
     # --- on the device ---
 
@@ -203,6 +217,12 @@ class Generator:
         tokens = jnp.full((state.position.shape[0], _CHUNK), padding)
         _, state, tokens = jax.lax.while_loop(proceed, body, (0, state, tokens))
         return state, tokens
+
+
+def _columns(prompt_tokens: int, sampling: Sampling) -> tuple[int, int]:
+    """Columns that the longest prompt is padded to, and those of the cache."""
+    width = -(-prompt_tokens // _BUCKET) * _BUCKET
+    return width, width + -(-sampling.max_new_tokens // _CHUNK) * _CHUNK
 
 
 def _next_logits(network: Qwen2, hidden: jax.Array) -> jax.Array:

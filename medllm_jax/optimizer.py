@@ -8,10 +8,10 @@ import optax
 from medllm_jax.config import OptimizerConfig
 from medllm_jax.sharding import path_of, row_of
 
-# Parameter path -> does weight decay hold? Every parameter matches exactly one row.
+# Parameter path -> does weight decay hold? Every parameter that is trained matches exactly one row.
 DECAYS: tuple[tuple[str, bool], ...] = (
     (r"(embed_tokens|lm_head)/weight", True),
-    (r"layers/(self_attn|mlp)/\w+_proj/weight", True),
+    (r"layers/(self_attn|mlp)/\w+_proj/(weight|lora_A|lora_B)", True),
     (r"layers/self_attn/[qkv]_proj/bias", False),
     (r"(layers/)?(\w+_layer)?norm/weight", False),
 )

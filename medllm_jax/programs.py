@@ -10,10 +10,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from medllm_jax.compiler import compiler_options
 from medllm_jax.config import RunConfig
 from medllm_jax.data.batch import Batch
 from medllm_jax.loading import Blueprint, blueprint
 from medllm_jax.losses import objective, pair_log_probs
+from medllm_jax.model.lora import with_dropout
 from medllm_jax.optimizer import make_optimizer
 from medllm_jax.sharding import check_divisible, replicated, rows_over
 from medllm_jax.step import TrainState, new_state, state_shardings, train_step
@@ -23,34 +25,46 @@ class TrainProgram(NamedTuple):
     """One optimizer step of a run on a mesh. Nothing is allocated until it is called.
 
     plan: the model without its weights; abstract: shapes and shardings of the state; initialise: the first state of
-    parameters, which it takes over; step: ``(state, batch) -> (state, metrics)``, which takes over the state.
+    parameters, which it takes over; step: ``(state, batch, frozen) -> (state, metrics)``, which takes over the state
+    and leaves the frozen parameters where they are.
     """
 
     plan: Blueprint
     abstract: TrainState
     initialise: Callable[[Any], TrainState]
-    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    step: Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def train_program(config: RunConfig, mesh: Mesh) -> TrainProgram:
     """The step of a run whose config has a model; UserError where model or micro-batch don't split over the mesh."""
     check_divisible(mesh, config.model, config.data.batch_size // config.data.accumulate)
-    plan = blueprint(config.model, config.precision, mesh, remat=config.remat)
+    plan = blueprint(
+        config.model,
+        config.precision,
+        mesh,
+        remat=config.remat,
+        attention=config.attention,
+        branches=config.objective.name == "rpo",
+        adapter=config.adapter,
+    )
     optimizer = make_optimizer(config.optimizer, config.steps)
-    abstract, initialise = _state_maker(plan, optimizer, config.seed)
+    abstract, initialise = _state_maker(plan, optimizer, config.seed, mesh)
+    loss = objective(config.objective)
+    if config.adapter is not None and config.adapter.dropout:
+        loss = with_dropout(loss)
     step = functools.partial(
         train_step,
         structure=plan.structure,
-        loss=objective(config.objective),
+        loss=loss,
         optimizer=optimizer,
         accumulate=config.data.accumulate,
     )
     shardings = (jax.tree.map(lambda x: x.sharding, abstract), replicated(mesh))
-    return TrainProgram(plan, abstract, initialise, jax.jit(step, donate_argnums=0, out_shardings=shardings))
+    step = jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options(mesh))
+    return TrainProgram(plan, abstract, initialise, step)
 
 
-def _state_maker(plan: Blueprint, optimizer: optax.GradientTransformation, seed: int):
-    mesh = plan.abstract["norm"]["weight"].sharding.mesh
+def _state_maker(plan: Blueprint, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh):
     make = functools.partial(new_state, optimizer=optimizer, seed=seed)
     shapes = jax.eval_shape(make, plan.abstract)
     shardings = state_shardings(shapes, optimizer, mesh)
@@ -63,7 +77,7 @@ def score_program(
 ) -> Callable[[Any, Batch], jax.Array]:
     """``(params, batch) -> float32 [B, P, 2]``: log-probabilities of a micro-batch's pairs, whole on each device."""
 
-    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh))
     def score(params: Any, batch: Batch) -> jax.Array:
         return pair_log_probs(nnx.merge(structure, params), batch, pairs_per_row, config.objective.vocab_chunks)
 

@@ -8,7 +8,7 @@ from medllm_jax.data.pipeline import in_order
 from medllm_jax.data.references import write_references
 from medllm_jax.errors import UserError
 from medllm_jax.fingerprint import model_fingerprint
-from medllm_jax.loading import load_model
+from medllm_jax.loading import blueprint, first_weights, whole
 from medllm_jax.metrics import Console
 from medllm_jax.programs import score_program
 from medllm_jax.sharding import check_divisible, make_mesh, put_batch
@@ -30,15 +30,17 @@ def cache_reference(config: RunConfig) -> int:
     rows, mesh = open_rows(config), make_mesh(config.mesh)
     batch_size = config.data.batch_size // config.data.accumulate
     check_divisible(mesh, config.model, batch_size)
-    model = load_model(config.init.checkpoint, config.precision, mesh)
-    score = score_program(config, model.structure, mesh, rows.pairs_per_row)
+    plan = blueprint(config.model, config.precision, mesh, attention=config.attention, adapter=config.adapter)
+    first = first_weights(config, plan)  # by the same road as the run itself, adapters and all
+    params = whole(first.params, first.frozen)
+    score = score_program(config, plan.structure, mesh, rows.pairs_per_row)
     scored = []
     batches = in_order(rows, batch_size, process_index=jax.process_index(), process_count=jax.process_count())
     with Console("reference", len(rows), unit="row", enabled=jax.process_index() == 0) as console:
         for batch, real in batches:
-            scored.append(np.asarray(score(model.params, put_batch(batch, mesh)))[:real])
+            scored.append(np.asarray(score(params, put_batch(batch, mesh)))[:real])
             console.update(sum(map(len, scored)), every_seconds=5)
-    fingerprint = model_fingerprint(model.params)
+    fingerprint = model_fingerprint(params)
     if jax.process_index() == 0:
         write_references(rows, fingerprint, np.concatenate(scored))
     return sum(corpus.examples for corpus in rows.corpora)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,18 +27,33 @@ PARAMETERS: tuple[tuple[str, P], ...] = (
     (r"layers/mlp/down_proj/weight", P(None, "fsdp", "tensor")),
     (r"layers/(input|post_attention)_layernorm/weight", P(None, None)),
     (r"norm/weight", P(None)),
+    # A quantised base lies in whole rows where it can: a row may have too few blocks to be split.
+    (r"layers/(self_attn/[qkv]|mlp/(gate|up))_proj/(codes|absmax)", P(None, ("tensor", "fsdp"), None)),
+    (r"layers/(self_attn/[qkv]|mlp/(gate|up))_proj/absmax_(low|step)", P(None, ("tensor", "fsdp"))),
+    (r"layers/(self_attn/o|mlp/down)_proj/(codes|absmax)", P(None, "fsdp", "tensor")),
+    (r"layers/(self_attn/o|mlp/down)_proj/absmax_(low|step)", P(None, "fsdp")),
+    # Adapters, [L, rank, in] and [L, out, rank]: the one long dimension is split over all there is.
+    (r"layers/(self_attn|mlp)/\w+_proj/lora_A", P(None, None, ("tensor", "fsdp"))),
+    (r"layers/(self_attn|mlp)/\w+_proj/lora_B", P(None, ("tensor", "fsdp"), None)),
 )
 
 ACTIVATIONS: Mapping[str, P] = {
     "hidden": P(BATCH_AXES, None, None),  # [B, S, D]
     "heads": P(BATCH_AXES, None, "tensor", None),  # [B, S, heads, E]
     "mlp": P(BATCH_AXES, None, "tensor"),  # [B, S, F]
+    "factor": P(None, None),  # [rank, in] or [out, rank] of an adapter
+    "columns": P("tensor"),  # [out, ...] of a quantised weight, gathered over fsdp
+    "rows": P(None, "tensor"),  # [out, in] of one whose `in` is split, o_proj and down_proj
+    "row_scales": P(None),  # [out] of such a one
     "embedding": P("tensor", None),  # [V, D] gathered over fsdp before the look-up, which can't be split over D
 }
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """A mesh of (data, fsdp, tensor) over all devices; UserError if the sizes don't multiply to their number."""
+    """A mesh of (data, fsdp, tensor) over all devices; UserError if the sizes don't multiply to their number.
+
+    Several TPU slices lie along data, which has the least traffic: between slices it takes the data centre's network.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     known = math.prod(size for size in sizes if size != -1)
@@ -46,7 +62,14 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     if math.prod(sizes) != len(devices):
         shape = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise UserError(f"mesh {shape} does not divide {len(devices)} devices: the sizes must multiply to that number")
-    return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+    auto = (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices <= 1:
+        return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=auto)
+    if sizes[0] % slices:
+        raise UserError(f"mesh.data {sizes[0]} is not a multiple of the {slices} slices that the devices are in")
+    within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+    return Mesh(create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True), AXES, auto)
 
 
 def check_divisible(mesh: Mesh, model: ModelConfig, micro_batch: int) -> None:
@@ -86,11 +109,11 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
 
     def sharding(key_path, leaf) -> NamedSharding:
         path, spec = path_of(key_path), row_of(PARAMETERS, path_of(key_path))
-        for dimension, axis in enumerate(spec):
-            if axis is not None and leaf.shape[dimension] % mesh.shape[axis]:
-                raise UserError(
-                    f"dimension {dimension} of {path} {leaf.shape} does not divide by mesh.{axis} {mesh.shape[axis]}"
-                )
+        for dimension, axes in enumerate(spec):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            if leaf.shape[dimension] % math.prod(mesh.shape[axis] for axis in axes):
+                parts = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in axes)
+                raise UserError(f"dimension {dimension} of {path} {leaf.shape} does not divide by {parts}")
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, params)

@@ -16,8 +16,8 @@ from medllm_jax.sharding import parameter_shardings, replicated
 class TrainState(NamedTuple):
     """Everything that a step reads and writes.
 
-    step: int32 scalar, updates made; params: tree of arrays; opt_state: optax's, its moments laid out like their
-    parameters; key: uint32 key data of the random numbers still to come.
+    step: int32 scalar, updates made; params: tree of the arrays that are trained; opt_state: optax's, its moments laid
+    out like their parameters; key: uint32 key data of the random numbers still to come.
     """
 
     step: jax.Array
@@ -53,15 +53,20 @@ def state_shardings(abstract: TrainState, optimizer: optax.GradientTransformatio
 def train_step(
     state: TrainState,
     batch: Batch,
+    frozen: Any = None,
     *,
     structure: nnx.GraphDef,
     loss: Loss,
     optimizer: optax.GradientTransformation,
     accumulate: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update from a batch of rows, and its metrics (float32 scalars)."""
+    """One update from a batch of rows, and its metrics (float32 scalars).
+
+    frozen: tree of the parameters that are not trained, if there are any; `structure` is of all.
+    """
     next_key, key = jax.random.split(jax.random.wrap_key_data(state.key))
-    grads, sums = summed_gradients(state.params, batch, key, structure=structure, loss=loss, accumulate=accumulate)
+    how = {"structure": structure, "loss": loss, "accumulate": accumulate}
+    grads, sums = summed_gradients(state.params, batch, key, frozen, **how)
     weight = jnp.maximum(sums.weight, 1e-8)  # a batch without a target has zero gradients, not undefined ones
     grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -72,12 +77,19 @@ def train_step(
 
 
 def summed_gradients(
-    params: Any, batch: Batch, key: jax.Array, *, structure: nnx.GraphDef, loss: Loss, accumulate: int
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    frozen: Any = None,
+    *,
+    structure: nnx.GraphDef,
+    loss: Loss,
+    accumulate: int,
 ) -> tuple[Any, LossSum]:
     """Gradients of the loss's total, and its sums, over all rows; in `accumulate` micro-batches, added in float32."""
 
     def total_of(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, LossSum]:
-        sums = loss(nnx.merge(structure, params), rows, key)
+        sums = loss(nnx.merge(structure, params, frozen or {}), rows, key)
         return sums.total, sums
 
     gradient = jax.grad(total_of, has_aux=True)

@@ -10,7 +10,15 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from medllm_jax import runs
-from medllm_jax.checkpoint import CheckpointWriter, load_meta, load_model_config, load_params, load_state, newest_step
+from medllm_jax.checkpoint import (
+    Base,
+    CheckpointWriter,
+    load_adapted,
+    load_meta,
+    load_model_config,
+    load_state,
+    newest_step,
+)
 from medllm_jax.config import RunConfig
 from medllm_jax.data.ahead import Ahead
 from medllm_jax.data.pipeline import BatchStream, check_mix
@@ -20,7 +28,7 @@ from medllm_jax.data.store import check_compatible
 from medllm_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from medllm_jax.errors import UserError
 from medllm_jax.fingerprint import model_fingerprint
-from medllm_jax.loading import Blueprint, random_params
+from medllm_jax.loading import first_weights, load_frozen, whole
 from medllm_jax.metrics import Console, Meter, MetricsLog
 from medllm_jax.optimizer import make_schedule
 from medllm_jax.programs import train_program
@@ -42,10 +50,11 @@ def train(config: RunConfig) -> epath.Path:
     if start:
         meta = load_meta(folder, start)
         check_same_data(folder, meta, rows)
+        frozen = load_frozen(program.plan, load_adapted(folder, start))
         state = load_state(folder, start, program.abstract)
     else:
-        params = initial_params(config, program.plan)
-        meta = first_meta(config, rows, params)
+        params, frozen, base = first_weights(config, program.plan)
+        meta = first_meta(config, rows, base, params, frozen)
         state = program.initialise(params)
     reference = read_references(rows, meta["reference_model"]) if config.objective.name == "rpo" else None
     seen = Seen(rows, meta["seen"])
@@ -62,7 +71,7 @@ def train(config: RunConfig) -> epath.Path:
         CheckpointWriter(folder, every=config.checkpoint.every, keep=config.checkpoint.keep) as checkpoints,
     ):
         for step in range(start + 1, config.steps + 1):
-            state, metrics = program.step(state, next(batches))
+            state, metrics = program.step(state, next(batches), frozen)
             seen.add(stream.row_ids(batches.position - 1))
             progress.add(step, metrics, batches.waited)
             last = step == config.steps
@@ -126,20 +135,14 @@ def open_stream(config: RunConfig, rows: Rows, position: int, reference: np.ndar
     )
 
 
-def initial_params(config: RunConfig, plan: Blueprint) -> Any:
-    """Weights of the checkpoint that a run starts from, or random ones."""
-    if config.init.checkpoint is None:
-        return random_params(plan, config.seed)
-    return load_params(config.init.checkpoint, plan.abstract)
-
-
-def first_meta(config: RunConfig, rows: Rows, params: Any) -> dict[str, Any]:
+def first_meta(config: RunConfig, rows: Rows, base: Base | None, params: Any, frozen: Any) -> dict[str, Any]:
     """What every checkpoint of this run says beside its arrays; `position` is the data's, in batches."""
     return {
         "config": to_plain(config),
         "model": to_plain(config.model),
+        "base": base and base._asdict(),
         "position": 0,
-        "reference_model": model_fingerprint(params) if config.objective.name == "rpo" else None,
+        "reference_model": model_fingerprint(whole(params, frozen)) if config.objective.name == "rpo" else None,
         "seen": Seen(rows).counts,
         "rows_digest": rows.digest,
     }

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +26,9 @@ ALLOWED = {
     "settings": {"config", "errors"},
     "data": {"errors", "data", "remote"},
     "evaluation": {"errors", "evaluation", "remote"},
-    "model": {"config", "model"},
+    "model": {"config", "errors", "model"},
     "sharding": {"config", "errors"},
+    "compiler": set(),
     "optimizer": {"config", "sharding"},
     "losses": {"config", "data.batch"},
     "step": {"data.batch", "losses", "sharding"},
@@ -37,8 +39,16 @@ ALLOWED = {
     "runs": {"config", "errors", "remote", "settings"},
     "pairs": {"errors", "evaluation"},
 }
-COMPOSES = {"train", "programs", "reference", "loading", "generate", "cli", "demo"}
-VERBS = {"train": {"reference", "cli"}, "reference": {"cli"}, "generate": {"cli"}, "cli": {"demo"}, "demo": {"cli"}}
+COMPOSES = {"train", "programs", "reference", "loading", "generate", "cli", "demo", "plan", "planning"}
+VERBS = {
+    "train": {"reference", "cli"},
+    "reference": {"cli"},
+    "generate": {"cli", "planning"},  # planning compiles its programs
+    "plan": {"cli"},
+    "planning": {"plan", "cli"},
+    "cli": {"demo"},
+    "demo": {"cli"},
+}
 
 
 def imports_of(file):
@@ -84,7 +94,7 @@ def test_every_setting_is_read_somewhere():
             continue
         read |= {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
         read |= {n.value for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Constant)}
-    read |= {"head_dim"}  # behind ModelConfig.dim_of_head
+    read |= {"head_dim", "rslora"}  # behind ModelConfig.dim_of_head and AdapterConfig.scale
     for cls in vars(config_module).values():
         if dataclasses.is_dataclass(cls):
             assert not {field.name for field in dataclasses.fields(cls)} - read, cls
@@ -109,6 +119,39 @@ def test_every_parameter_matches_one_row_of_every_table(tied):
     assert {path for path in paths if row_of(DECAYS, path)} == {
         path for path in paths if "proj/weight" in path or "embed" in path or "lm_head" in path
     }
+
+
+@pytest.mark.parametrize(
+    ("base", "double"),
+    [
+        ("float32", False),
+        ("bfloat16", False),
+        *((base, double) for base in ("int8", "int4", "nf4") for double in (False, True)),
+    ],
+)
+def test_every_parameter_of_an_adapted_model_matches_one_row_too(base, double):
+    import jax
+
+    from medllm_jax.config import AdapterConfig, MeshConfig
+    from medllm_jax.loading import blueprint
+    from medllm_jax.sharding import make_mesh, path_of
+
+    quantised = base in ("int8", "int4", "nf4")
+    adapter = AdapterConfig(base=base, double_quantization=double)
+    shape = tiny_config(hidden_size=128, intermediate_size=256)
+    plan = blueprint(shape, PrecisionConfig(), make_mesh(MeshConfig(1, 4, 2)), adapter=adapter)
+    trained, frozen = (
+        {path_of(key_path): leaf for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (plan.abstract, plan.frozen)
+    )
+    assert len(trained) == 2 * 7 and all(path.endswith(("lora_A", "lora_B")) for path in trained)
+    assert len(frozen) == 14 + quantised * 7 * (3 if double else 1)
+    for path in trained:
+        row_of(DECAYS, path)
+    for path, leaf in (trained | frozen).items():
+        row_of(PARAMETERS, path)
+        if leaf.ndim == 3 or "embed" in path:  # each of 8 devices has its eighth
+            assert 8 * math.prod(leaf.sharding.shard_shape(leaf.shape)) == leaf.size, path
 
 
 # Parameters of the published models, in billions, as their model cards round them.
@@ -154,6 +197,7 @@ def test_demo_configs_load():
         [],
         ["train"],
         ["reference"],
+        ["plan"],
         ["evaluate"],
         ["pairs"],
         ["demo"],

@@ -79,10 +79,10 @@ def break_at(monkeypatch, step):
     """The loop dies right before it would make a step."""
     original = train_module.Progress.add
 
-    def add(self, number, metrics):
+    def add(self, number, *rest):
         if number == step:
             raise KilledError
-        original(self, number, metrics)
+        original(self, number, *rest)
 
     monkeypatch.setattr(train_module.Progress, "add", add)
 

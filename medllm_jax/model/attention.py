@@ -1,6 +1,6 @@
 """Attention under the row rule: same segment, not later in the row, branch 0 or the query's own.
 
-Every back end has the signature of `attend`.
+Every back end has the signature of `attend`, and names what its backward pass needs beside q, k and v `RESIDUALS`.
 
 Shapes: B rows, Q queries and T keys a row, H query heads, K key/value heads, G = H / K, E width of a head.
 """
@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+RESIDUALS = "attention"  # for remat policies
 
 # Scores of one block are [B, H, Q / blocks, T]; later blocks see more keys. Four blocks skip 3/8 of the products.
 _CAUSAL_BLOCKS = 4
@@ -45,7 +48,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, query: Place, key: Place) -
     scores = jnp.where(visible(query, key)[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgqt,btke->bqkge", weights, v)
-    return out.reshape(batch, queries, heads, width)
+    return checkpoint_name(out.reshape(batch, queries, heads, width), RESIDUALS)
 
 
 def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, query: Place, key: Place) -> jax.Array:
@@ -63,3 +66,16 @@ def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, query: Place, key
         return attend(q[:, start:end], k[:, :end], v[:, :end], queries, keys)
 
     return jnp.concatenate([block(start) for start in range(0, length, size)], axis=1)
+
+
+def attend_by_cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, query: Place, key: Place, *, implementation: str = "cudnn"
+) -> jax.Array:
+    """`attend` by cuDNN's flash attention: bfloat16 or float16, on Nvidia GPUs.
+
+    The rule is given as an array: bool [B, 1, Q, T] becomes a bias in q's dtype, 2 B Q T bytes that all heads share.
+    cuDNN's own log-sum-exp has no name, so a remat policy that saves its output still runs its forward pass again.
+    """
+    mask = visible(query, key)[:, None]
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+    return checkpoint_name(out, RESIDUALS)

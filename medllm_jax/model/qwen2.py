@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from medllm_jax.config import ModelConfig
-from medllm_jax.model.attention import Place, attend, attend_in_blocks
+from medllm_jax.model.attention import RESIDUALS, Place, attend, attend_in_blocks
 from medllm_jax.model.linear import Linear
 
 
@@ -24,7 +25,7 @@ from medllm_jax.model.linear import Linear
 class Backend:
     """What the same network runs on; every field has a default that works on one device.
 
-    linear: constructor of the linear layers. attention: for whole rows, signature of `attention.attend`.
+    linear: a projection's name -> its layer's constructor. attention: for whole rows, signature of `attention.attend`.
     constrain: `(array, kind) -> array` pins an activation's sharding, kind a row of `sharding.ACTIVATIONS`.
     remat: name of a row of `REMAT_POLICIES`.
     """
@@ -32,15 +33,32 @@ class Backend:
     compute_dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "none"
-    linear: Callable = Linear
+    linear: Callable[[str], Callable] = lambda name: Linear
     attention: Callable = attend_in_blocks
     constrain: Callable[[jax.Array, str], jax.Array] = lambda array, kind: array
 
 
-# What jax.checkpoint keeps of a block for the backward pass.
+# Named values of a block that policies keep for the backward pass. A token has (H + 2 K) E elements of qkv, H E of
+# attention, D of residual, F each of gate and up. Each element is a contraction over about D, so a byte kept saves as
+# much time whichever it is, and memory alone decides how many.
+_KEPT = {
+    "attention": ("qkv", RESIDUALS),
+    "attention_gate": ("qkv", RESIDUALS, "gate"),
+    "attention_mlp": ("qkv", RESIDUALS, "gate", "up"),
+    "elementwise": ("qkv", RESIDUALS, "residual", "gate", "up"),
+}
+
+# What jax.checkpoint keeps of a block for the backward pass, beside its input.
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    **{name: jax.checkpoint_policies.save_only_these_names(*kept) for name, kept in _KEPT.items()},
+    "attention_offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(),
+        names_which_can_be_offloaded=_KEPT["attention"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -116,10 +134,10 @@ class Attention(nnx.Module):
         hidden, width = config.hidden_size, config.dim_of_head
         queries, keys = config.num_attention_heads * width, config.num_key_value_heads * width
         make = {"std": config.initializer_range, "param_dtype": backend.param_dtype, "rngs": rngs}
-        self.q_proj = backend.linear(hidden, queries, bias=True, **make)
-        self.k_proj = backend.linear(hidden, keys, bias=True, **make)
-        self.v_proj = backend.linear(hidden, keys, bias=True, **make)
-        self.o_proj = backend.linear(queries, hidden, bias=False, **make)
+        self.q_proj = backend.linear("q_proj")(hidden, queries, bias=True, **make)
+        self.k_proj = backend.linear("k_proj")(hidden, keys, bias=True, **make)
+        self.v_proj = backend.linear("v_proj")(hidden, keys, bias=True, **make)
+        self.o_proj = backend.linear("o_proj")(queries, hidden, bias=False, **make)
 
     def qkv(self, x: jax.Array, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [B, S, H, E], k and v [B, S, K, E] of x [B, S, D]; q and k rotated."""
@@ -127,7 +145,7 @@ class Attention(nnx.Module):
             self.backend.constrain(proj(x).reshape(*x.shape[:-1], -1, self.config.dim_of_head), "heads")
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return rotate(q, *angles), rotate(k, *angles), v
+        return tuple(checkpoint_name(x, "qkv") for x in (rotate(q, *angles), rotate(k, *angles), v))
 
     def out(self, attended: jax.Array) -> jax.Array:
         return self.o_proj(attended.reshape(*attended.shape[:-2], -1))
@@ -140,13 +158,14 @@ class MLP(nnx.Module):
         self.backend = backend
         hidden, width = config.hidden_size, config.intermediate_size
         make = {"bias": False, "std": config.initializer_range, "param_dtype": backend.param_dtype, "rngs": rngs}
-        self.gate_proj = backend.linear(hidden, width, **make)
-        self.up_proj = backend.linear(hidden, width, **make)
-        self.down_proj = backend.linear(width, hidden, **make)
+        self.gate_proj = backend.linear("gate_proj")(hidden, width, **make)
+        self.up_proj = backend.linear("up_proj")(hidden, width, **make)
+        self.down_proj = backend.linear("down_proj")(width, hidden, **make)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        inner = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(self.backend.constrain(inner, "mlp"))
+        gate = checkpoint_name(self.gate_proj(x), "gate")
+        up = checkpoint_name(self.up_proj(x), "up")
+        return self.down_proj(self.backend.constrain(jax.nn.silu(gate) * up, "mlp"))
 
 
 class Block(nnx.Module):
@@ -162,7 +181,7 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, angles, attend_to: Callable) -> tuple[jax.Array, Any]:
         """x [B, S, D]; ``attend_to(q, k, v) -> (attended, carry)`` holds the mask, and the cache if there is one."""
         attended, carry = attend_to(*self.self_attn.qkv(self.input_layernorm(x), angles))
-        x = self.backend.constrain(x + self.self_attn.out(attended), "hidden")
+        x = checkpoint_name(self.backend.constrain(x + self.self_attn.out(attended), "hidden"), "residual")
         x = self.backend.constrain(x + self.mlp(self.post_attention_layernorm(x)), "hidden")
         return x, carry
 
@@ -178,7 +197,7 @@ class Qwen2(nnx.Module):
         self.norm = RMSNorm(config, param_dtype=backend.param_dtype)
         make = {"std": config.initializer_range, "param_dtype": backend.param_dtype, "rngs": rngs}
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else backend.linear(config.hidden_size, config.vocab_size, bias=False, **make)
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, **make)
 
     @property
     def head_weight(self) -> jax.Array:

@@ -1,9 +1,15 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medllm_jax.model.attention import Place, attend, attend_in_blocks, visible
+from medllm_jax.config import MeshConfig, PrecisionConfig
+from medllm_jax.errors import UserError
+from medllm_jax.loading import attention_on
+from medllm_jax.model.attention import Place, attend, attend_by_cudnn, attend_in_blocks, visible
+from medllm_jax.sharding import make_mesh
 
 # Rows of segments with branches, and padding at the end: segment ids and branch ids.
 SEGMENTS = "1111122222222200"
@@ -74,9 +80,15 @@ def test_attend_keeps_the_dtype_and_scores_in_float32():
     assert np.abs(np.asarray(out, np.float64) - exact).max() < 0.03
 
 
-@pytest.mark.parametrize("repeat", [16, 3])
-def test_attend_in_blocks_is_attend(repeat):
-    """256 tokens are cut into blocks, 48 are not; values and gradients."""
+# cuDNN's own kernel needs a GPU; what it is told is the same for any implementation.
+attend_by_cudnns_interface = functools.partial(attend_by_cudnn, implementation="xla")
+
+
+@pytest.mark.parametrize(
+    ("function", "repeat"), [(attend_in_blocks, 16), (attend_in_blocks, 3), (attend_by_cudnns_interface, 3)]
+)
+def test_back_ends_are_attend(function, repeat):
+    """Values and gradients; 256 tokens are cut into blocks, 48 are not."""
     where = place(rows=2, repeat=repeat)
     q, k, v = arrays(2, repeat * len(SEGMENTS), 4, 2, 8)
 
@@ -87,9 +99,9 @@ def test_attend_in_blocks_is_attend(repeat):
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
 
-    in_blocks, whole = weighted(attend_in_blocks), weighted(attend)
-    np.testing.assert_allclose(in_blocks[0], whole[0], rtol=1e-4, atol=1e-4)
-    for ours, theirs in zip(in_blocks[1], whole[1], strict=True):
+    found, whole = weighted(function), weighted(attend)
+    np.testing.assert_allclose(found[0], whole[0], rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(found[1], whole[1], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
@@ -102,3 +114,11 @@ def test_blocks_are_taken(monkeypatch):
     where = place(repeat=16)
     attention.attend_in_blocks(*arrays(1, 256, 2, 2, 4), where, where)
     assert seen == [(64, 64), (64, 128), (64, 192), (64, 256)]
+
+
+def test_a_choice_that_the_devices_cannot_run_is_refused():
+    choose = functools.partial(attention_on, make_mesh(MeshConfig()), precision=PrecisionConfig(), branches=True)
+    assert choose("auto") is choose("xla") is attend_in_blocks
+    for choice, needed in (("splash", "tpu"), ("cudnn", "gpu")):
+        with pytest.raises(UserError, match=f"{choice} needs a {needed} and the devices are cpu"):
+            choose(choice)

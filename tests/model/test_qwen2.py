@@ -1,6 +1,7 @@
 """The model against transformers' Qwen2ForCausalLM, and against itself under every layout of a row."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -214,10 +215,41 @@ def test_what_is_recomputed_changes_no_gradient(grouped):
         def total(params, structure=structure):
             return loss(nnx.merge(structure, params), batch, jax.random.key(0)).total
 
-        found[remat] = jax.jit(jax.grad(total))(params)
-    for remat in ("dots", "full"):
+        quickly_compiled = jax.jit(jax.grad(total), compiler_options={"xla_backend_optimization_level": 0})
+        found[remat] = quickly_compiled(params)
+    for remat in REMAT_POLICIES:
         for ours, reference in zip(jax.tree.leaves(found[remat]), jax.tree.leaves(found["none"]), strict=True):
             np.testing.assert_allclose(ours, reference, atol=1e-5 * float(jnp.abs(reference).max()))
+
+
+def test_policies_keep_what_they_name(grouped):
+    """Elements a token and block that wait for the backward pass, beside the block's input."""
+    config, _, params = grouped
+    rows, length = 2, 16
+    arguments = [jax.ShapeDtypeStruct((rows, length), jnp.int32)] * 4
+
+    def kept(remat: str) -> int:
+        structure, _ = nnx.split(nnx.eval_shape(lambda: Qwen2(config, Backend(remat=remat), rngs=nnx.Rngs(0))))
+
+        def pullback(params, *arguments):
+            return jax.vjp(lambda params: nnx.merge(structure, params)(*arguments), params)[1]
+
+        leaves = jax.tree.leaves(jax.eval_shape(pullback, params, *arguments))
+        stack = (config.num_hidden_layers, rows, length)
+        return sum(leaf.size for leaf in leaves if leaf.shape[:3] == stack) // math.prod(stack) - config.hidden_size
+
+    heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.dim_of_head
+    attention = (heads + 2 * kv_heads) * width + heads * width
+    expected = {
+        "full": 0,
+        "attention": attention,
+        "attention_offload": attention,
+        "attention_gate": attention + config.intermediate_size,
+        "attention_mlp": attention + 2 * config.intermediate_size,
+        "elementwise": attention + 2 * config.intermediate_size + config.hidden_size,
+    }
+    assert {remat: kept(remat) for remat in expected} == expected
+    assert kept("none") > kept("elementwise")
 
 
 def test_bfloat16_compute_is_near_float32(grouped):

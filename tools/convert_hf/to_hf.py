@@ -2,9 +2,11 @@
 
 import re
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -12,7 +14,9 @@ from medllm_jax import checkpoint, runs
 from medllm_jax.config import ModelConfig
 from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.errors import UserError
+from medllm_jax.fingerprint import digest, lines_of
 from medllm_jax.metrics import Console
+from medllm_jax.model.lora import as_frozen, merge
 from medllm_jax.remote import is_remote
 from tools.convert_hf.folders import check_free, new_folder, replaced_folder
 from tools.convert_hf.hf_config import config_json, read_json, token_ids_of, write_json
@@ -33,7 +37,8 @@ def to_hf(
 ) -> None:
     """Writes a checkpoint of a run folder as a local Hugging Face folder.
 
-    Weights are read one parameter (all its blocks) at a time into host memory, and written into their places.
+    Weights are read one parameter (all its blocks) at a time into host memory, and written into their places. Adapters
+    are merged into their base as training saw it: of a quantised one, into what its codes stand for.
 
     step: default the newest. dtype: default as stored. overwrite: replaces a target that is a Hugging Face folder.
     Raises UserError for a source without such a checkpoint, and a target that can't be written.
@@ -49,6 +54,9 @@ def to_hf(
         _write_weights(run, folder, stored, max_bytes)
         has_tokenizer = _write_configs(run, folder, stored)
     size = sum(int(np.prod(tensor.shape)) for tensor in run.tensors)
+    if run.adapted is not None:
+        settings, base = run.adapted
+        print(f"adapters of {source} merged into {base.checkpoint}, step {base.step}, in {settings.base}")
     print(
         f"{target}: step {run.step} of {source}, {size:,} parameters in {stored.name}, "
         f"{'with' if has_tokenizer else 'WITHOUT'} tokenizer, {time.monotonic() - start:.1f} s"
@@ -65,20 +73,54 @@ def parse_size(text: str) -> int:
 
 
 class Run:
-    """A checkpoint of a run folder: shape, dtype, and weights tensor by tensor as Hugging Face names them."""
+    """A checkpoint of a run folder: shape, dtype, and weights tensor by tensor as Hugging Face names them.
 
-    def __init__(self, path: str, step: int, config: ModelConfig, dtype: np.dtype):
-        self.path, self.step, self.config, self.dtype = path, step, config, dtype
-        self.tensors: list[Tensor] = tensors_of(config)
+    Of a checkpoint of adapters these are the merged weights, and the dtype is that in which the base is stored.
+    """
 
-    def stream(self):
-        """Name and value of every tensor; holds one parameter with all its blocks at a time."""
+    def __init__(self, path: str, step: int):
+        self.path, self.step = path, step
+        self.config: ModelConfig = checkpoint.load_model_config(path, step)
+        self.adapted = checkpoint.load_adapted(path, step)
+        self._base = (path, step) if self.adapted is None else self.adapted.base[:2]
+        self.dtype = np.dtype(checkpoint.abstract_params(*self._base)["norm"]["weight"].dtype)
+        self.tensors: list[Tensor] = tensors_of(self.config)
+
+    def stream(self, dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """Name and value of every tensor, merged ones in a dtype; holds one parameter with all its blocks at a time."""
+        return ((tensor.name, value) for tensor, value in self._values(dtype or self.dtype))
+
+    def stacked(self) -> dict[str, np.ndarray]:
+        """Path -> weight, the blocks' stacked on a first axis; holds all of them."""
+        weights: dict[str, list[np.ndarray]] = {}
+        for tensor, value in self._values(self.dtype):
+            weights.setdefault(tensor.path, []).append(value if tensor.layer is None else value[None])
+        return {path: np.concatenate(values) for path, values in weights.items()}
+
+    def _values(self, dtype: np.dtype) -> Iterator[tuple[Tensor, np.ndarray]]:
         by_path: dict[str, list[Tensor]] = {}
         for tensor in self.tensors:
             by_path.setdefault(tensor.path, []).append(tensor)
-        for path, value in checkpoint.stream_params(self.path, self.step):
+        factors = {} if self.adapted is None else dict(checkpoint.stream_params(self.path, self.step))
+        lines = []
+        for path, value in checkpoint.stream_params(*self._base):
+            if self.adapted is not None:
+                lines += lines_of({path: jnp.asarray(value)})
             for tensor in by_path[path]:
-                yield tensor.name, value if tensor.layer is None else value[tensor.layer]
+                block = value if tensor.layer is None else value[tensor.layer]
+                if self.adapted is not None:
+                    block = self._merged(tensor, block, factors).astype(dtype)
+                yield tensor, block
+        if self.adapted is not None:
+            checkpoint.check_base(self.adapted.base, digest(lines))
+
+    def _merged(self, tensor: Tensor, block: np.ndarray, factors: dict[str, np.ndarray]) -> np.ndarray:
+        layer, _, name = tensor.path.rpartition("/")
+        if name != "weight" or not layer.endswith("_proj"):
+            return as_frozen(block, self.adapted.settings)
+        pair = [factors.get(f"{layer}/lora_{matrix}") for matrix in "AB"]
+        pair = None if pair[0] is None else tuple(matrix[tensor.layer] for matrix in pair)
+        return merge(block, pair, self.adapted.settings)
 
 
 def open_run(source: str, step: int | None = None) -> Run:
@@ -87,9 +129,7 @@ def open_run(source: str, step: int | None = None) -> Run:
     if step is not None and step not in checkpoint.steps(source):
         listed = ", ".join(map(str, checkpoint.steps(source)))
         raise UserError(f"{source} has no checkpoint of step {step}: it has {listed}")
-    step = newest if step is None else step
-    shapes = checkpoint.abstract_params(source, step)
-    return Run(source, step, checkpoint.load_model_config(source, step), np.dtype(shapes["norm"]["weight"].dtype))
+    return Run(source, newest if step is None else step)
 
 
 def _check_target(target: str, overwrite: bool) -> None:
@@ -109,7 +149,7 @@ def _write_weights(run: Run, folder: Path, dtype: np.dtype, max_bytes: int) -> N
     writer = ShardWriter(folder, run.tensors, dtype, max_bytes)
     try:
         with Console("writing", len(run.tensors), unit="tensor") as console:
-            for done, (name, value) in enumerate(run.stream(), start=1):
+            for done, (name, value) in enumerate(run.stream(dtype), start=1):
                 writer.write(name, value)
                 console.update(done, name, every_seconds=10)
         writer.close()

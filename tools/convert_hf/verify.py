@@ -158,10 +158,7 @@ def _same_logits(sides: tuple[Side, Side], rows: list[list[int]], tolerance: flo
 
 def logits_here(side: Side, rows: list[list[int]]) -> list[np.ndarray]:
     """float32 [tokens, V] for each row, through the model here; holds all the weights."""
-    if isinstance(side, Run):
-        weights = dict(checkpoint.stream_params(side.path, side.step))
-    else:
-        weights = stacked_weights(side, staging=None)
+    weights = side.stacked() if isinstance(side, Run) else stacked_weights(side, staging=None)
     backend = Backend(compute_dtype=jnp.float32, param_dtype=side.dtype)
     structure, _ = nnx.split(nnx.eval_shape(lambda: Qwen2(side.config, backend, rngs=nnx.Rngs(0))))
     model = nnx.merge(structure, jax.tree.map(jnp.asarray, unflatten(weights)))

@@ -1,0 +1,146 @@
+"""`medllm plan`: what is wrong with a question is one line; with libtpu, a tiny run from end to end."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from medllm_jax.cli import main
+from medllm_jax.compiler import OPTIONS, compiler_options
+from medllm_jax.config import MeshConfig
+from medllm_jax.planning.advice import advice
+from medllm_jax.planning.report import as_text
+from medllm_jax.planning.search import REMATS, search
+from medllm_jax.settings import load_run_config
+from medllm_jax.sharding import make_mesh
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+HBM = 100 * 2**30
+
+
+@pytest.fixture
+def file(tmp_path):
+    model = "{vocab_size: 512, hidden_size: 256, intermediate_size: 512, num_hidden_layers: 3, head_dim: 128, "
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"run: {tmp_path / 'run'}\nsteps: 10\nmodel: {model}num_attention_heads: 4, num_key_value_heads: 2}}\n"
+        "data: {store: none, batch_size: 8, accumulate: 2}\nmesh: {data: 1, fsdp: 2, tensor: 2}\nremat: full\n"
+    )
+    return file
+
+
+def run(file, *arguments):
+    return main(["plan", "--config", str(file), "--topology", "v5p:2x2x1", "--sequence-length", "256", *arguments])
+
+
+def test_without_libtpu_it_says_what_to_install(file, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run(file) == 2
+    assert "pip install 'medllm_jax[plan]'" in capsys.readouterr().err
+
+
+def test_an_unknown_topology_is_one_line(file, capsys):
+    assert run(file, "--topology", "trillium:4x4") == 2
+    assert "v6e:4x4" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_no_rows_are_refused(file, capsys):
+    assert run(file, "--pairs-per-row", "0") == 2
+    assert "--pairs-per-row is 0" in capsys.readouterr().err
+
+
+def test_programs_for_other_devices_have_no_options():
+    assert compiler_options(make_mesh(MeshConfig())) == {}
+    assert all(why for options in OPTIONS.values() for _, why in options.values())
+    assert jax.devices()[0].device_kind not in OPTIONS
+
+
+def report_of(config, peak):
+    memory = {"peak": peak, "temporaries": peak // 2, "hbm": HBM, "parameters": peak // 6, "share": peak / HBM}
+    memory |= {"fits": peak <= HBM, "comfortable": peak <= 0.92 * HBM}
+    return {
+        "slices": 1,
+        "mesh": {"data": 1, "fsdp": 4, "tensor": 1},
+        "devices": 4,
+        "rows": config.data.batch_size,
+        "accumulate": config.data.accumulate,
+        "sequence_length": 256,
+        "programs": [{"name": "train", "memory": memory, "roofline_seconds": 1.0, "refused": None}],
+    }
+
+
+def test_advice_names_what_would_make_it_fit(file):
+    config = load_run_config(file, ["--remat", "attention", "--data.accumulate", "1"])
+    assert advice(config, report_of(config, HBM // 2))[0].startswith("train fits: 50.0 of 100.0 GiB")
+    verdict, *more = advice(config, report_of(config, 2 * HBM))
+    assert "does not fit" in verdict and "100.0 GiB more" in verdict
+    for setting in ("mesh.fsdp", "precision.params bfloat16", "data.accumulate", "remat full", "vocab_chunks"):
+        assert any(setting in line for line in more), setting
+
+
+def test_the_search_takes_the_fastest_of_what_fits(file):
+    config = load_run_config(file)
+    asked = []
+
+    def plan(candidate, *, memory_only):
+        asked.append((candidate.remat, memory_only))
+        rows = 8 // candidate.data.accumulate // candidate.mesh.fsdp
+        size = 80 * rows // (1 + REMATS.index(candidate.remat))  # GiB: each next remat holds less
+        report = report_of(candidate, size * 2**30)
+        program = report["programs"][0]
+        # More rows at a time are faster, recomputing is slower, and so is splitting over tensor.
+        speed = rows / (1 + 0.1 * REMATS.index(candidate.remat)) / candidate.mesh.tensor
+        program["roofline_seconds"] = 1 / speed
+        program["time"] = (
+            None if memory_only else {"seconds": 1 / speed, "mfu_estimate": 0.5, "tokens_per_second": speed}
+        )
+        return report
+
+    found = search(config, plan, devices=4, slices=1, show=lambda line: None)
+    assert found.overrides["mesh.fsdp"] == 4 and found.overrides["data.accumulate"] == 1
+    assert found.overrides["remat"] == "attention_mlp"
+    assert sum(not memory_only for _, memory_only in asked) == 2
+    assert len(found.tried) == len(asked) - 2
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_tiny_run_is_planned(file, capsys):
+    assert run(file, "--json", "--tokens", "1000000") == 0
+    report = json.loads(capsys.readouterr().out)
+    (program,) = report["programs"]
+    assert (report["mesh"], report["chips"]) == ({"data": 1, "fsdp": 2, "tensor": 2}, 4)
+    memory, flops, time = program["memory"], program["flops"], program["time"]
+    assert memory["fits"] and memory["parameters"] > 0 and memory["peak"] > 3 * memory["parameters"]
+    assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=1e-3)
+    # Full remat makes the blocks' forward products twice: 8 instead of 6 for all but the head.
+    assert 1.2 < flops["compiled"] / flops["model"] < 1.6
+    assert {loop["times"] for loop in time["loops"]} >= {2, 6}
+    assert time["hours"] == pytest.approx(1e6 / time["tokens_per_second"] / 3600)
+    assert time["mfu_if_products_reach"]["0.8"] <= time["mfu_if_products_reach"]["0.9"] <= time["mfu_estimate"]
+    assert {"fsdp", "tensor"} <= {axis for c in program["collectives"] for axis in c["axes"]}
+    assert "train fits" in as_text(report)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("program", ["reference", "generate"])
+def test_other_programs_are_planned(file, capsys, program):
+    assert run(file, "--json", "--program", program, "--new-tokens", "32", "--objective.name", "rpo") == 0
+    report = json.loads(capsys.readouterr().out)
+    names = {"reference": ["reference"], "generate": ["prefill", "decode"]}[program]
+    assert [entry["name"] for entry in report["programs"]] == names
+    assert all(entry["memory"]["fits"] and entry["time"]["seconds"] > 0 for entry in report["programs"])
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_slices_lie_along_data(file, capsys):
+    sizes = ["--data.accumulate", "1", "--mesh.tensor", "1", "--mesh.fsdp", "-1", "--mesh.data"]
+    arguments = ["--json", "--slices", "2", *sizes]
+    assert run(file, *arguments, "1") == 2
+    assert "mesh.data 1 is not a multiple of the 2 slices" in capsys.readouterr().err
+    assert run(file, *arguments, "2") == 0
+    collectives = json.loads(capsys.readouterr().out)["programs"][0]["collectives"]
+    assert {tuple(c["axes"]) for c in collectives if c["over"] == "dcn"} >= {("data",)}
