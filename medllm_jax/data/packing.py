@@ -27,8 +27,11 @@ class Segment(NamedTuple):
 
 
 def document_segment(tokens: np.ndarray) -> Segment:
-    """A document, or a piece of one: everything is branch 0."""
-    return Segment(np.asarray(tokens, np.int32), np.zeros(len(tokens), np.int32))
+    """A document, or a piece of one: everything is branch 0.
+
+    A copy: a view would keep all that was read with it in memory for as long as its row is open.
+    """
+    return Segment(np.array(tokens, np.int32), np.zeros(len(tokens), np.int32))
 
 
 def pair_segment(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Segment:
