@@ -34,6 +34,7 @@ _ROOT = Path(__file__).parents[1]
 _WORKERS = 2
 _BATCH = 8
 _STEPS, _WARM_UP = 60, 20  # of training
+PARTS = ("reading", "preparing", "packing", "waiting", "memory")
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -334,6 +335,7 @@ def main() -> None:
         "--megabytes", type=float, nargs="+", help="sizes of which memory is measured; default 10, 100 and 1000"
     )
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default all")
     parser.add_argument("--json", type=Path, help="a file for all that was measured")
     options = parser.parse_args()
     sizes = options.megabytes or ([5, 25] if options.quick else [10, 100, 1000])
@@ -348,13 +350,14 @@ def main() -> None:
         folder = Path(temporary)
         train_tokenizer(folder / "tokenizer")
         write_corpus(folder / "corpus", speed)
-        for part in (
+        parts = (
             reading(folder, 2000 if options.quick else 6000, rounds),
             preparing(folder, speed, rounds),
             packing(folder, 20, rounds),
             waiting(folder),
             memory(folder, sizes),
-        ):
+        )
+        for part in (part for name, part in zip(PARTS, parts, strict=True) if name in options.parts):
             for piece in part:
                 if isinstance(piece, dict):
                     measured |= piece
