@@ -1,18 +1,13 @@
 """Eight virtual CPU devices for every test, and a tiny world shared by the tests that train."""
 
-import atexit
 import os
-import shutil
-import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-# Tests compile the same programs again and again: keep them for this session, its workers and the processes they start.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="medllm-tests-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+# No cache of compiled programs: XLA for CPUs forgets the order of a program's collectives when it reads one back, and
+# devices that wait for each other at different ones wait until the process is ended.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import json
 
