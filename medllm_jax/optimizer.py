@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from medllm_jax.config import OptimizerConfig
@@ -37,7 +38,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (arXiv 1711.05101)."""
+    """Clipping by global norm, then AdamW (arXiv 1711.05101), computed in float32 whatever its moments are kept in."""
     adamw = optax.adamw(
         make_schedule(config, steps),
         b1=config.b1,
@@ -46,4 +47,21 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
+    adamw = _kept_in(jnp.dtype(config.state_dtype), adamw)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+
+
+def _kept_in(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The transformation with the moments of its state in a dtype; it sees them, and gradients, in float32."""
+
+    def cast(state: Any, to: jnp.dtype) -> Any:
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def init(params: Any) -> Any:
+        return cast(inner.init(params), dtype)
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        updates, state = inner.update(cast(grads, jnp.float32), cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)

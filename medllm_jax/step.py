@@ -68,7 +68,7 @@ def train_step(
     how = {"structure": structure, "loss": loss, "accumulate": accumulate}
     grads, sums = summed_gradients(state.params, batch, key, frozen, **how)
     weight = jnp.maximum(sums.weight, 1e-8)  # a batch without a target has zero gradients, not undefined ones
-    grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, state.params)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {name: total / jnp.maximum(count, 1e-8) for name, (total, count) in sums.means.items()}

@@ -57,8 +57,8 @@ def test_programs_for_other_devices_have_no_options():
 
 
 def report_of(config, peak):
-    memory = {"peak": peak, "temporaries": peak // 2, "hbm": HBM, "parameters": peak // 6, "share": peak / HBM}
-    memory |= {"fits": peak <= HBM, "comfortable": peak <= 0.92 * HBM}
+    memory = {"peak": peak, "temporaries": peak // 2, "hbm": HBM, "parameters": peak // 6, "optimizer": peak // 3}
+    memory |= {"share": peak / HBM, "fits": peak <= HBM, "comfortable": peak <= 0.92 * HBM}
     return {
         "slices": 1,
         "mesh": {"data": 1, "fsdp": 4, "tensor": 1},
@@ -75,7 +75,14 @@ def test_advice_names_what_would_make_it_fit(file):
     assert advice(config, report_of(config, HBM // 2))[0].startswith("train fits: 50.0 of 100.0 GiB")
     verdict, *more = advice(config, report_of(config, 2 * HBM))
     assert "does not fit" in verdict and "100.0 GiB more" in verdict
-    for setting in ("mesh.fsdp", "precision.params bfloat16", "data.accumulate", "remat full", "vocab_chunks"):
+    for setting in (
+        "mesh.fsdp",
+        "precision.params bfloat16",
+        "state_dtype bfloat16",
+        "data.accumulate",
+        "remat full",
+        "vocab_chunks",
+    ):
         assert any(setting in line for line in more), setting
 
 

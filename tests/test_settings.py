@@ -100,6 +100,10 @@ def test_a_mix_and_one_weight_of_it(run_file, tmp_path):
             ["--optimizer.learnign_rate", "1"],
             "unknown key optimizer.learnign_rate: did you mean optimizer.learning_rate?",
         ),
+        (
+            ["--optimizer.state_dtype", "bfloat16", "--optimizer.b2", "0.999"],
+            "optimizer.state_dtype is bfloat16 and optimizer.b2 is 0.999",
+        ),
         (["--optmizer.b1", "1"], "unknown key optmizer: did you mean optimizer?"),
         (["--qqqq", "1"], "unknown key qqqq: known keys: run, steps"),
         (["--steps", "x"], "steps: expected a whole number, got 'x'"),

@@ -1,5 +1,6 @@
 """Runs: resumed equals uninterrupted, bit for bit; RPO starts at its reference; what can't go on says so."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -30,10 +31,11 @@ from medllm_jax.data.store import RowStore
 from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
 from medllm_jax.errors import UserError
 from medllm_jax.loading import blueprint
+from medllm_jax.programs import train_program
 from medllm_jax.reference import cache_reference
 from medllm_jax.settings import to_yaml
 from medllm_jax.sharding import make_mesh
-from medllm_jax.train import train
+from medllm_jax.train import train, with_model
 
 
 def config_of(world, run, kind="cpt", *, steps=6, every=2, accumulate=1, store=None, mix=None, **changes):
@@ -162,12 +164,15 @@ def test_rpo_on_several_stores_starts_at_its_reference(world, tmp_path, metrics_
     assert first["dpo"] == pytest.approx(np.log(2), abs=1e-5)
 
 
-@pytest.mark.parametrize("params", ["float32", "bfloat16"])
-def test_bfloat16_stays_close(world, finished, tmp_path, metrics_of, params):
-    """The losses are float32 whatever the products are; weights in bfloat16 learn, more coarsely."""
+@pytest.mark.parametrize(("params", "moments"), [("float32",) * 2, ("float32", "bfloat16"), ("bfloat16",) * 2])
+def test_bfloat16_stays_close(world, finished, tmp_path, metrics_of, params, moments):
+    """The losses are float32 whatever the products are; weights and moments in bfloat16 learn, more coarsely."""
     config = config_of(world, tmp_path / "run", precision=PrecisionConfig(params=params, compute="bfloat16"))
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, state_dtype=moments))
     train(config)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(abstract_params(tmp_path / "run"))} == {params}
+    state = train_program(with_model(config), make_mesh(config.mesh)).abstract.opt_state
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {"int32", moments}
     for step, row in metrics_of(tmp_path / "run").items():
         assert row["loss"] == pytest.approx(metrics_of(finished / "cpt")[step]["loss"], abs=0.05)
 

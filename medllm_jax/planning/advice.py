@@ -53,8 +53,10 @@ def _smaller(config: RunConfig, report: dict[str, Any], program: dict[str, Any],
             f"weights and optimizer alone take {state / GIB:.1f} GiB of a device: half of one is enough if they are "
             f"split over {needed} devices or more (mesh.fsdp; now {split} of {devices})"
         )
-    if config.precision.params == "float32" and config.adapter is None:
-        yield f"precision.params bfloat16 saves {state / 2 / GIB:.1f} GiB, at a price in small updates that are lost"
+    if config.adapter is None and config.optimizer.state_dtype == "float32":
+        yield f"optimizer.state_dtype bfloat16 saves {memory['optimizer'] / 2 / GIB:.1f} GiB, with coarser moments"
+    if config.adapter is None and config.precision.params == "float32":
+        yield f"precision.params bfloat16 saves {memory['parameters'] / 2 / GIB:.1f} GiB, and loses small updates"
     if rows > 1:
         yield f"a device computes {rows} rows at a time: twice the data.accumulate halves what they hold"
     elif mesh["tensor"] == 1:
