@@ -13,6 +13,8 @@ A query sees a key iff the key is not later in the row, has the same segment, an
 Shape letters used throughout: B rows, S tokens a row, P pairs a row, D hidden size, V vocabulary.
 """
 
+import functools
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -36,46 +38,75 @@ class Batch(NamedTuple):
     reference_log_probs: Array | None = None
 
 
-def positions_of(segment_ids: np.ndarray, branch_ids: np.ndarray) -> np.ndarray:
-    """Rotary positions int32 [..., S] that follow from segments and branches; 0 on padding.
-
-    A segment starts at 0, its branches each start where its branch 0 ended.
-    """
-    index = np.arange(segment_ids.shape[-1], dtype=np.int32)
-    new_segment = segment_ids[..., 1:] != segment_ids[..., :-1]
-    positions = index - _last_true(index, new_segment)
-    if branch_ids.any():  # documents have none, and this is most of the work
-        new_branch = new_segment | (branch_ids[..., 1:] != branch_ids[..., :-1])
-        prompt_end = _last_true(index, branch_ids[..., 1:] == 0)  # last branch-0 index so far
-        positions += (branch_ids > 0) * (prompt_end + 1 - _last_true(index, new_branch))
-    positions *= segment_ids != 0
-    return positions
-
-
-def _last_true(index: np.ndarray, flags: np.ndarray) -> np.ndarray:
-    """For each place the largest index at or before it whose flag is set, else 0; ``flags`` starts at index 1."""
-    marked = np.zeros((*flags.shape[:-1], len(index)), np.int32)
-    np.multiply(flags, index[1:], out=marked[..., 1:])
-    return np.maximum.accumulate(marked, axis=-1, out=marked)
-
-
-def loss_weights_of(segment_ids: np.ndarray, branch_ids: np.ndarray, kind: Kind) -> np.ndarray:
-    """Target weights float32 [..., S]: every token with a past (cpt), or every response token (pairs)."""
-    if kind == "pairs":
-        return (branch_ids > 0).astype(np.float32)
-    has_past = np.zeros(segment_ids.shape, bool)
-    has_past[..., 1:] = (segment_ids[..., 1:] == segment_ids[..., :-1]) & (segment_ids[..., 1:] != 0)
-    return has_past.astype(np.float32)
-
-
 def batch_of(rows: np.ndarray, kind: Kind, reference_log_probs: np.ndarray | None = None) -> Batch:
     """Stored rows int32 [B, 3, S] (channels tokens, segment_ids, branch_ids) as a Batch of numpy arrays."""
     tokens, segment_ids, branch_ids = (np.ascontiguousarray(rows[:, channel]) for channel in range(3))
+    runs = _runs_of(segment_ids, branch_ids)
     return Batch(
         tokens=tokens,
-        positions=positions_of(segment_ids, branch_ids),
+        positions=_positions(runs).reshape(tokens.shape),
         segment_ids=segment_ids,
         branch_ids=branch_ids,
-        loss_weights=loss_weights_of(segment_ids, branch_ids, kind),
+        loss_weights=_loss_weights(runs, branch_ids, kind).reshape(tokens.shape),
         reference_log_probs=reference_log_probs,
     )
+
+
+class _Runs(NamedTuple):
+    """Stretches of one segment and branch, of all rows one after the other; all int32 [R].
+
+    A few numbers for thousands of tokens: what follows from them is written in stretches, not token by token.
+    """
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    segments: np.ndarray
+    branches: np.ndarray
+
+
+def _runs_of(segment_ids: np.ndarray, branch_ids: np.ndarray) -> _Runs:
+    segments, branches = segment_ids.reshape(-1), branch_ids.reshape(-1)
+    new = np.empty(segments.shape, bool)
+    np.not_equal(segments[1:], segments[:-1], out=new[1:])
+    if branches.any():
+        new[1:] |= branches[1:] != branches[:-1]
+    new[:: segment_ids.shape[-1]] = True
+    starts = np.flatnonzero(new).astype(np.int32)
+    lengths = np.diff(starts, append=np.int32(len(new)))
+    return _Runs(starts, lengths, segments[starts], branches[starts])
+
+
+def _positions(runs: _Runs) -> np.ndarray:
+    """Rotary positions int32 [B * S] that follow from segments and branches; 0 on padding.
+
+    A segment starts at 0, its branches each start where its branch 0 ended.
+    """
+    prompt = np.maximum.accumulate(np.where(runs.branches == 0, np.arange(len(runs.starts)), 0))  # the last one so far
+    after_prompt = (runs.branches > 0) & (runs.segments == runs.segments[prompt])
+    first = np.where(after_prompt, runs.lengths[prompt], 0).astype(np.int32)
+    positions = np.repeat(runs.starts - first, runs.lengths)
+    np.subtract(_numbers(len(positions)), positions, out=positions)
+    for start, length in _padding(runs):
+        positions[start : start + length] = 0
+    return positions
+
+
+@functools.lru_cache(maxsize=4)
+def _numbers(size: int) -> np.ndarray:
+    return np.arange(size, dtype=np.int32)
+
+
+def _loss_weights(runs: _Runs, branch_ids: np.ndarray, kind: Kind) -> np.ndarray:
+    """Target weights float32 [B * S]: every token with a past (cpt), or every response token (pairs)."""
+    if kind == "pairs":
+        return (branch_ids > 0).astype(np.float32)
+    weights = np.ones(branch_ids.size, np.float32)
+    weights[runs.starts] = 0
+    for start, length in _padding(runs):
+        weights[start : start + length] = 0
+    return weights
+
+
+def _padding(runs: _Runs) -> Iterator[tuple[int, int]]:
+    here = runs.segments == 0
+    return zip(runs.starts[here], runs.lengths[here], strict=True)
