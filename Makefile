@@ -11,7 +11,7 @@ JOBS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMPED := pyproject.toml constraints.txt
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all lint format compiler clean
 
 demo: $(VENV)/.installed
 	$(BIN)/medllm demo --workdir $(WORKDIR) --seed $(SEED)
@@ -29,6 +29,10 @@ lint: $(VENV)/.installed-lint
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The compiler for TPUs, which `medllm plan` and its tests need. Where it is installed and no TPU is, set JAX_PLATFORMS=cpu.
+compiler: $(VENV)/.installed
+	$(INSTALL) -e ".[plan]"
 
 # An installation is made anew only when what it is made of changes. Bytecode is compiled once, here: where Python is
 # told not to write it, every later start would be slow.
