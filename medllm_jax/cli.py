@@ -176,36 +176,81 @@ def _data_verify(options: argparse.Namespace) -> None:
 
 
 def _pairs(options: argparse.Namespace) -> None:
+    import dataclasses
     import json
 
     from etils import epath
 
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
-    from medllm_jax.generate import Sampling
     from medllm_jax.metrics import Console
-    from medllm_jax.pairs import PairOptions, make_pairs
+    from medllm_jax.pairs import PairOptions, choose_questions, make_pairs
+    from medllm_jax.remote import write_whole
+    from medllm_jax.samples import SampleOptions, sample_exam
 
-    exam, template = load_exam(options.exam, years=options.years), load_template(options.template)
-    wanted = PairOptions(options.samples, options.most, options.strategy)
+    drawn = SampleOptions(options.samples, options.temperature, options.top_p, options.seed)
+    names = ("strategy", "most", "min_characters", "max_characters", "format_failures")
+    wanted = PairOptions(**{name: getattr(options, name) for name in names})
+    template = load_template(options.template)
+    exam = load_exam(options.exam, years=options.years, text_only=options.text_only)
+    exam, left_out = choose_questions(exam, list(map(load_exam, options.evaluation_exam)), options.on_overlap)
     output = epath.Path(options.output)
     if output.exists() and not options.overwrite:
-        raise UserError(f"{output} exists: give another output, or --overwrite")
-    generator = _generator(options)
+        raise UserError(f"{output} exists: give another output, or --overwrite (which keeps the samples)")
+    kept = epath.Path(options.samples_file or f"{str(output).removesuffix('.jsonl')}.samples.jsonl")
 
-    def complete(prompts: list[str], *, max_new_tokens: int, stop: tuple[str, ...]):
-        sampling = Sampling(max_new_tokens, options.temperature, options.top_p, stop, options.seed)
-        return generator(prompts, sampling)
-
-    with Console("pairs", len(exam.questions) * len(options.conditions), unit="prompt") as console:
+    sampler = _sampler(options, drawn)
+    with Console("samples", len(exam.questions) * len(options.conditions), unit="prompt") as console:
         show = lambda done: console.update(done, every_seconds=10)  # noqa: E731
-        rows, counts = make_pairs(exam, template, options.conditions, complete, wanted, show)
-    print(", ".join(f"{name}: {count}" for name, count in counts.items() if name != "pairs"))
+        samples = sample_exam(
+            exam, template, options.conditions, kept, sampler, drawn, anew=options.resample, progress=show
+        )
+    rows, report = make_pairs(exam, template, options.conditions, samples, wanted, examples=options.show_examples)
+    made_of = {"exam": exam.name, "template": template.name, "questions": len(exam.questions)}
+    made_of |= {"questions_left_out": left_out, "options": dataclasses.asdict(wanted)}
+    made_of |= {"samples_of": {"file": str(kept), "where": samples.where, **samples.settings}}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(made_of | report.as_dict(), ensure_ascii=False, indent=2)
+    write_whole(output.with_name(f"{output.name}.report.json"), content + "\n")
+    for reason, entry in left_out.items():
+        print(f"questions left out: {entry['count']} {reason}")
+    for line in report.lines():
+        print(line)
     if not rows:
         raise UserError(f"no pair came out of {exam.name}: see the counts above; more samples, or a higher temperature")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    print(f"{output}: {len(rows)} pairs")
+    write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{output}: {len(rows)} pairs; samples: {kept}; report: {output}.report.json")
+
+
+def _sampler(options: argparse.Namespace, drawn: Any) -> Any:
+    """The model to sample: on a server, or here; None where neither is named."""
+    from medllm_jax.samples import Sampler, server_sampler
+
+    if options.server or options.model:
+        if options.run or not (options.server and options.model):
+            raise UserError("a server's model is named by --server URL and --model NAME, both, and without --run")
+        from medllm_jax.evaluation.server import Server
+
+        settings = {"temperature": drawn.temperature, "top_p": drawn.top_p, "concurrency": options.concurrency}
+        return server_sampler(Server(options.server, options.model, **settings), chat=options.chat)
+    if options.chat:
+        raise UserError("--chat needs --server: the model of a run continues plain text")
+    if not options.run:
+        return None
+
+    from medllm_jax.checkpoint import latest_step
+    from medllm_jax.fingerprint import model_fingerprint
+    from medllm_jax.generate import Sampling
+
+    where = f"{options.run}@{latest_step(options.run)}"
+    generator = _generator(options)
+
+    def draw(prompts, seeds, *, samples, max_new_tokens, stop):
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            sampling = Sampling(max_new_tokens, drawn.temperature, drawn.top_p, stop, seed)
+            yield list(generator([prompt] * samples, sampling))
+
+    return Sampler(model_fingerprint(generator._model.params), where, draw)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -376,17 +421,12 @@ def _make_parser() -> _Parser:
     check = verb(kinds, "verify", _data_verify, "read all of a store against its checksums")
     check.add_argument("store", help="store folder, local or gs://")
 
-    make = verb(verbs, "pairs", _pairs, "sample a model on an exam with known answers, grade, make preference rows")
+    # What a model on a server needs is not what `evaluate` needs: --run is defined anew.
+    about = "sample a model on an exam with known answers, grade, make preference rows (see docs/pairs.md)"
+    make = verb(verbs, "pairs", _pairs, about, conflict_handler="resolve")
     _add_model_arguments(make)
     _add_exam_arguments(make)
-    make.add_argument("--output", required=True, help="preference rows, .jsonl")
-    make.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
-    make.add_argument("--strategy", choices=("gold", "onpolicy", "both"), default="both", help="what is preferred")
-    make.add_argument("--samples", type=int, default=8, help="completions of each prompt (default 8)")
-    make.add_argument("--most", type=int, default=10, help="pairs of one prompt, at most (default 10)")
-    make.add_argument("--temperature", type=float, default=0.8, help="of the samples (default 0.8)")
-    make.add_argument("--top-p", type=float, default=1.0, help="of the samples (default 1)")
-    make.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
+    _add_pair_arguments(make)
 
     settings = "Every setting of the config file can be overridden as --section.key value:\n\n"
     for name, function, text in (
@@ -463,6 +503,39 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16"),
         help="default bfloat16, on a CPU float32",
     )
+
+
+def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
+    model = "run folder (or converted model) to sample; its newest checkpoint is used"
+    parser.add_argument("--run", help=model)
+    parser.add_argument("--server", metavar="URL", help="instead of --run: an OpenAI-compatible server, like vLLM's")
+    parser.add_argument("--model", metavar="NAME", help="of the model on the server; stands for its weights")
+    parser.add_argument("--chat", action="store_true", help="prompts and pairs as chat messages (with --server)")
+    parser.add_argument("--concurrency", type=int, default=16, help="requests to the server at a time (default 16)")
+    parser.add_argument("--text-only", action="store_true", help="only questions that need no picture")
+    other = "exam that the model will be judged by, in whole; may be given again"
+    parser.add_argument("--evaluation-exam", action="append", default=[], metavar="PATH", help=other)
+    overlap = "what to do about questions that it asks too (default refuse)"
+    parser.add_argument("--on-overlap", choices=("refuse", "drop"), default="refuse", help=overlap)
+
+    parser.add_argument("--output", required=True, help="preference rows, .jsonl; OUTPUT.report.json stands beside it")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it is there; samples stay")
+    kept = "where the samples are kept, and gone on from (default: beside the output)"
+    parser.add_argument("--samples-file", metavar="PATH", help=kept)
+    parser.add_argument("--resample", action="store_true", help="forget the samples that are there")
+    parser.add_argument("--samples", type=int, default=8, help="completions of each prompt (default 8)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of the samples (default 0.8)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="of the samples (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
+
+    parser.add_argument("--strategy", choices=("gold", "onpolicy", "both"), default="both", help="what is preferred")
+    parser.add_argument("--most", type=int, default=10, help="pairs of one prompt, at most (default 10)")
+    parser.add_argument("--min-characters", type=int, default=1, help="shorter samples are left out (default 1)")
+    parser.add_argument("--max-characters", type=int, help="longer samples are left out (default: none)")
+    failures = "samples in which no answer can be read: rejected like wrong ones (default), or left out"
+    parser.add_argument("--format-failures", choices=("reject", "drop"), default="reject", help=failures)
+    shown = "texts by reason in the report, never on the terminal (default 0)"
+    parser.add_argument("--show-examples", type=int, default=0, metavar="N", help=shown)
 
 
 def _add_exam_arguments(parser: argparse.ArgumentParser) -> None:

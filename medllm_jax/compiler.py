@@ -23,6 +23,13 @@ _OFFLOAD: dict[str, tuple[Any, str]] = {
 # cycles the default leaves the products of the 72B at 75 to 85 % of the peak, and this brings them to 96 %. Compiling
 # takes twice as long.
 _MEMORY = {"xla_tpu_scoped_vmem_limit_kib": (50000, "larger tiles of matrix products")}
+# Without it 32B's gathers over 32 chips become loops of small products, at a quarter of the speed.
+_WHOLE = {
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": (
+        1_000_000,
+        "weights are gathered whole, a layer ahead, instead of piece by piece inside a loop of small products",
+    )
+}
 _FUSE = "has no SparseCore: collectives go on inside fusions, step by step; the compiler refuses this elsewhere"
 _FUSION: dict[str, tuple[Any, str]] = {
     "xla_tpu_enable_async_collective_fusion": (True, _FUSE),
@@ -31,10 +38,10 @@ _FUSION: dict[str, tuple[Any, str]] = {
 }
 # Device kind -> option -> (value, why). Only those of v5p were chosen by estimates (see docs/plan.md).
 OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
-    "TPU v5": _OFFLOAD | _MEMORY,  # v5p
-    "TPU v6 lite": _OFFLOAD | _MEMORY,
-    "TPU7x": _OFFLOAD,
-    "TPU v5 lite": _FUSION,
+    "TPU v5": _OFFLOAD | _MEMORY | _WHOLE,  # v5p
+    "TPU v6 lite": _OFFLOAD | _MEMORY | _WHOLE,
+    "TPU7x": _OFFLOAD | _WHOLE,
+    "TPU v5 lite": _FUSION | _WHOLE,
 }
 
 

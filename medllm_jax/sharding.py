@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -65,7 +65,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     auto = (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
     if slices <= 1:
-        return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=auto)
+        # Two chips of a ring of four may share an axis of the mesh, which is slower than a whole ring and no error.
+        return Mesh(create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES, auto)
     if sizes[0] % slices:
         raise UserError(f"mesh.data {sizes[0]} is not a multiple of the {slices} slices that the devices are in")
     within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)

@@ -60,7 +60,7 @@ def run_demo(workdir: str, seed: int) -> Path:
     train_exam = ("--exam", str(work / "world" / "exam" / "train.jsonl"), "--template", str(TEMPLATE))
     if not rows.exists():
         seeded = ("--seed", str(seed))
-        _medllm("pairs", "--run", place["cpt"], *train_exam, *SAMPLES, *seeded, *batch, "--output", str(rows))
+        _medllm("pairs", "--run", place["cpt"], *train_exam, *SAMPLES, *seeded, "--output", str(rows))
     if not Path(stores["pairs"]).exists():
         _medllm("data", "pairs", "--input", str(rows), *_store_arguments(place["tokenizer"], stores["pairs"]))
 

@@ -1,0 +1,317 @@
+"""A model's own answers to an exam, several to a question, in a file from which pairs are made.
+
+The first line of the file says of which model the samples are and how they were drawn; each further one holds all
+samples of one question under one condition. What a question's samples are depends on that question, the model and the
+settings alone, so a file that was begun goes on to the same content, wherever it was interrupted.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from etils import epath
+
+from medllm_jax.errors import UserError
+from medllm_jax.evaluation.exam import Exam, Question
+from medllm_jax.evaluation.jsonl import Row, parse_row
+from medllm_jax.evaluation.prompts import PromptTemplate
+from medllm_jax.evaluation.run import Completion
+from medllm_jax.evaluation.server import Prompt, Server
+from medllm_jax.remote import is_remote, write_whole
+
+Key = tuple[str, str]  # question id, condition
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """How samples are drawn: so many of each prompt, at a temperature, from the likeliest tokens that reach top_p."""
+
+    samples: int = 8
+    temperature: float = 0.8
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.samples < 1:
+            raise UserError(f"samples is {self.samples}: it must be at least 1")
+        if self.temperature <= 0 and self.samples > 1:
+            raise UserError(f"temperature is {self.temperature}: {self.samples} samples would all be the same")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+
+
+class Sample(NamedTuple):
+    """One completion, as it came."""
+
+    text: str
+    finish_reason: str
+
+
+class Draw(Protocol):
+    """Draws `samples` completions of each prompt; those of a prompt depend on it and on its seed (31 bits) alone."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        samples: int,
+        max_new_tokens: int,
+        stop: tuple[str, ...],
+    ) -> Iterable[Sequence[Completion]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A model to draw from. `model` is equal iff the model is; `where` is for people; `chat`: prompts are messages."""
+
+    model: str
+    where: str
+    draw: Draw
+    chat: bool = False
+
+
+def server_sampler(server: Server, *, chat: bool = False) -> Sampler:
+    """The model of a server. Its name stands for its weights: the server may move, and its samples are still its."""
+
+    def draw(prompts, seeds, *, samples, max_new_tokens, stop):
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
+        numbered = [seed + number for seed in seeds for number in range(samples)]
+        completions = server(repeated, max_new_tokens=max_new_tokens, stop=stop, seeds=numbered)
+        yield from zip(*[completions] * samples, strict=True)
+
+    return Sampler(server.model, server.url, draw, chat)
+
+
+def prompt_of(question: Question, template: PromptTemplate, condition: str, *, chat: bool) -> Prompt:
+    """What is put to the model: text that it continues, or chat messages that it answers."""
+    return (template.render_messages if chat else template.render)(question, condition)
+
+
+def sample_exam(
+    exam: Exam,
+    template: PromptTemplate,
+    conditions: Sequence[str],
+    file: epath.PathLike,
+    sampler: Sampler | None,
+    options: SampleOptions,
+    *,
+    anew: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> "Samples":
+    """The samples of every question under every condition, those that are not in the file drawn and written to it.
+
+    Args:
+      exam, template, conditions: what is asked. The file may hold other questions too, which stay.
+      file: local or gs://, JSON lines; made where it does not exist.
+      sampler: the model; None where the file holds all samples already, which then are taken as they are.
+      options: how samples are drawn.
+      anew: forgets what is in the file.
+      progress: called with the number of prompts whose samples are there.
+
+    Raises:
+      UserError: the file's samples are of another model, other settings or other prompts; or there is no sampler and
+        samples are missing.
+    """
+    file = epath.Path(file)
+    kept = None if anew else Samples.read(file)
+    if sampler is None:
+        if kept is None:
+            raise UserError(f"{file} holds no samples: name the model to sample (--run, or --server and --model)")
+        settings = kept.settings
+    else:
+        settings = {"model": sampler.model, "chat": sampler.chat, **dataclasses.asdict(options)}
+        if kept is not None:
+            kept.check_settings(settings)
+    samples = kept or Samples(file, settings, sampler.where)
+    asked = {condition: _Asked.of(exam, template, condition, samples.chat) for condition in conditions}
+    pending = {condition: [i for i in its.ids if not samples.holds(i, its)] for condition, its in asked.items()}
+    missing = sum(map(len, pending.values()))
+    total = sum(len(its.ids) for its in asked.values())
+    progress(total - missing)
+    if missing and sampler is None:
+        raise UserError(f"{file} lacks the samples of {missing} of {total} prompts: name the model to sample")
+    if not missing:
+        return samples
+    with samples.appending() as add:
+        for condition, ids in pending.items():
+            its = asked[condition]
+            seeds = [_seed(options.seed, condition, i) for i in ids]
+            limits = {"max_new_tokens": its.max_new_tokens, "stop": its.stop}
+            prompts = [its.prompts[i] for i in ids]
+            drawn = sampler.draw(prompts, seeds, samples=options.samples, **limits) if ids else ()
+            for question, completions in zip(ids, drawn, strict=True):
+                add(question, its, completions)
+                missing -= 1
+                progress(total - missing)
+    return samples
+
+
+def _seed(seed: int, condition: str, question: str) -> int:
+    digest = hashlib.sha256(json.dumps([seed, condition, question]).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """The prompts of one condition by question id, and a hash of each with all that bounds its completions."""
+
+    condition: str
+    prompts: dict[str, Prompt]
+    hashes: dict[str, str]
+    max_new_tokens: int
+    stop: tuple[str, ...]
+
+    @classmethod
+    def of(cls, exam: Exam, template: PromptTemplate, condition: str, chat: bool) -> "_Asked":
+        limits = template.condition(condition)
+        prompts = {q.id: prompt_of(q, template, condition, chat=chat) for q in exam.questions}
+        bounds = [limits.max_new_tokens, list(limits.stop)]
+        hashes = {key: _digest([prompt, *bounds]) for key, prompt in prompts.items()}
+        return cls(condition, prompts, hashes, limits.max_new_tokens, limits.stop)
+
+    @property
+    def ids(self) -> Iterable[str]:
+        return self.prompts.keys()
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+class Samples:
+    """The content of a file of samples; see the module's docstring for its form."""
+
+    def __init__(self, file: epath.Path, settings: dict[str, Any], where: str):
+        self.file, self.settings, self.where = file, settings, where
+        self._lines = [_line({"settings": settings, "where": where})]
+        self._by_key: dict[Key, tuple[Sample, ...]] = {}
+        self._hashes: dict[Key, str] = {}
+
+    @property
+    def chat(self) -> bool:
+        """Whether the prompts were put as chat messages."""
+        return self.settings["chat"]
+
+    def of(self, question: str, condition: str) -> tuple[Sample, ...]:
+        """The samples of a question under a condition, in the order in which they were drawn."""
+        return self._by_key[question, condition]
+
+    @classmethod
+    def read(cls, file: epath.Path) -> "Samples | None":
+        """What a file holds; None where it is not there. A last line that was not written to its end is left out."""
+        if not file.exists():
+            return None
+        whole = file.read_bytes().split(b"\n")[:-1]
+        if not whole:
+            return None
+        rows = [parse_row(line.decode("utf-8", "replace"), f"{file}:{n}") for n, line in enumerate(whole, 1)]
+        settings = rows[0].fields.get("settings")
+        expected = {"model", "chat", *(field.name for field in dataclasses.fields(SampleOptions))}
+        if not isinstance(settings, dict) or settings.keys() != expected:
+            raise rows[0].error("not the head of a file of samples; give another output, or remove this file")
+        samples = cls(file, settings, rows[0].get("where", str))
+        for row in rows[1:]:
+            samples._take(row)
+        samples._lines = [line + b"\n" for line in whole]
+        return samples
+
+    def _take(self, row: Row) -> None:
+        key = row.get("id", str), row.get("condition", str)
+        drawn = row.get("samples", list)
+        if len(drawn) != self.settings["samples"]:
+            raise row.error(f"{len(drawn)} samples where {self.settings['samples']} were drawn: remove this line")
+        parts = [Row(each, row.where) if isinstance(each, dict) else row for each in drawn]
+        self._by_key[key] = tuple(Sample(part.get("text", str), part.get("finish_reason", str)) for part in parts)
+        self._hashes[key] = row.get("prompt_hash", str)
+
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """UserError where these are not the settings that the file's samples were drawn with."""
+        differing = [
+            f"{name} was {_short(value)} and is now {_short(settings[name])}"
+            for name, value in self.settings.items()
+            if value != settings[name]
+        ]
+        if differing:
+            raise UserError(
+                f"the samples in {self.file} ({self.where}) were drawn otherwise: {'; '.join(differing)}; "
+                "set it back, give another output, or --resample to forget them"
+            )
+
+    def holds(self, question: str, asked: _Asked) -> bool:
+        """Whether the samples of a prompt are there; UserError where they are of another prompt."""
+        found = self._hashes.get((question, asked.condition))
+        if found is not None and found != asked.hashes[question]:
+            raise UserError(
+                f"the samples of {question} ({asked.condition}) in {self.file} are of another prompt, or other "
+                "limits: set exam and template back, give another output, or --resample to forget all"
+            )
+        return found is not None
+
+    def appending(self) -> "_Appending":
+        """A context that gives a function to add the samples of a prompt by."""
+        return _Appending(self)
+
+    def _add(self, question: str, asked: _Asked, drawn: Sequence[Completion]) -> bytes:
+        key = question, asked.condition
+        self._by_key[key] = tuple(Sample(each.text, each.finish_reason) for each in drawn)
+        self._hashes[key] = asked.hashes[question]
+        row = {"id": question, "condition": asked.condition, "prompt_hash": self._hashes[key]}
+        self._lines.append(_line(row | {"samples": [sample._asdict() for sample in self._by_key[key]]}))
+        return self._lines[-1]
+
+
+class _Appending:
+    """Writes samples as they are added: line by line, or in a bucket, where nothing can be appended to, all anew.
+
+    Anew after every tenth more, so that all the writing is a small multiple of the file.
+    """
+
+    def __init__(self, samples: Samples):
+        self._samples, self._unwritten, self._file = samples, 0, None
+
+    def __enter__(self) -> Callable[[str, _Asked, Sequence[Completion]], None]:
+        file = self._samples.file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._write()  # without the torn line that an interrupted run may have left
+        if not is_remote(file):
+            self._file = file.open("ab")
+        return self._add
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+        elif self._unwritten:
+            self._write()
+
+    def _add(self, question: str, asked: _Asked, drawn: Sequence[Completion]) -> None:
+        line = self._samples._add(question, asked, drawn)
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._unwritten += 1
+        if self._unwritten >= max(20, len(self._samples._lines) // 10):
+            self._write()
+
+    def _write(self) -> None:
+        write_whole(self._samples.file, b"".join(self._samples._lines).decode())
+        self._unwritten = 0
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        # A model can produce half of a surrogate pair, which has no UTF-8.
+        return json.dumps(row).encode() + b"\n"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
