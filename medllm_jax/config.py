@@ -194,24 +194,63 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class HeldOutConfig:
+    """Rows that are measured and not trained on.
+
+    Attributes:
+        store: store or list of stores, as data.store; an RPO run needs their reference log-probabilities too
+        every: steps between measurements; the last step is always measured
+    """
+
+    store: str | tuple[str, ...]
+    every: int = 100
+
+    def __post_init__(self):
+        _require(self.every > 0, f"held_out.every is {self.every}: it must be positive")
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        return (self.store,) if isinstance(self.store, str) else self.store
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """What is minimised.
 
     Attributes:
-        name: cpt is next-token prediction; rpo is DPO plus a length-normalised NLL of the chosen response
-        beta: RPO: strength of the preference term's tie to the reference model
-        alpha: RPO: weight of the NLL term
+        name: cpt is next-token prediction; sft is that of responses alone; rpo is a loss of preferences plus the NLL of
+            the chosen response
+        pair_loss: RPO: of preferences; dpo is the paper's
+        beta: RPO: strength of the preferences' tie to the reference model
+        label_smoothing: RPO with dpo: share of preferences taken to be wrong
+        alpha: RPO: weight of the NLL term; 0 leaves preferences alone
+        nll_reduction: RPO: `sequence` divides each chosen response's NLL by its own length, as the paper; `token` has
+            all chosen tokens of a batch count alike
+        reference: RPO: `cached` reads what `medllm reference` computed; `adapters_off` computes it in each step as the
+            model without its adapters, which must have begun on a whole model
         vocab_chunks: parts of the vocabulary, which they divide, that the LM head is computed in; 1 holds the logits of
             a whole micro-batch
     """
 
-    name: Literal["cpt", "rpo"] = "cpt"
+    name: Literal["cpt", "sft", "rpo"] = "cpt"
+    pair_loss: Literal["dpo", "ipo", "hinge"] = "dpo"
     beta: float = 0.1
+    label_smoothing: float = 0.0
     alpha: float = 1.0
+    nll_reduction: Literal["sequence", "token"] = "sequence"
+    reference: Literal["cached", "adapters_off"] = "cached"
     vocab_chunks: int = 1
 
     def __post_init__(self):
         _require(self.beta > 0, f"objective.beta is {self.beta}: it must be positive")
+        _require(
+            0 <= self.label_smoothing < 0.5,
+            f"objective.label_smoothing is {self.label_smoothing}: it must be at least 0 and below 0.5",
+        )
+        _require(
+            self.label_smoothing == 0 or self.pair_loss == "dpo",
+            f"objective.label_smoothing is set and objective.pair_loss is {self.pair_loss}: only dpo has it",
+        )
         _require(self.alpha >= 0, f"objective.alpha is {self.alpha}: it must not be negative")
         _require(self.vocab_chunks > 0, f"objective.vocab_chunks is {self.vocab_chunks}: it must be positive")
 
@@ -308,6 +347,7 @@ class RunConfig:
     init: InitConfig = field(default_factory=InitConfig)
     adapter: AdapterConfig | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    held_out: HeldOutConfig | None = None
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -322,6 +362,11 @@ class RunConfig:
         _require(
             self.model is not None or self.init.checkpoint is not None,
             "neither model nor init.checkpoint is set: give the shape of a new model, or a checkpoint to start from",
+        )
+        _require(
+            self.objective.reference == "cached" or self.adapter is not None,
+            f"objective.reference is {self.objective.reference} and adapter is not set: without adapters to turn off, "
+            "choose cached",
         )
         _require(
             self.adapter is None or self.init.checkpoint is not None,

@@ -27,66 +27,101 @@ class LossSum(NamedTuple):
     counts: dict[str, jax.Array]
 
 
-Loss = Callable[[Model, Batch, jax.Array], LossSum]  # the last argument is the step's random key
+# (model, rows, key, whole) -> sums over the rows, which are all or some of a step's whole batch.
+Loss = Callable[[Model, Batch, jax.Array, Batch], LossSum]
 
 
 def objective(config: ObjectiveConfig) -> Loss:
     """The loss function that a config names."""
-    return {"cpt": next_token, "rpo": rpo}[config.name](config)
+    return {"cpt": next_token, "sft": next_token, "rpo": rpo}[config.name](config)
 
 
 def next_token(config: ObjectiveConfig) -> Loss:
     """Cross-entropy of every weighted token given its own past, averaged over tokens."""
 
-    def loss(model: Model, batch: Batch, key: jax.Array) -> LossSum:
-        del key  # nothing random in the model
+    def loss(model: Model, batch: Batch, key: jax.Array, whole: Batch) -> LossSum:
+        del key, whole
         scores = score_tokens(model, batch, pairs=0, vocab_chunks=config.vocab_chunks)
         total, weight = -jnp.sum(scores.log_probs * batch.loss_weights), jnp.sum(batch.loss_weights)
-        return LossSum(total, weight, {"loss": (total, weight)}, {"tokens": _tokens(batch)})
+        counts = {"tokens": _tokens(batch)}
+        if config.name == "sft":
+            counts["response_tokens"] = weight
+        return LossSum(total, weight, {"loss": (total, weight)}, counts)
 
     return loss
 
 
-def rpo(config: ObjectiveConfig) -> Loss:
-    """DPO plus a length-normalised NLL of the chosen response, averaged over pairs.
+# Name -> (h, config) -> loss of pairs, from ``h = beta [(logp_w - ref_w) - (logp_l - ref_l)]``.
+PAIR_LOSSES: dict[str, Callable[[jax.Array, ObjectiveConfig], jax.Array]] = {
+    # arXiv 2305.18290, eq. 7; with label smoothing its mean over preferences that are wrong at that rate (cDPO).
+    "dpo": lambda h, config: (
+        -(1 - config.label_smoothing) * jax.nn.log_sigmoid(h) - config.label_smoothing * jax.nn.log_sigmoid(-h)
+    ),
+    "ipo": lambda h, config: jnp.square(h / config.beta - 1 / (2 * config.beta)),  # arXiv 2310.12036, eq. 17
+    "hinge": lambda h, config: jax.nn.relu(1 - h),  # arXiv 2309.06657, sec. 3.2
+}
 
-    ``-log sigmoid(h) + alpha * nll``, ``h = beta [(logp_w - ref_w) - (logp_l - ref_l)]``, ``nll = -logp_w / len(y_w)``:
-    eq. 1 of "Iterative Reasoning Preference Optimization" (arXiv 2404.19733 v3).
+
+def rpo(config: ObjectiveConfig) -> Loss:
+    """A loss of preferences (`PAIR_LOSSES`) plus the NLL of the chosen response, averaged over examples.
+
+    By default ``-log sigmoid(h) + alpha * nll`` with ``nll = -logp_w / len(y_w)``: eq. 1 of "Iterative Reasoning
+    Preference Optimization" (arXiv 2404.19733 v3). With nll_reduction "token" all chosen tokens of the whole batch
+    count alike: ``alpha * sum(-logp_w) / sum(len(y_w))`` beside the mean over pairs. An example without a rejected
+    response (sft) counts its NLL alone.
     """
 
-    def loss(model: Model, batch: Batch, key: jax.Array) -> LossSum:
-        del key
+    def loss(model: Model, batch: Batch, key: jax.Array, whole: Batch) -> LossSum:
+        del key  # nothing random in the model
         pairs = batch.reference_log_probs.shape[1]
         scores = score_tokens(model, batch, pairs=pairs, vocab_chunks=config.vocab_chunks, with_entropy=True)
         log_probs = sum_by_response(scores.log_probs * batch.loss_weights, batch, pairs)
         lengths = sum_by_response(batch.loss_weights, batch, pairs)
-        exists = (lengths[..., 0] > 0).astype(jnp.float32)  # [B, P]: rows hold different numbers of pairs
+        # [B, P]: rows hold different numbers of examples.
+        exists, is_pair = lengths[..., 0] > 0, lengths[..., 1] > 0
 
         rewards = config.beta * (log_probs - batch.reference_log_probs)
         margins = rewards[..., 0] - rewards[..., 1]
-        dpo = -jax.nn.log_sigmoid(margins)
-        nll = -log_probs[..., 0] / jnp.maximum(lengths[..., 0], 1.0)
+        preference = PAIR_LOSSES[config.pair_loss](margins, config)
+        by_sequence = config.nll_reduction == "sequence"
+        nll = -log_probs[..., 0] / jnp.maximum(lengths[..., 0] if by_sequence else _mean_chosen_length(whole, pairs), 1)
 
-        def mean(value: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return jnp.sum(value * exists), jnp.sum(exists)
+        def mean(value: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jnp.sum(value * where), jnp.sum(where, dtype=jnp.float32)
 
-        chosen = batch.loss_weights * (batch.branch_ids == 1)
-        total, weight = mean(dpo + config.alpha * nll)
+        total, weight = mean(is_pair * preference + config.alpha * nll, exists)
+        chosen = batch.loss_weights * (batch.branch_ids != 2)
         means = {
             "loss": (total, weight),
-            "dpo": mean(dpo),
-            "nll": mean(nll),
-            "rewards/chosen": mean(rewards[..., 0]),
-            "rewards/rejected": mean(rewards[..., 1]),
-            "rewards/margins": mean(margins),
-            "rewards/accuracies": mean((margins > 0).astype(jnp.float32)),
-            "logps/chosen": mean(log_probs[..., 0]),
-            "logps/rejected": mean(log_probs[..., 1]),
+            config.pair_loss: mean(preference, is_pair),
+            "nll": mean(nll, exists),
+            "rewards/chosen": mean(rewards[..., 0], is_pair),
+            "rewards/rejected": mean(rewards[..., 1], is_pair),
+            "rewards/margins": mean(margins, is_pair),
+            "rewards/accuracies": mean(margins > 0, is_pair),
+            "logps/chosen": mean(log_probs[..., 0], is_pair),
+            "logps/rejected": mean(log_probs[..., 1], is_pair),
             "entropy": (jnp.sum(scores.entropies * chosen), jnp.sum(chosen)),
         }
-        return LossSum(total, weight, means, {"tokens": _tokens(batch), "pairs": weight})
+        return LossSum(total, weight, means, {"tokens": _tokens(batch), "pairs": mean(1.0, is_pair)[1]})
 
     return loss
+
+
+def compared_with(reference: Callable[[Model], Model], config: ObjectiveConfig, loss: Loss) -> Loss:
+    """The loss whose reference log-probabilities are computed on the spot, under a model that is made of the model."""
+
+    def compared(model: Model, batch: Batch, key: jax.Array, whole: Batch) -> LossSum:
+        pairs = batch.reference_log_probs.shape[1]
+        found = pair_log_probs(reference(model), batch, pairs, config.vocab_chunks)
+        return loss(model, batch._replace(reference_log_probs=jax.lax.stop_gradient(found)), key, whole)
+
+    return compared
+
+
+def _mean_chosen_length(batch: Batch, pairs: int) -> jax.Array:
+    lengths = sum_by_response(batch.loss_weights, batch, pairs)[..., 0]
+    return jnp.sum(lengths) / jnp.maximum(jnp.sum(lengths > 0), 1)
 
 
 def pair_log_probs(model: Model, batch: Batch, pairs: int, vocab_chunks: int) -> jax.Array:
@@ -96,14 +131,15 @@ def pair_log_probs(model: Model, batch: Batch, pairs: int, vocab_chunks: int) ->
 
 
 def sum_by_response(values: jax.Array, batch: Batch, pairs: int) -> jax.Array:
-    """[B, P, 2] sums of per-token values [B, S] over the chosen (branch 1) and the rejected (2) of each pair."""
+    """[B, P, 2] sums of per-token values [B, S] over the rejected response of each example, and over all else of it."""
     in_pair = _one_hot_pairs(batch.segment_ids, pairs)
-    in_branch = jax.nn.one_hot(batch.branch_ids - 1, 2, dtype=jnp.float32)
+    rejected = batch.branch_ids == 2
+    in_branch = jnp.stack([~rejected, rejected], axis=-1).astype(jnp.float32)
     return jnp.einsum("bs,bsp,bsc->bpc", values, in_pair, in_branch, precision="highest")
 
 
 def _one_hot_pairs(segment_ids: jax.Array, pairs: int) -> jax.Array:
-    return jax.nn.one_hot(segment_ids - 1, pairs, dtype=jnp.float32)
+    return jax.nn.one_hot((segment_ids - 1) // 2, pairs, dtype=jnp.float32)  # -1, padding, is in none
 
 
 def _tokens(batch: Batch) -> jax.Array:

@@ -14,8 +14,8 @@ from medllm_jax.compiler import compiler_options
 from medllm_jax.config import RunConfig
 from medllm_jax.data.batch import Batch
 from medllm_jax.loading import Blueprint, blueprint
-from medllm_jax.losses import objective, pair_log_probs
-from medllm_jax.model.lora import with_dropout
+from medllm_jax.losses import LossSum, compared_with, objective, pair_log_probs
+from medllm_jax.model.lora import with_dropout, without_adapters
 from medllm_jax.optimizer import make_optimizer
 from medllm_jax.sharding import check_divisible, replicated, rows_over
 from medllm_jax.step import TrainState, new_state, state_shardings, train_step
@@ -26,13 +26,14 @@ class TrainProgram(NamedTuple):
 
     plan: the model without its weights; abstract: shapes and shardings of the state; initialise: the first state of
     parameters, which it takes over; step: ``(state, batch, frozen) -> (state, metrics)``, which takes over the state
-    and leaves the frozen parameters where they are.
+    and leaves the frozen parameters where they are; measure: ``(params, batch, frozen) -> LossSum`` of a micro-batch.
     """
 
     plan: Blueprint
     abstract: TrainState
     initialise: Callable[[Any], TrainState]
     step: Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]
+    measure: Callable[[Any, Batch, Any], LossSum]
 
 
 def train_program(config: RunConfig, mesh: Mesh) -> TrainProgram:
@@ -50,18 +51,24 @@ def train_program(config: RunConfig, mesh: Mesh) -> TrainProgram:
     optimizer = make_optimizer(config.optimizer, config.steps)
     abstract, initialise = _state_maker(plan, optimizer, config.seed, mesh)
     loss = objective(config.objective)
-    if config.adapter is not None and config.adapter.dropout:
-        loss = with_dropout(loss)
+    if config.objective.reference == "adapters_off":
+        loss = compared_with(without_adapters, config.objective, loss)
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh))
+    def measure(params: Any, batch: Batch, frozen: Any) -> LossSum:
+        return loss(nnx.merge(plan.structure, params, frozen or {}), batch, None, batch)
+
+    trained = with_dropout(loss) if config.adapter is not None and config.adapter.dropout else loss
     step = functools.partial(
         train_step,
         structure=plan.structure,
-        loss=loss,
+        loss=trained,
         optimizer=optimizer,
         accumulate=config.data.accumulate,
     )
     shardings = (jax.tree.map(lambda x: x.sharding, abstract), replicated(mesh))
     step = jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options(mesh))
-    return TrainProgram(plan, abstract, initialise, step)
+    return TrainProgram(plan, abstract, initialise, step, measure)
 
 
 def _state_maker(plan: Blueprint, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh):

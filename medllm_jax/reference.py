@@ -1,14 +1,18 @@
 """Reference log-probabilities of a pair store, computed once by the model that RPO starts from."""
 
+from typing import Any
+
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from medllm_jax.config import RunConfig
 from medllm_jax.data.pipeline import in_order
 from medllm_jax.data.references import write_references
+from medllm_jax.data.sources import Rows
 from medllm_jax.errors import UserError
 from medllm_jax.fingerprint import model_fingerprint
-from medllm_jax.loading import blueprint, first_weights, whole
+from medllm_jax.loading import Blueprint, blueprint, first_weights, whole
 from medllm_jax.metrics import Console
 from medllm_jax.programs import score_program
 from medllm_jax.sharding import check_divisible, make_mesh, put_batch
@@ -27,20 +31,30 @@ def cache_reference(config: RunConfig) -> int:
             "reference log-probabilities belong to an RPO run: set objective.name to rpo, "
             "and init.checkpoint to the model that it starts from"
         )
-    rows, mesh = open_rows(config), make_mesh(config.mesh)
-    batch_size = config.data.batch_size // config.data.accumulate
-    check_divisible(mesh, config.model, batch_size)
+    if config.objective.reference != "cached":
+        raise UserError(f"objective.reference is {config.objective.reference}: the run reads no cached ones")
+    mesh = make_mesh(config.mesh)
+    stores = [config.data.stores, *([config.held_out.stores] if config.held_out else [])]
+    sources = [open_rows(config, group) for group in stores]
+    check_divisible(mesh, config.model, config.data.batch_size // config.data.accumulate)
     plan = blueprint(config.model, config.precision, mesh, attention=config.attention, adapter=config.adapter)
     first = first_weights(config, plan)  # by the same road as the run itself, adapters and all
     params = whole(first.params, first.frozen)
-    score = score_program(config, plan.structure, mesh, rows.pairs_per_row)
-    scored = []
+    model = model_fingerprint(params)
+    for rows in sources:
+        values = _score(config, plan, mesh, params, rows)
+        if jax.process_index() == 0:
+            write_references(rows, model, values)
+    return sum(corpus.examples for rows in sources for corpus in rows.corpora)
+
+
+def _score(config: RunConfig, plan: Blueprint, mesh: Mesh, params: Any, rows: Rows) -> np.ndarray:
+    """float32 [N, P, 2]: log-probabilities of the pairs of all rows."""
+    score, scored = score_program(config, plan.structure, mesh, rows.pairs_per_row), []
+    batch_size = config.data.batch_size // config.data.accumulate
     batches = in_order(rows, batch_size, process_index=jax.process_index(), process_count=jax.process_count())
     with Console("reference", len(rows), unit="row", enabled=jax.process_index() == 0) as console:
         for batch, real in batches:
             scored.append(np.asarray(score(params, put_batch(batch, mesh)))[:real])
             console.update(sum(map(len, scored)), every_seconds=5)
-    fingerprint = model_fingerprint(params)
-    if jax.process_index() == 0:
-        write_references(rows, fingerprint, np.concatenate(scored))
-    return sum(corpus.examples for corpus in rows.corpora)
+    return np.concatenate(scored)

@@ -89,7 +89,7 @@ def summed_gradients(
     """Gradients of the loss's total, and its sums, over all rows; in `accumulate` micro-batches, added in float32."""
 
     def total_of(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, LossSum]:
-        sums = loss(nnx.merge(structure, params, frozen or {}), rows, key)
+        sums = loss(nnx.merge(structure, params, frozen or {}), rows, key, batch)
         return sums.total, sums
 
     gradient = jax.grad(total_of, has_aux=True)

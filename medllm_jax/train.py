@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from medllm_jax import runs
 from medllm_jax.checkpoint import (
@@ -22,27 +24,30 @@ from medllm_jax.checkpoint import (
 from medllm_jax.config import RunConfig
 from medllm_jax.data.ahead import Ahead
 from medllm_jax.data.pipeline import BatchStream, check_mix
-from medllm_jax.data.references import read_references
+from medllm_jax.data.references import no_references, read_references
 from medllm_jax.data.sources import Rows, Seen
 from medllm_jax.data.store import check_compatible
 from medllm_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from medllm_jax.errors import UserError
 from medllm_jax.fingerprint import model_fingerprint
+from medllm_jax.held_out import HeldOut
 from medllm_jax.loading import first_weights, load_frozen, whole
 from medllm_jax.metrics import Console, Meter, MetricsLog
 from medllm_jax.optimizer import make_schedule
-from medllm_jax.programs import train_program
+from medllm_jax.programs import TrainProgram, train_program
 from medllm_jax.settings import to_plain
 from medllm_jax.sharding import make_mesh, put_batch
 
-STORE_KINDS = {"cpt": "cpt", "rpo": "pairs"}
+STORE_KINDS = {"cpt": ("cpt",), "sft": ("sft",), "rpo": ("pairs", "sft")}
 
 
 def train(config: RunConfig) -> epath.Path:
     """Trains until `config.steps`, from the newest checkpoint of the run folder if it has one. Returns the folder."""
     config = with_model(config)
     folder = runs.open_run(config)
-    rows = open_rows(config)
+    rows = open_rows(config, config.data.stores)
+    if config.data.mix is not None:
+        check_mix(rows, config.data.mix)
     mesh = make_mesh(config.mesh)
     program = train_program(config, mesh)
 
@@ -53,10 +58,12 @@ def train(config: RunConfig) -> epath.Path:
         frozen = load_frozen(program.plan, load_adapted(folder, start))
         state = load_state(folder, start, program.abstract)
     else:
+        check_reference(config)
         params, frozen, base = first_weights(config, program.plan)
         meta = first_meta(config, rows, base, params, frozen)
         state = program.initialise(params)
-    reference = read_references(rows, meta["reference_model"]) if config.objective.name == "rpo" else None
+    reference = references_of(config, rows, meta["reference_model"])
+    held_out = open_held_out(config, program, mesh, meta["reference_model"]) if config.held_out else None
     seen = Seen(rows, meta["seen"])
     multihost_utils.sync_global_devices("every process has looked at the run folder")
     if jax.process_index() == 0:
@@ -72,6 +79,8 @@ def train(config: RunConfig) -> epath.Path:
     ):
         for step in range(start + 1, config.steps + 1):
             state, metrics = program.step(state, next(batches), frozen)
+            if held_out is not None and held_out.due(step):
+                metrics |= held_out.measure(state.params, frozen)
             seen.add(stream.row_ids(batches.position - 1))
             progress.add(step, metrics, batches.waited)
             last = step == config.steps
@@ -103,20 +112,33 @@ def with_model(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=found)
 
 
-def open_rows(config: RunConfig) -> Rows:
-    """The rows of the run's stores; UserError where their kind, tokens, tokenizer or corpora don't fit the run."""
-    rows = Rows.open(config.data.stores)
+def open_rows(config: RunConfig, stores: Sequence[str]) -> Rows:
+    """The rows of some stores; UserError where their kind, tokens or tokenizer don't fit the run."""
+    rows = Rows.open(stores)
     tokenizer = runs.find_tokenizer(config.run, config.init.checkpoint)
     for store in rows.stores:
         check_compatible(
             store,
-            kind=STORE_KINDS[config.objective.name],
+            kinds=STORE_KINDS[config.objective.name],
             vocab_size=config.model.vocab_size,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None,
         )
-    if config.data.mix is not None:
-        check_mix(rows, config.data.mix)
+    if config.objective.name == "rpo" and rows.kind != "pairs":
+        raise UserError(f"{rows} holds no pairs, which an RPO run needs: add a store of pairs, or choose objective sft")
     return rows
+
+
+def open_held_out(config: RunConfig, program: TrainProgram, mesh: Mesh, model: str | None) -> HeldOut:
+    """The run's held-out rows, with what the reference model says of them."""
+    rows = open_rows(config, config.held_out.stores)
+    return HeldOut(config, program, mesh, rows, references_of(config, rows, model))
+
+
+def references_of(config: RunConfig, rows: Rows, model: str | None) -> np.ndarray | None:
+    """float32 [N, P, 2] log-probabilities of pairs under the reference model; zeros where the step computes them."""
+    if config.objective.name != "rpo":
+        return None
+    return no_references(rows) if config.objective.reference == "adapters_off" else read_references(rows, model)
 
 
 def open_stream(config: RunConfig, rows: Rows, position: int, reference: np.ndarray | None) -> BatchStream:
@@ -146,6 +168,15 @@ def first_meta(config: RunConfig, rows: Rows, base: Base | None, params: Any, fr
         "seen": Seen(rows).counts,
         "rows_digest": rows.digest,
     }
+
+
+def check_reference(config: RunConfig) -> None:
+    """UserError where turning adapters off would compare with the model from before continued pretraining."""
+    if config.objective.reference == "adapters_off" and load_adapted(config.init.checkpoint) is not None:
+        raise UserError(
+            f"objective.reference is adapters_off and {config.init.checkpoint} holds adapters, without which it is its "
+            "raw base and not the model to compare with: choose cached"
+        )
 
 
 def check_same_data(folder: epath.Path, meta: dict[str, Any], rows: Rows) -> None:

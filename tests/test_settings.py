@@ -110,7 +110,7 @@ def test_a_mix_and_one_weight_of_it(run_file, tmp_path):
         (["--steps", "5.5"], "steps: expected a whole number, got 5.5"),
         (["--steps", "true"], "steps: expected a whole number, got True"),
         (["--run", "5"], "run: expected text, got 5"),
-        (["--objective.name", "dpo"], "objective.name: expected one of cpt, rpo, got 'dpo'"),
+        (["--objective.name", "dpo"], "objective.name: expected one of cpt, sft, rpo, got 'dpo'"),
         (["--data", "5"], "data: a mapping is expected, got 5"),
         (["--model.head_dim", "x"], "model.head_dim: expected a whole number or null, got 'x'"),
         (["--steps", "0"], "steps is 0: it must be positive"),

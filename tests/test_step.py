@@ -1,5 +1,6 @@
 """One step: the same on every mesh and in any number of micro-batches, for both objectives."""
 
+import dataclasses
 import functools
 import math
 
@@ -28,7 +29,7 @@ def rows_of(kind, seed):
     rows[:, 0] = rng.integers(0, 384, (ROWS, LENGTH))
     if kind == "cpt":
         for row, cut in enumerate(rng.integers(3, 18, ROWS)):
-            rows[row, 1, :cut], rows[row, 1, cut:21] = 1, 2
+            rows[row, 1, :cut], rows[row, 1, cut:21] = 1, 3
         return batch_of(rows, "cpt")
     reference = np.zeros((ROWS, PAIRS, 2), np.float32)
     for row in range(ROWS):
@@ -36,10 +37,17 @@ def rows_of(kind, seed):
         for pair in range(1 + row % 2):
             lengths = rng.integers(2, 5, 3)
             for branch, length in enumerate(lengths):
-                rows[row, 1, at : at + length], rows[row, 2, at : at + length] = pair + 1, branch
+                rows[row, 1, at : at + length], rows[row, 2, at : at + length] = 2 * pair + 1, branch
                 at += length
             reference[row, pair] = rng.normal(-20, 3, 2)
     return batch_of(rows, "pairs", reference)
+
+
+OBJECTIVES = {
+    "cpt": ObjectiveConfig(),
+    "rpo": ObjectiveConfig(name="rpo"),
+    "rpo by token": ObjectiveConfig(name="rpo", nll_reduction="token"),
+}
 
 
 def train_steps(kind, mesh_shape, *, steps=5, accumulate=1, vocab_chunks=1):
@@ -51,7 +59,7 @@ def train_steps(kind, mesh_shape, *, steps=5, accumulate=1, vocab_chunks=1):
     make = functools.partial(new_state, optimizer=optimizer, seed=0)
     shardings = state_shardings(jax.eval_shape(make, plan.abstract), optimizer, mesh)
     state = jax.jit(make, out_shardings=shardings)(random_params(plan, seed=0))
-    loss = objective(ObjectiveConfig(name=kind, vocab_chunks=vocab_chunks))
+    loss = objective(dataclasses.replace(OBJECTIVES[kind], vocab_chunks=vocab_chunks))
     step = jax.jit(
         functools.partial(train_step, structure=plan.structure, loss=loss, optimizer=optimizer, accumulate=accumulate),
         donate_argnums=0,
@@ -92,7 +100,7 @@ def test_sharded_equals_unsharded(kind, mesh_shape):
     assert_same(train_steps(kind, mesh_shape), one_device(kind))
 
 
-@pytest.mark.parametrize("kind", ["cpt", "rpo"])
+@pytest.mark.parametrize("kind", OBJECTIVES)
 @pytest.mark.parametrize(("mesh_shape", "accumulate"), [((1, 1, 1), 8), ((2, 1, 1), 4)])
 def test_accumulated_equals_whole_batch(kind, mesh_shape, accumulate):
     assert_same(train_steps(kind, mesh_shape, accumulate=accumulate), one_device(kind))
@@ -130,9 +138,9 @@ def test_a_batch_without_targets_changes_nothing_but_the_count():
 def test_each_step_draws_another_key():
     seen = []
 
-    def spy(model, batch, key):
+    def spy(model, batch, key, whole):
         seen.append(key)
-        return objective(ObjectiveConfig())(model, batch, key)
+        return objective(ObjectiveConfig())(model, batch, key, whole)
 
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     plan = blueprint(tiny_config(), PrecisionConfig(compute="float32"), mesh)

@@ -1,6 +1,7 @@
 """Runs: resumed equals uninterrupted, bit for bit; RPO starts at its reference; what can't go on says so."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from medllm_jax.checkpoint import abstract_params, load_meta, load_params
 from medllm_jax.config import (
     CheckpointConfig,
     DataConfig,
+    HeldOutConfig,
     InitConfig,
     LoggingConfig,
     MeshConfig,
@@ -27,15 +29,24 @@ from medllm_jax.config import (
     PrecisionConfig,
     RunConfig,
 )
+from medllm_jax.data.instructions import prepare_instructions
+from medllm_jax.data.pipeline import in_order
+from medllm_jax.data.preferences import prepare_pairs
+from medllm_jax.data.references import no_references
+from medllm_jax.data.sources import Rows
 from medllm_jax.data.store import RowStore
 from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
 from medllm_jax.errors import UserError
-from medllm_jax.loading import blueprint
+from medllm_jax.loading import blueprint, random_params
+from medllm_jax.losses import objective
 from medllm_jax.programs import train_program
 from medllm_jax.reference import cache_reference
 from medllm_jax.settings import to_yaml
 from medllm_jax.sharding import make_mesh
+from medllm_jax.step import summed_gradients
 from medllm_jax.train import train, with_model
+from tests.tiny import write_json_lines
+from tests.world import SEQUENCE_LENGTH, tiny_config
 
 
 def config_of(world, run, kind="cpt", *, steps=6, every=2, accumulate=1, store=None, mix=None, **changes):
@@ -345,3 +356,70 @@ def test_a_model_other_than_the_checkpoints_is_refused(world, tmp_path):
 
     with pytest.raises(UserError, match=r"model\.hidden_size is 128 in the config and 64 in"):
         train(config_of(world, tmp_path / "run", model=tiny_config(hidden_size=128)))
+
+
+# --- other objectives, and rows that are not trained on ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def instructions(world, tmp_path_factory):
+    root = tmp_path_factory.mktemp("instructions")
+    rows = [{"prompt": f"Q{n}: fever?", "response": f" Rest for {n} days."} for n in range(20)]
+    file = write_json_lines(root / "rows.jsonl", rows)
+    prepare_instructions(file, world.tokenizer, root / "store", 2 * SEQUENCE_LENGTH)
+    return root / "store"
+
+
+def test_responses_are_learnt(world, instructions, tmp_path, metrics_of):
+    train(config_of(world, tmp_path / "run", "sft", store=str(instructions)))
+    found = metrics_of(tmp_path / "run")
+    assert found[6]["loss"] < found[1]["loss"] - 0.5
+    assert 0 < found[6]["response_tokens"] < found[6]["tokens"]
+
+
+def test_instructions_mix_with_pairs(world, instructions, tmp_path, metrics_of):
+    stores, mix = (str(world.pair_store), str(instructions)), {"pairs": 1, "instructions": 1}
+    config = config_of(world, tmp_path / "run", "rpo", store=stores, mix=mix)
+    cache_reference(config)
+    train(config)
+    found = metrics_of(tmp_path / "run")
+    assert found[6]["rows/pairs"] == found[6]["rows/instructions"] == 24
+    assert found[1]["dpo"] == pytest.approx(np.log(2), abs=1e-5)
+    assert found[6]["nll"] < found[1]["nll"] and 0 < found[6]["pairs"] < 24
+    with pytest.raises(UserError, match="holds no pairs"):
+        train(config_of(world, tmp_path / "other", "rpo", store=str(instructions)))
+
+
+@pytest.mark.parametrize("kind", ["cpt", "rpo"])
+def test_held_out_rows_are_measured_as_trained_ones_are(world, tmp_path, metrics_of, kind):
+    """With the rows of the run itself, all in one batch: what the step after a measurement finds is what it found."""
+    store = world.token_store if kind == "cpt" else world.pair_store
+    rows = len(RowStore.open(store))
+    config = config_of(world, tmp_path / "run", kind, steps=3, held_out=HeldOutConfig(str(store), every=1))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows * 8))
+    if kind == "rpo":
+        cache_reference(config)
+    train(config)
+    found = metrics_of(tmp_path / "run")
+    for step in (1, 2):
+        for name in ("loss", *(("nll", "rewards/margins") if kind == "rpo" else ())):
+            assert found[step][f"held_out/{name}"] == pytest.approx(found[step + 1][name], abs=1e-4)
+
+
+def test_a_repeated_prompt_is_the_same_to_learn_from(world, tmp_path):
+    """Losses and gradients, with references computed by either layout."""
+    results = []
+    mesh, config = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), config_of(world, tmp_path / "run", "rpo")
+    plan = blueprint(tiny_config(), PrecisionConfig(compute="float32"), mesh)
+    params = random_params(plan, seed=0)
+    for prompts in ("shared", "repeated"):
+        store = tmp_path / prompts
+        prepare_pairs(str(world.pairs), world.tokenizer, store, 2 * SEQUENCE_LENGTH, prompts=prompts)
+        rows = Rows.open([store])
+        (batch, real), *_ = in_order(rows, len(rows), reference=no_references(rows))
+        run = functools.partial(summed_gradients, structure=plan.structure, loss=objective(config.objective))
+        gradients, sums = jax.jit(run, static_argnames="accumulate")(params, batch, jax.random.key(0), accumulate=1)
+        results.append((jax.device_get((gradients, sums.total, sums.means)), int(batch.loss_weights.sum()), real))
+    (shared, targets, few), (repeated, as_many, more) = results
+    assert targets == as_many and few <= more
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), repeated, shared)

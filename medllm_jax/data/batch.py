@@ -1,10 +1,12 @@
 """The one row layout: what a row of S tokens carries, and everything that follows from it.
 
-A row holds segments one after the other. In continued pretraining a segment is a document; in preference training it
-is a preference pair: the prompt (branch 0), then the chosen response (branch 1), then the rejected one (branch 2).
+A row holds examples one after the other: documents (cpt), instructions with their responses (sft), or preference pairs
+(pairs): the prompt (branch 0), then the chosen response (branch 1), then the rejected one (branch 2).
 
-* ``segment_ids``  0 is padding; segments of a row count from 1.
+* ``segment_ids``  0 is padding; the k-th example of a row, from 1, is segment 2k - 1. A pair whose prompt is repeated
+                   for the rejected response goes on as segment 2k.
 * ``branch_ids``   0 for text that all branches of the segment see; 1 and 2 for responses that do not see each other.
+                   In storage also 3: tokens to learn in an ordinary sequence, branch 0 otherwise (sft).
 * ``positions``    rotary positions: 0 at a segment's start; each response continues where the prompt ended.
 * ``loss_weights`` weight of the token *as a target*: how much ``log P(token | its own past)`` counts.
 
@@ -19,7 +21,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-Kind = Literal["cpt", "pairs"]
+Kind = Literal["cpt", "sft", "pairs"]
+TARGET = 3  # stored in place of a branch
 Array = Any  # numpy on the host, jax on the device
 
 
@@ -27,7 +30,7 @@ class Batch(NamedTuple):
     """Rows as they travel from storage to the step; a pytree of arrays.
 
     tokens, positions, segment_ids, branch_ids: int32 [B, S]; loss_weights: float32 [B, S];
-    reference_log_probs: float32 [B, P, 2] (chosen, rejected; pair k of a row is segment k + 1), or None for CPT.
+    reference_log_probs: float32 [B, P, 2] (chosen, rejected; of the examples of a row), or None where none is compared.
     """
 
     tokens: Array
@@ -40,14 +43,15 @@ class Batch(NamedTuple):
 
 def batch_of(rows: np.ndarray, kind: Kind, reference_log_probs: np.ndarray | None = None) -> Batch:
     """Stored rows int32 [B, 3, S] (channels tokens, segment_ids, branch_ids) as a Batch of numpy arrays."""
-    tokens, segment_ids, branch_ids = (np.ascontiguousarray(rows[:, channel]) for channel in range(3))
+    tokens, segment_ids, parts = (np.ascontiguousarray(rows[:, channel]) for channel in range(3))
+    branch_ids = np.where(parts == TARGET, 0, parts) if kind != "cpt" else parts
     runs = _runs_of(segment_ids, branch_ids)
     return Batch(
         tokens=tokens,
         positions=_positions(runs).reshape(tokens.shape),
         segment_ids=segment_ids,
         branch_ids=branch_ids,
-        loss_weights=_loss_weights(runs, branch_ids, kind).reshape(tokens.shape),
+        loss_weights=_loss_weights(runs, parts, kind).reshape(tokens.shape),
         reference_log_probs=reference_log_probs,
     )
 
@@ -96,11 +100,11 @@ def _numbers(size: int) -> np.ndarray:
     return np.arange(size, dtype=np.int32)
 
 
-def _loss_weights(runs: _Runs, branch_ids: np.ndarray, kind: Kind) -> np.ndarray:
-    """Target weights float32 [B * S]: every token with a past (cpt), or every response token (pairs)."""
-    if kind == "pairs":
-        return (branch_ids > 0).astype(np.float32)
-    weights = np.ones(branch_ids.size, np.float32)
+def _loss_weights(runs: _Runs, parts: np.ndarray, kind: Kind) -> np.ndarray:
+    """Target weights float32 [B * S]: every token with a past (cpt), or every token of a response (sft, pairs)."""
+    if kind != "cpt":
+        return (parts > 0).astype(np.float32)
+    weights = np.ones(parts.size, np.float32)
     weights[runs.starts] = 0
     for start, length in _padding(runs):
         weights[start : start + length] = 0

@@ -1,15 +1,16 @@
 """Packing: token sequences of any length become rows of S tokens, without losing or repeating one.
 
 Pure functions from iterables to iterables, so memory holds the rows that are open and nothing else. A row is int32
-[3, S] (tokens, segment_ids, branch_ids; see ``batch.py``); its segments count from 1, padding is 0 in all channels.
+[3, S] (tokens, segment_ids, branch_ids; see ``batch.py``); padding is 0 in all channels.
 """
 
 import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from medllm_jax.data.batch import TARGET
 from medllm_jax.errors import UserError
 
 
@@ -20,7 +21,10 @@ def check_sequence_length(sequence_length: int) -> None:
 
 
 class Segment(NamedTuple):
-    """What must stay together in one row: tokens int32 [n] and branch_ids int32 [n], with n from 1 to S."""
+    """An example, which stays together in one row: tokens int32 [n] and branch_ids int32 [n], with n from 1 to S.
+
+    Where the branch falls back, as at a repeated prompt, a second segment begins.
+    """
 
     tokens: np.ndarray
     branch_ids: np.ndarray
@@ -34,12 +38,27 @@ def document_segment(tokens: np.ndarray) -> Segment:
     return Segment(np.array(tokens, np.int32), np.zeros(len(tokens), np.int32))
 
 
-def pair_segment(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Segment:
-    """A preference pair: the prompt (branch 0), the chosen response (branch 1), the rejected one (branch 2)."""
-    parts = (prompt, chosen, rejected)
+def pair_segment(
+    prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, *, repeat_prompt: bool = False
+) -> Segment:
+    """A preference pair: the prompt (branch 0), the chosen response (branch 1), the rejected one (branch 2).
+
+    repeat_prompt: the rejected response has a prompt of its own.
+    """
+    if repeat_prompt:
+        return _joined((prompt, 0), (chosen, 1), (prompt, 0), (rejected, 2))
+    return _joined((prompt, 0), (chosen, 1), (rejected, 2))
+
+
+def instruction_segment(turns: Sequence[tuple[np.ndarray, bool]]) -> Segment:
+    """A conversation: (tokens, whether they are to be learnt) of its parts in order."""
+    return _joined(*((tokens, TARGET if learnt else 0) for tokens, learnt in turns))
+
+
+def _joined(*parts: tuple[np.ndarray, int]) -> Segment:
     return Segment(
-        tokens=np.concatenate(parts).astype(np.int32),
-        branch_ids=np.repeat(np.arange(3, dtype=np.int32), [len(part) for part in parts]),
+        tokens=np.concatenate([tokens for tokens, _ in parts]).astype(np.int32),
+        branch_ids=np.repeat([part for _, part in parts], [len(tokens) for tokens, _ in parts]).astype(np.int32),
     )
 
 
@@ -120,6 +139,10 @@ def concatenate_and_split(documents: Iterable[np.ndarray], sequence_length: int)
         yield row_of(row, sequence_length)
 
 
+def _falls_back(branch_ids: np.ndarray) -> np.ndarray:
+    return (branch_ids[1:] == 0) & ((branch_ids[:-1] == 1) | (branch_ids[:-1] == 2))
+
+
 def row_of(segments: Iterable[Segment], sequence_length: int) -> np.ndarray:
     """One row int32 [3, S] of segments, one after the other, the rest padding."""
     row = np.zeros((3, sequence_length), np.int32)
@@ -127,7 +150,9 @@ def row_of(segments: Iterable[Segment], sequence_length: int) -> np.ndarray:
     for number, segment in enumerate(segments, 1):
         end = start + len(segment.tokens)
         row[0, start:end] = segment.tokens
-        row[1, start:end] = number
+        row[1, start:end] = 2 * number - 1
         row[2, start:end] = segment.branch_ids
+        if len(again := np.flatnonzero(_falls_back(segment.branch_ids))):
+            row[1, start + again[0] + 1 : end] += 1
         start = end
     return row

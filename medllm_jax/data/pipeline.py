@@ -178,6 +178,7 @@ def in_order(
     rows: Rows | RowStore,
     batch_size: int,
     *,
+    reference: np.ndarray | None = None,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
@@ -190,11 +191,12 @@ def in_order(
     """
     rows = Rows([rows]) if isinstance(rows, RowStore) else rows
     local_size = _local_size(batch_size, process_index, process_count)
+    _check_reference(rows, reference)
 
     def read(number: int) -> tuple[Batch, int]:
         first = number * batch_size
         start = first + process_index * local_size
-        return _read(rows, None, np.arange(start, start + local_size)), min(batch_size, len(rows) - first)
+        return _read(rows, reference, np.arange(start, start + local_size)), min(batch_size, len(rows) - first)
 
     batches = grain.MapDataset.range(-(-len(rows) // batch_size)).map(read)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
@@ -212,9 +214,11 @@ def _read(rows: Rows, reference: np.ndarray | None, row_ids: np.ndarray) -> Batc
     """The rows of some ids; an id past the last row is a row of padding."""
     real = row_ids[row_ids < len(rows)]
     found = rows.read(real)
+    values = None if reference is None else reference[real]
     if len(real) < len(row_ids):
-        found = np.pad(found, ((0, len(row_ids) - len(real)), (0, 0), (0, 0)))
-    return batch_of(found, rows.kind, None if reference is None else reference[row_ids])
+        padding = ((0, len(row_ids) - len(real)), (0, 0), (0, 0))
+        found, values = np.pad(found, padding), values if values is None else np.pad(values, padding)
+    return batch_of(found, rows.kind, values)
 
 
 def _local_size(batch_size: int, process_index: int, process_count: int) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 from medllm_jax.data.statistics import TextStatistics, TokenStatistics, format_statistics
 from medllm_jax.data.store import CorpusRows, StoreMetadata
 
+_KINDS = {"cpt": "documents", "sft": "instructions", "pairs": "preference pairs"}
 _STATED = ("provenance", "licence", "processing", "contact")
 
 
@@ -15,7 +16,7 @@ def report(metadata: StoreMetadata) -> str:
 
 
 def _parts(metadata: StoreMetadata) -> Iterator[str]:
-    yield f"# Store of {'documents' if metadata.kind == 'cpt' else 'preference pairs'}"
+    yield f"# Store of {_KINDS[metadata.kind]}"
     yield (
         f"{metadata.rows:,} rows of {metadata.sequence_length:,} tokens, {metadata.tokens:,} tokens in all, "
         f"{metadata.fill:.2%} full ({metadata.packing}); tokenizer {metadata.tokenizer_fingerprint[:12]} of "

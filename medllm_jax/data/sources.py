@@ -47,7 +47,9 @@ class Rows:
 
     @property
     def kind(self) -> Kind:
-        return self.stores[0].metadata.kind
+        """Of pairs and conversations together it is pairs: those are then pairs without a rejected response."""
+        kinds = {store.metadata.kind for store in self.stores}
+        return "pairs" if "pairs" in kinds else kinds.pop()
 
     @property
     def sequence_length(self) -> int:
@@ -104,7 +106,7 @@ def _check_alike(stores: Sequence[RowStore]) -> None:
             ("tokenizer_fingerprint", "another tokenizer"),
         ):
             one, other = getattr(first.metadata, name), getattr(store.metadata, name)
-            if one != other:
+            if one != other and {one, other} != {"pairs", "sft"}:
                 raise UserError(
                     f"stores {first.path} and {store.path} do not go together: the second has {what} "
                     f"({_short(other)}, the first {_short(one)}); prepare them alike"

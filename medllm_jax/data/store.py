@@ -16,7 +16,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +28,7 @@ from medllm_jax.data.batch import Kind
 from medllm_jax.errors import UserError
 from medllm_jax.remote import is_remote
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 METADATA_FILE = "store.json"
 ARRAY = "rows"
 ARRAY_METADATA = "rows/zarr.json"
@@ -60,8 +60,8 @@ class CorpusRows:
 class StoreMetadata:
     """What ``store.json`` says of the rows.
 
-    kind: "cpt" or "pairs"; corpora: in the order of their rows; tokens: without padding;
-    fill: tokens / (rows * sequence_length); pairs_per_row: the most that any row holds, 0 for documents;
+    kind: "cpt", "sft" or "pairs"; corpora: in the order of their rows; tokens: without padding;
+    fill: tokens / (rows * sequence_length); pairs_per_row: the most pairs, or conversations, of a row, 0 for documents;
     shard_rows: rows of a shard; digest: sha256 over the rows' little-endian bytes in order;
     files: name -> sha256 of the files beside the shards; recipe: the settings that the rows were prepared with;
     dropped: reason -> {"count": int, "first": ["file:line", ...]}.
@@ -279,19 +279,19 @@ def verify(path: str | epath.PathLike, progress: Callable[[int], None] = lambda 
 def check_compatible(
     store: RowStore,
     *,
-    kind: Kind,
+    kinds: Collection[Kind],
     vocab_size: int,
     sequence_length: int | None = None,
     tokenizer_fingerprint: str | None = None,
 ) -> None:
     """UserError, one line with every mismatch, where a store does not fit a run; a check that is None is left out.
 
-    kind: what the run trains on; vocab_size: rows of the model's embedding table.
+    kinds: those that the run can train on; vocab_size: rows of the model's embedding table.
     """
     found = store.metadata
     problems = []
-    if found.kind != kind:
-        problems.append(f"store {store.path} holds {found.kind} rows, the run needs {kind}")
+    if found.kind not in kinds:
+        problems.append(f"store {store.path} holds {found.kind} rows, the run needs {' or '.join(kinds)}")
     if found.max_token_id >= vocab_size:
         problems.append(
             f"token id {found.max_token_id} is beyond the model's vocabulary of {vocab_size} in store {store.path}: "

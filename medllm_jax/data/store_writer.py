@@ -142,7 +142,7 @@ class RowStoreWriter:
             tokens=tokens,
             fill=tokens / (rows * self.sequence_length),
             corpora=tuple(self._corpus_rows(corpora)),
-            pairs_per_row=self._max_segments if self.kind == "pairs" else 0,
+            pairs_per_row=(self._max_segments + 1) // 2 if self.kind != "cpt" else 0,
             packing=packing,
             shard_rows=self._shard_rows,
             max_token_id=self._max_token_id,

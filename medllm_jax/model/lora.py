@@ -109,12 +109,12 @@ def adapted_linear(
 def with_dropout(loss: Callable[..., Any]) -> Callable[..., Any]:
     """The loss of the same model with dropout on what its adapters see, drawn from the loss's key."""
 
-    def dropped(model: nnx.Module, batch: Any, key: jax.Array) -> Any:
+    def dropped(model: nnx.Module, batch: Any, key: jax.Array, whole: Any) -> Any:
         layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, _LowRank)]
         for number, module in enumerate(layers):
             blocks = module.lora_A.shape[0]  # stacked, so each has its own key
             module.key = nnx.Variable(jax.random.split(jax.random.fold_in(key, number), blocks))
-        return loss(model, batch, key)
+        return loss(model, batch, key, whole)
 
     return dropped
 
@@ -151,3 +151,9 @@ def _merge(weight: jax.Array, factors: tuple[jax.Array, jax.Array] | None, adapt
         return merged
     a, b = (factor.astype(jnp.float32) for factor in factors)
     return merged + adapter.scale * jnp.matmul(b, a, precision="highest")
+
+
+def without_adapters(model: nnx.Module) -> nnx.Module:
+    """The model that the adapters of another stand on: theirs are zero."""
+    structure, factors, rest = nnx.split(model, nnx.LoRAParam, ...)
+    return nnx.merge(structure, jax.tree.map(jnp.zeros_like, factors), rest)

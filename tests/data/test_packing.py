@@ -5,12 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medllm_jax.data.batch import batch_of
 from medllm_jax.data.packing import (
     best_fit,
     concatenate_and_split,
     document_segment,
     pair_segment,
     pieces,
+    row_of,
 )
 
 SIZE = st.integers(1, 17)
@@ -31,11 +33,11 @@ def unpack(rows, sequence_length):
         used = np.count_nonzero(segments)
         assert used > 0, "a row without a token"
         assert not row[:, used:].any(), "padding is zeros at the end"
-        assert segments[0] == 1 and set(np.diff(segments[:used])) <= {0, 1}, "segments count from 1, each in one place"
+        assert segments[0] == 1 and set(np.diff(segments[:used])) <= {0, 2}, "odd numbers from 1, each in one place"
         unpacked.append(
             [
                 (tuple(tokens[segments == number]), tuple(branches[segments == number]))
-                for number in range(1, segments.max() + 1)
+                for number in range(1, segments.max() + 1, 2)
             ]
         )
     return unpacked
@@ -113,3 +115,14 @@ def test_best_fit_fills_rows_of_4096(mix):
 def test_best_fit_refuses_what_does_not_fit(length):
     with pytest.raises(ValueError, match=f"segment of {length} tokens"):
         list(best_fit([document_segment(np.ones(length, np.int32))], 10))
+
+
+def test_a_repeated_prompt_begins_a_segment():
+    pairs = [pair_segment(*numbered([2, 3, 1]), repeat_prompt=repeat) for repeat in (True, False, True)]
+    tokens, segments, branches = row_of(pairs, 24)
+    assert segments.tolist() == [1] * 5 + [2] * 3 + [3] * 6 + [5] * 5 + [6] * 3 + [0, 0]
+    assert branches.tolist() == [0, 0, 1, 1, 1, 0, 0, 2, 0, 0, 1, 1, 1, 2, 0, 0, 1, 1, 1, 0, 0, 2, 0, 0]
+    assert tokens[5:7].tolist() == tokens[:2].tolist()
+    batch = batch_of(np.stack([tokens, segments, branches])[None], "pairs")
+    assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 4, 2, 0, 1, 2, 3, 4, 0, 1, 2, 0, 0]
+    assert batch.loss_weights[0].astype(int).tolist() == (branches > 0).astype(int).tolist()

@@ -7,7 +7,8 @@ import pytest
 from medllm_jax.data.corpus import Dropped
 from medllm_jax.data.gate import Gate
 from medllm_jax.data.pipeline import BatchStream
-from medllm_jax.data.preferences import prepare_pairs, read_pairs, read_reference, write_reference
+from medllm_jax.data.preferences import prepare_pairs, read_pairs
+from medllm_jax.data.references import read_reference, write_reference
 from medllm_jax.data.store import RowStore
 from medllm_jax.data.tokenizer import encode_plain, encode_rendered, load_tokenizer
 from medllm_jax.errors import UserError
@@ -48,7 +49,7 @@ def pairs_of(path):
     unpacked = []
     for tokens, segments, branches in store.read(range(len(store))):
         pairs = []
-        for number in range(1, segments.max() + 1):
+        for number in range(1, segments.max() + 1, 2):
             mine = segments == number
             assert (np.diff(branches[mine]) >= 0).all(), "prompt, then chosen, then rejected"
             pairs.append(tuple(tuple(tokens[mine & (branches == branch)].tolist()) for branch in range(3)))

@@ -4,8 +4,7 @@ import pickle
 import numpy as np
 import pytest
 
-from medllm_jax.data.preferences import read_reference, write_reference
-from medllm_jax.data.references import read_references, write_references
+from medllm_jax.data.references import read_reference, read_references, write_reference, write_references
 from medllm_jax.data.sources import Rows, Seen
 from medllm_jax.data.store import RowStore
 from medllm_jax.errors import UserError
@@ -83,7 +82,7 @@ def test_stores_that_do_not_go_together(tmp_path, paths, monkeypatch):
 
 def test_references_of_several_stores_are_one_and_stay_their_own(tmp_path):
     one, two = numbered_rows(4, 24, kind="pairs"), numbered_rows(6, 24, kind="pairs")
-    two[3:, 1, 9:18], two[3:, 2, 9:18] = 2, two[3:, 2, :9]
+    two[3:, 1, 9:18], two[3:, 2, 9:18] = 3, two[3:, 2, :9]
     first = write_rows(tmp_path / "a", one, kind="pairs", corpora={"a": 4})
     second = write_rows(tmp_path / "b", two, kind="pairs", corpora={"b": 6})
     rows = Rows([first, second])

@@ -39,7 +39,7 @@ def test_rows_come_back_in_any_order(tmp_path, small_shards, count):
 def test_metadata_describes_the_rows(tmp_path, small_shards):
     rows = numbered_rows(20, kind="pairs")
     rows[3, 0, 1] = 777
-    rows[5, 1, 5:9] = 2
+    rows[5, 1, 5:9] = 3
     found = write_rows(tmp_path / "store", rows, kind="pairs").metadata
     assert (found.kind, found.rows, found.sequence_length, found.examples) == ("pairs", 20, 12, 20)
     assert (found.tokens, found.fill) == (180, 0.75)
@@ -194,7 +194,7 @@ def test_open_refuses_what_is_not_a_complete_store(tmp_path):
 
     damaged("not a complete store", lambda: (path / "store.json").unlink())
     damaged("format version 99", lambda: broken(path, format_version=99))
-    damaged("cannot be understood", lambda: (path / "store.json").write_text('{"format_version": 2, "checksum": 1}'))
+    damaged("cannot be understood", lambda: (path / "store.json").write_text('{"format_version": 3, "checksum": 1}'))
     damaged("cannot be understood", lambda: (path / "store.json").write_text('{"rows": 5'))
     damaged("cannot be understood", lambda: (path / "store.json").write_text("[]"))
     damaged("rows are int32", lambda: broken(path, rows=6))
@@ -291,11 +291,13 @@ def test_check_compatible(tmp_path):
     rows = numbered_rows(3)
     rows[1, 0, 2] = 900
     store = write_rows(tmp_path / "store", rows)
-    check_compatible(store, kind="cpt", vocab_size=901, sequence_length=12, tokenizer_fingerprint="f" * 64)
+    check_compatible(store, kinds=["cpt"], vocab_size=901, sequence_length=12, tokenizer_fingerprint="f" * 64)
     with pytest.raises(UserError, match=r"token id 900 is beyond the model's vocabulary of 900 in store"):
-        check_compatible(store, kind="cpt", vocab_size=900)
+        check_compatible(store, kinds=["cpt"], vocab_size=900)
     with pytest.raises(UserError) as caught:
-        check_compatible(store, kind="pairs", vocab_size=9, sequence_length=99, tokenizer_fingerprint="0" * 64)
+        check_compatible(
+            store, kinds=["pairs", "sft"], vocab_size=9, sequence_length=99, tokenizer_fingerprint="0" * 64
+        )
     lines = str(caught.value).split("; ")
     assert len(lines) == 4 and all(str(store.path) in line for line in lines)
 
