@@ -150,6 +150,7 @@ def _data_pairs(options: argparse.Namespace) -> None:
             options.sequence_length,
             pairs_per_row=options.pairs_per_row,
             max_prompt_tokens=options.max_prompt_tokens,
+            prompts=options.prompts,
             on_bad=options.on_bad,
             on_long=options.on_long,
             gate=Gate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
@@ -157,6 +158,25 @@ def _data_pairs(options: argparse.Namespace) -> None:
             progress=progress,
         )
     _report_store(options.output, metadata, "pairs")
+
+
+def _data_sft(options: argparse.Namespace) -> None:
+    from medllm_jax.data.gate import Gate
+    from medllm_jax.data.instructions import prepare_instructions
+
+    with _counting("conversations") as progress:
+        metadata = prepare_instructions(
+            options.input,
+            options.tokenizer,
+            options.output,
+            options.sequence_length,
+            on_bad=options.on_bad,
+            on_long=options.on_long,
+            gate=Gate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    _report_store(options.output, metadata, "conversations")
 
 
 def _data_show(options: argparse.Namespace) -> None:
@@ -239,18 +259,18 @@ def _sampler(options: argparse.Namespace, drawn: Any) -> Any:
         return None
 
     from medllm_jax.checkpoint import latest_step
-    from medllm_jax.fingerprint import model_fingerprint
     from medllm_jax.generate import Sampling
 
     where = f"{options.run}@{latest_step(options.run)}"
     generator = _generator(options)
 
     def draw(prompts, seeds, *, samples, max_new_tokens, stop):
-        for prompt, seed in zip(prompts, seeds, strict=True):
-            sampling = Sampling(max_new_tokens, drawn.temperature, drawn.top_p, stop, seed)
-            yield list(generator([prompt] * samples, sampling))
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
+        numbered = [(seed, number) for seed in seeds for number in range(samples)]
+        sampling = Sampling(max_new_tokens, drawn.temperature, drawn.top_p, stop)
+        yield from zip(*[generator(repeated, sampling, numbered)] * samples, strict=True)
 
-    return Sampler(model_fingerprint(generator._model.params), where, draw)
+    return Sampler(generator.fingerprint, where, draw)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -283,6 +303,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
     print(format_table(summaries))
     print(f"outputs, grades and scores: {output}")
+
+
+def _rounds(options: argparse.Namespace) -> None:
+    from medllm_jax.rounds import load_rounds_config, run_rounds
+
+    run_rounds(load_rounds_config(options.config))
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -414,7 +440,14 @@ def _make_parser() -> _Parser:
     _add_store_arguments(pairs)
     pairs.add_argument("--pairs-per-row", type=int, help="at most so many pairs in a row (default: as many as fit)")
     pairs.add_argument("--max-prompt-tokens", type=int, help="a pair with a longer prompt is over-long")
+    pairs.add_argument(
+        "--prompts", choices=("shared", "repeated"), default="shared", help="once for both responses, or for each"
+    )
     pairs.add_argument("--on-long", choices=("error", "skip"), default="error", help="what to do about over-long pairs")
+
+    sft = verb(kinds, "sft", _data_sft, "instructions (`prompt`, `response`, or chat `messages`) to a store")
+    _add_store_arguments(sft)
+    sft.add_argument("--on-long", choices=("error", "skip"), default="error", help="what to do about over-long ones")
 
     show = verb(kinds, "show", _data_show, "the report of a store: corpora, manifests, what was left out, statistics")
     show.add_argument("store", help="store folder, local or gs://")
@@ -447,6 +480,9 @@ def _make_parser() -> _Parser:
         sub.format_help = lambda sub=sub: _Parser.format_help(sub) + "\n" + settings + _settings_help()
         if name == "plan":
             _add_plan_arguments(sub)
+
+    again = verb(verbs, "rounds", _rounds, "Iterative RPO: sample, pair, train and examine, round after round")
+    again.add_argument("--config", required=True, help="YAML of rounds (see docs/rpo.md)")
 
     exam = verb(verbs, "evaluate", _evaluate, "exam accuracy, answer-only and with explanation")
     _add_model_arguments(exam)

@@ -17,6 +17,7 @@ from medllm_jax.compiler import compiler_options
 from medllm_jax.config import MeshConfig, PrecisionConfig
 from medllm_jax.data.tokenizer import encode_plain, load_tokenizer
 from medllm_jax.errors import UserError
+from medllm_jax.fingerprint import model_fingerprint
 from medllm_jax.loading import LoadedModel, load_model
 from medllm_jax.model.qwen2 import Cache, Qwen2, empty_cache
 from medllm_jax.sharding import check_divisible, make_mesh, rows_over
@@ -31,7 +32,7 @@ class Sampling:
 
     max_new_tokens: at most so many. temperature: 0 takes the likeliest token. top_p: sample from the smallest set of
     tokens whose probabilities reach it. stop: strings that end a completion and are cut off. seed: a prompt's samples
-    depend on it and on the prompt's number, not on the batch that it is in.
+    depend on it and on the prompt's number, not on the batch that it is in; a call may say both of each prompt.
     """
 
     max_new_tokens: int
@@ -95,8 +96,19 @@ class Generator:
         model = load_model(run, precision, make_mesh(mesh))
         return cls(model, tokenizer, eos_token_ids(folder, tokenizer), batch_size)
 
-    def __call__(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[Completion]:
-        """Completions in the order of the prompts; UserError for a prompt without room in the model's context."""
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the model's weights."""
+        return model_fingerprint(self._model.params)
+
+    def __call__(
+        self, prompts: Sequence[str], sampling: Sampling, draws: Sequence[tuple[int, int]] | None = None
+    ) -> Iterator[Completion]:
+        """Completions in the order of the prompts; UserError for a prompt without room in the model's context.
+
+        draws: seed and number of each prompt, both uint32, which its random numbers come from. By default the seed is
+        that of `sampling`, and the number is the prompt's place.
+        """
         encoded = encode_plain(self._tokenizer, prompts)
         context, new = self._model.config.max_position_embeddings, sampling.max_new_tokens
         for number, tokens in enumerate(encoded):
@@ -107,11 +119,15 @@ class Generator:
                     f"prompt {number} has {len(tokens)} tokens and up to {new} may follow, but the model's context is "
                     f"{context}: shorten the prompt (fewer examples in the template) or the template's max_new_tokens"
                 )
+        draws = [(sampling.seed, place) for place in range(len(encoded))] if draws is None else draws
         for start in range(0, len(encoded), self._batch_size):
-            yield from self._complete(encoded[start : start + self._batch_size], start, sampling)
+            batch = slice(start, start + self._batch_size)
+            yield from self._complete(encoded[batch], draws[batch], sampling)
 
-    def _complete(self, prompts: list[list[int]], first: int, sampling: Sampling) -> list[Completion]:
-        state = self._start(prompts, first, sampling)
+    def _complete(
+        self, prompts: list[list[int]], draws: Sequence[tuple[int, int]], sampling: Sampling
+    ) -> list[Completion]:
+        state = self._start(prompts, draws, sampling)
         outputs: list[list[int]] = [[] for _ in prompts]
         endings: list[tuple[str, str] | None] = [None] * len(prompts)  # text and reason, once a row has ended
         for _ in range(0, sampling.max_new_tokens, _CHUNK):
@@ -152,7 +168,7 @@ class Generator:
     def _eos_set(self) -> frozenset[int]:
         return frozenset(np.asarray(self._eos).tolist())
 
-    def _start(self, prompts: list[list[int]], first: int, sampling: Sampling) -> _Decoding:
+    def _start(self, prompts: list[list[int]], draws: Sequence[tuple[int, int]], sampling: Sampling) -> _Decoding:
         """Runs the prompts through the model; they are padded at their left, so that all end in the same column."""
         width, columns = _columns(max(map(len, prompts)), sampling)
         tokens = np.zeros((self._batch_size, width), np.int32)
@@ -160,18 +176,19 @@ class Generator:
         for row, prompt in enumerate(prompts):
             tokens[row, width - len(prompt) :] = prompt
             lengths[row] = len(prompt)
-        rows = np.arange(first, first + self._batch_size, dtype=np.uint32)
+        seeds, numbers = np.zeros((2, self._batch_size), np.uint32)
+        seeds[: len(prompts)], numbers[: len(prompts)] = zip(*draws, strict=True)
         sharding = rows_over(self._model.mesh)
-        placed = (jax.device_put(array, sharding) for array in (tokens, lengths, rows))
-        return self._prefill(self._model.params, *placed, np.uint32(sampling.seed), columns=columns)
+        placed = (jax.device_put(array, sharding) for array in (tokens, lengths, seeds, numbers))
+        return self._prefill(self._model.params, *placed, columns=columns)
 
     def lower_prefill(self, prompt_tokens: int, sampling: Sampling) -> jax.stages.Lowered:
         """The program that reads prompts of so many tokens, for a look at what it costs; the weights may be shapes."""
         sharding, rows = rows_over(self._model.mesh), self._batch_size
         width, columns = _columns(prompt_tokens, sampling)
-        shapes = [((rows, width), jnp.int32), ((rows,), jnp.int32), ((rows,), jnp.uint32)]
+        shapes = [((rows, width), jnp.int32), ((rows,), jnp.int32), ((rows,), jnp.uint32), ((rows,), jnp.uint32)]
         placed = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
-        return self._prefill.lower(self._model.params, *placed, np.uint32(sampling.seed), columns=columns)
+        return self._prefill.lower(self._model.params, *placed, columns=columns)
 
     def lower_decode(self, state: Any, sampling: Sampling) -> jax.stages.Lowered:
         """The program that adds a chunk of tokens to what `lower_prefill`'s returns; its shapes and shardings do."""
@@ -182,14 +199,14 @@ class Generator:
     def _network(self, params: Any) -> Qwen2:
         return nnx.merge(self._model.structure, params)
 
-    def _prefill_rows(self, params: Any, tokens, lengths, rows, seed, *, columns: int) -> _Decoding:
+    def _prefill_rows(self, params: Any, tokens, lengths, seeds, numbers, *, columns: int) -> _Decoding:
         network = self._network(params)
         batch, width = tokens.shape
         positions = jnp.arange(width) - (width - lengths)[:, None]
         segment_ids = (positions >= 0).astype(jnp.int32)
         cache = empty_cache(network.config, batch, columns, network.backend.compute_dtype)
         hidden, cache = network.extend(tokens, jnp.maximum(positions, 0), segment_ids, cache)
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(rows)
+        keys = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seeds, numbers)
         finished = jnp.zeros(batch, bool)
         return _Decoding(_next_logits(network, hidden), lengths, finished, cache, keys)
 

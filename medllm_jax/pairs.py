@@ -48,7 +48,8 @@ class PairOptions:
     def __post_init__(self):
         if self.most < 1:
             raise UserError(f"most is {self.most}: it must be at least 1")
-        if self.min_characters < 1 or (self.max_characters or self.min_characters) < self.min_characters:
+        longest = self.min_characters if self.max_characters is None else self.max_characters
+        if not 1 <= self.min_characters <= longest:
             raise UserError(
                 f"a sample of {self.min_characters} to {self.max_characters} characters can't be: "
                 "min_characters is at least 1, and max_characters no less"

@@ -269,7 +269,7 @@ class Samples:
 class _Appending:
     """Writes samples as they are added: line by line, or in a bucket, where nothing can be appended to, all anew.
 
-    Anew after every tenth more, so that all the writing is a small multiple of the file.
+    Anew after every fiftieth more, so that an interruption costs little and all the writing is a multiple of the file.
     """
 
     def __init__(self, samples: Samples):
@@ -296,7 +296,7 @@ class _Appending:
             self._file.flush()
             return
         self._unwritten += 1
-        if self._unwritten >= max(20, len(self._samples._lines) // 10):
+        if self._unwritten >= max(10, len(self._samples._lines) // 50):
             self._write()
 
     def _write(self) -> None:

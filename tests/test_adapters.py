@@ -204,6 +204,24 @@ def test_rpo_starts_at_the_cpt_model_and_not_at_its_base(world, base, finished, 
     assert np.abs(cpt.params["layers"]["mlp"]["down_proj"]["lora_B"]).max() > 1e-3
 
 
+def test_adapters_off_is_the_cached_reference(world, base, finished, tmp_path, metrics_of):
+    """On a whole model; on adapters it would be the raw base, and is refused."""
+    for reference in ("cached", "adapters_off"):
+        config = config_of(world.pair_store, base, tmp_path / reference, "rpo")
+        config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, reference=reference))
+        if reference == "cached":
+            cache_reference(config)
+        train(config)
+    cached, computed = (metrics_of(tmp_path / reference) for reference in ("cached", "adapters_off"))
+    assert cached[6]["rewards/margins"] > 0.01
+    for step, row in computed.items():
+        assert row == pytest.approx(cached[step], abs=1e-5)
+    with pytest.raises(UserError, match="raw base"):
+        train(dataclasses.replace(config, run=str(tmp_path / "no"), init=InitConfig(str(finished / "cpt"))))
+    with pytest.raises(UserError, match="reads no cached ones"):
+        cache_reference(config)
+
+
 def test_merged_equals_unmerged(finished, tmp_path):
     """Exported weights, through the plain model, predict what base and adapters do."""
     tokens = np.random.default_rng(0).integers(MODEL.vocab_size, size=48).tolist()

@@ -37,16 +37,32 @@ ALLOWED = {
     "metrics": {"remote"},
     "checkpoint": {"config", "errors", "remote", "settings", "sharding", "step"},
     "runs": {"config", "errors", "remote", "settings"},
-    "pairs": {"errors", "evaluation"},
+    "samples": {"errors", "evaluation", "remote"},
+    "pairs": {"errors", "evaluation", "samples"},
 }
-COMPOSES = {"train", "programs", "reference", "loading", "generate", "cli", "demo", "plan", "planning"}
+COMPOSES = {
+    "train",
+    "held_out",
+    "programs",
+    "reference",
+    "loading",
+    "generate",
+    "cli",
+    "commands",
+    "rounds",
+    "demo",
+    "plan",
+    "planning",
+}
 VERBS = {
     "train": {"reference", "cli"},
     "reference": {"cli"},
     "generate": {"cli", "planning"},  # planning compiles its programs
     "plan": {"cli"},
     "planning": {"plan", "cli"},
-    "cli": {"demo"},
+    "cli": {"commands"},
+    "commands": {"demo", "rounds"},
+    "rounds": {"cli"},
     "demo": {"cli"},
 }
 
@@ -201,6 +217,8 @@ def test_demo_configs_load():
         ["evaluate"],
         ["pairs"],
         ["demo"],
+        ["rounds"],
+        ["data", "sft"],
         ["data", "cpt"],
         ["data", "pairs"],
         ["data", "show"],

@@ -87,6 +87,15 @@ def test_samples_repeat_by_seed_and_differ_by_prompt_number(generator):
     assert len(set(first)) > 5
 
 
+def test_a_seed_and_number_of_its_own_make_a_prompt_what_it_is_elsewhere(generator):
+    hot = Sampling(12, temperature=1.0)
+    apart = [list(generator(["発熱"] * 3, Sampling(12, temperature=1.0, seed=seed))) for seed in (7, 8)]
+    draws = [(8, 2), (7, 0), (7, 1), (8, 0)]
+    together = list(generator(["発熱"] * 4, hot, draws))
+    assert together == [apart[seed - 7][number] for seed, number in draws]
+    assert len({completion.tokens for completion in together}) == 4
+
+
 def test_stop_string_cuts_the_text_and_ends_the_completion(generator):
     whole = next(iter(generator(["The patient"], Sampling(40, temperature=1.0, seed=5))))
     stop = whole.text[4:7]

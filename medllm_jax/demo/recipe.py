@@ -1,16 +1,15 @@
 """`medllm demo`: the whole recipe, tiny, as the very commands that a large run is made of.
 
-Every stage is a command line, printed and then run in this process. A stage whose output is there is not made again,
-and training and evaluation go on by themselves, so an interrupted demo continues.
+A stage whose output is there is not made again, so an interrupted demo continues.
 """
 
 import json
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
+from medllm_jax.commands import medllm, run_command, say
 from medllm_jax.demo.tokenizer import train_tokenizer
 from medllm_jax.demo.world import TEMPLATE, tokenizer_texts, write_world
 from medllm_jax.errors import UserError
@@ -34,48 +33,48 @@ def run_demo(workdir: str, seed: int) -> Path:
     stores = {name: str(work / "stores" / name) for name in ("base", "cpt", "pairs")}
     batch = ("--batch-size", "64")
 
-    _say("A small world of medical facts: corpora, exams and a tokenizer in Qwen2's format")
+    say("A small world of medical facts: corpora, exams and a tokenizer in Qwen2's format")
     if not (work / "world").exists():
         _make_whole(work / "world", lambda folder: write_world(folder, seed))
     if not (work / "tokenizer").exists():
         _make_whole(work / "tokenizer", lambda folder: _write_tokenizer(folder))
 
-    _say("A tiny random Qwen2.5 in Hugging Face format, and from there to a run folder")
+    say("A tiny random Qwen2.5 in Hugging Face format, and from there to a run folder")
     if not (work / "hf").exists():
         _make_random_model(work, seed)
     if not (work / "random").exists():
         _convert("from-hf", str(work / "hf"), place["random"])
 
     for name, corpus in (("base", "base.jsonl"), ("cpt", "cpt.jsonl")):
-        _say({"base": "To a base level", "cpt": "Continued pretraining on facts that the base has hardly seen"}[name])
+        say({"base": "To a base level", "cpt": "Continued pretraining on facts that the base has hardly seen"}[name])
         text = str(work / "world" / corpus)
         if not Path(stores[name]).exists():
             # The world says the same things again and again: that is how so small a model comes to know them.
             store = _store_arguments(place["tokenizer"], stores[name])
-            _medllm("data", "cpt", "--input", text, *store, "--duplicates", "keep")
+            medllm("data", "cpt", "--input", text, *store, "--duplicates", "keep")
         _train(name, place, stores[name], seed)
 
-    _say("Preference pairs from the CPT model's own answers, graded by the exam's extractor")
+    say("Preference pairs from the CPT model's own answers, graded by the exam's extractor")
     rows = work / "pairs.jsonl"
     train_exam = ("--exam", str(work / "world" / "exam" / "train.jsonl"), "--template", str(TEMPLATE))
     if not rows.exists():
         seeded = ("--seed", str(seed))
-        _medllm("pairs", "--run", place["cpt"], *train_exam, *SAMPLES, *seeded, "--output", str(rows))
+        medllm("pairs", "--run", place["cpt"], *train_exam, *SAMPLES, *batch, *seeded, "--output", str(rows))
     if not Path(stores["pairs"]).exists():
-        _medllm("data", "pairs", "--input", str(rows), *_store_arguments(place["tokenizer"], stores["pairs"]))
+        medllm("data", "pairs", "--input", str(rows), *_store_arguments(place["tokenizer"], stores["pairs"]))
 
-    _say("Reasoning Preference Optimization; the reference is the CPT model, scored once")
+    say("Reasoning Preference Optimization; the reference is the CPT model, scored once")
     if not Path(stores["pairs"], "reference").exists():
-        _medllm("reference", *_run_arguments("rpo", place, stores["pairs"], seed))
+        medllm("reference", *_run_arguments("rpo", place, stores["pairs"], seed))
     _train("rpo", place, stores["pairs"], seed)
 
-    _say("The exam, on diseases that no training question asked about")
+    say("The exam, on diseases that no training question asked about")
     test_exam = ("--exam", str(work / "world" / "exam" / "test.jsonl"), "--template", str(TEMPLATE))
     for _, name in MODELS:
         output = str(work / "evaluation" / name)
-        _medllm("evaluate", "--run", place[name], *test_exam, *batch, "--output", output)
+        medllm("evaluate", "--run", place[name], *test_exam, *batch, "--output", output)
 
-    _say("Back to Hugging Face format")
+    say("Back to Hugging Face format")
     if not (work / "export").exists():
         _convert("to-hf", place["rpo"], place["export"])
 
@@ -154,30 +153,13 @@ def _run_arguments(name: str, place: dict[str, str], store: str, seed: int) -> t
 
 
 def _train(name: str, place: dict[str, str], store: str, seed: int) -> None:
-    _medllm("train", *_run_arguments(name, place, store, seed))
-
-
-def _medllm(*arguments: str) -> None:
-    from medllm_jax.cli import main
-
-    _run(f"medllm {shlex.join(arguments)}", main, arguments)
+    medllm("train", *_run_arguments(name, place, store, seed))
 
 
 def _convert(*arguments: str) -> None:
     from tools.convert_hf.__main__ import main
 
-    _run(f"python -m tools.convert_hf {shlex.join(arguments)}", main, arguments)
-
-
-def _run(line: str, main, arguments: Sequence[str]) -> None:
-    print(f"\n$ {line}", flush=True)
-    code = main(list(arguments))
-    if code:
-        raise UserError(f"the demo stopped at: {line}")
-
-
-def _say(text: str) -> None:
-    print(f"\n== {text}", flush=True)
+    run_command(f"python -m tools.convert_hf {shlex.join(arguments)}", main, arguments)
 
 
 # --- the table ---------------------------------------------------------------------------------------------------
