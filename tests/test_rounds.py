@@ -1,5 +1,7 @@
 """Rounds: each goes on from the one before, nothing is made twice, and they end when they no longer help."""
 
+from pathlib import Path
+
 import pytest
 
 from medllm_jax import rounds as rounds_module
@@ -10,10 +12,12 @@ from medllm_jax.errors import UserError
 from medllm_jax.fingerprint import model_fingerprint
 from medllm_jax.loading import load_model
 from medllm_jax.rounds import load_rounds_config, run_rounds
+from medllm_jax.settings import load_run_config
 from medllm_jax.sharding import make_mesh
 from tests.tiny import write_json_lines
 from tests.world import SEQUENCE_LENGTH
 
+ROOT = Path(__file__).parents[1]
 # A random model says anything but answers, and ends at the first of many letters.
 TEMPLATE = """
 name: letters
@@ -115,3 +119,9 @@ def test_mistakes_are_one_line(file, capsys, old, new, problem):
     file.write_text(file.read_text().replace(old, new))
     assert main(["rounds", "--config", str(file)]) == 2
     assert problem in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "rounds").glob("*.yaml")), ids=lambda file: file.name)
+def test_shipped_rounds_load(file):
+    config = load_rounds_config(str(file))
+    assert load_run_config(config.train).objective.name == "rpo"
