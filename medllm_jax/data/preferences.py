@@ -4,49 +4,37 @@ A row of input has ``prompt``, ``chosen`` and ``rejected``: three plain strings,
 (``[{"role": ..., "content": ...}]``; the prompt ends with a user message, each response is one assistant message).
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 from etils import epath
 
-from medllm_jax.data.gate import Findings, Gate
-from medllm_jax.data.packing import Segment, best_fit, check_sequence_length, pair_segment
-from medllm_jax.data.parts import Example, Messages, PartEncoder, messages_problem
+from medllm_jax.data.examples import Example, Format, PartEncoder, Refused, messages_problem, prepare_examples
+from medllm_jax.data.gate import Gate
+from medllm_jax.data.packing import Segment, pair_segment
 from medllm_jax.data.reading import Dropped, Inputs, OnBad, ReadOptions, read_files, reject, text_problem
 from medllm_jax.data.store import StoreMetadata
-from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
-from medllm_jax.data.tokenizer import fingerprint
 from medllm_jax.errors import UserError
 
-Side = str | Messages
 Prompts = Literal["shared", "repeated"]
 
 _SIDES = ("prompt", "chosen", "rejected")
-_BATCH_PAIRS = 256  # for one call of the tokenizer
 _SAME = "chosen and rejected are the same"
 
 
-class Pair(NamedTuple):
-    """A preference pair as it was read, all three plain or all three messages, and where it stands, "file:line"."""
-
-    prompt: Side
-    chosen: Side
-    rejected: Side
-    where: str
-
-
-def read_pairs(inputs: Inputs, on_bad: OnBad, dropped: Dropped) -> Iterator[Pair]:
+def read_pairs(inputs: Inputs, on_bad: OnBad, dropped: Dropped) -> Iterator[Example]:
     """The pairs of all inputs (.jsonl, .parquet; see ``reading.find_files``), in order, one in memory at a time.
 
-    Raises UserError naming file and line of a row that is no pair; with on_bad "skip" it is counted in ``dropped``.
+    Their sides are prompt, chosen and rejected. Raises UserError naming file and line of a row that is no pair; with
+    on_bad "skip" it is counted in ``dropped``.
     """
     for row, where in read_files(inputs, ReadOptions(on_bad=on_bad), dropped, _SIDES):
         problem = _pair_problem(row)
         if problem:
             reject(where, problem, on_bad, dropped)
         else:
-            yield Pair(row["prompt"], row["chosen"], row["rejected"], where)
+            yield Example(tuple(row[side] for side in _SIDES), where)
 
 
 def _pair_problem(row: dict[str, Any]) -> str | None:
@@ -104,80 +92,30 @@ def prepare_pairs(
     Raises UserError for such rows otherwise, for messages where the tokenizer has no chat template, an input without
     pairs, a tokenizer without the end-of-sequence token, and an output that exists (unless ``overwrite``).
     """
-    check_sequence_length(sequence_length)
     if pairs_per_row is not None and pairs_per_row < 1:
         raise UserError(f"pairs_per_row is {pairs_per_row}: a row needs at least one pair")
-    with RowStoreWriter(output, "pairs", sequence_length, overwrite=overwrite) as writer:
-        encoder = PartEncoder(tokenizer_dir)
-        found, dropped = Findings(), Dropped()
-        for pair in read_pairs(inputs, on_bad, Dropped()):
-            found.add(gate.scanner, tuple(_texts(pair)), pair.where)
-        gate.check("the pairs", found)
-        count = 0
-
-        def segments() -> Iterator[Segment]:
-            nonlocal count
-            pairs = (_masked(pair, gate) for pair in read_pairs(inputs, on_bad, dropped))
-            for batch in iter(lambda: list(itertools.islice(pairs, _BATCH_PAIRS)), []):
-                for where, encoded in _encode(encoder, batch, on_bad, dropped):
-                    segment = pair_segment(*encoded, repeat_prompt=prompts == "repeated")
-                    problem = _length_problem(encoded, segment, sequence_length, max_prompt_tokens)
-                    if problem:
-                        reject(where, problem, on_long, dropped)
-                        continue
-                    count += 1
-                    yield segment
-                progress(count)
-
-        for row in best_fit(segments(), sequence_length, max_segments=pairs_per_row):
-            writer.append(row[None], "pairs")
-        if not count:
-            raise UserError(f"no preference pair to prepare in {inputs}; left out: {dropped}")
-        return writer.finish(
-            {"pairs": CorpusFacts(count, manifest={"personal_data": found.as_dict()})},
-            packing="pairs",
-            vocab_size=len(encoder.tokenizer),
-            tokenizer_fingerprint=fingerprint(tokenizer_dir),
-            eos_token_id=encoder.tokenizer.eos_token_id,
-            dropped=dropped.as_dict(),
-        )
+    segment = functools.partial(_segment, max_prompt_tokens=max_prompt_tokens, repeat_prompt=prompts == "repeated")
+    return prepare_examples(
+        Format("pairs", "pairs", "prompt, chosen and rejected together are", _render, segment),
+        read_pairs,
+        inputs,
+        tokenizer_dir,
+        output,
+        sequence_length,
+        most_in_a_row=pairs_per_row,
+        on_bad=on_bad,
+        on_long=on_long,
+        gate=gate,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
-class _Encoded(NamedTuple):
-    """Token ids, the responses with their end."""
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-
-
-def _encode(
-    encoder: PartEncoder, pairs: Iterable[Pair], on_bad: OnBad, dropped: Dropped
-) -> Iterator[tuple[str, _Encoded]]:
-    """(where, token ids) of each pair that can be encoded, in order; the others are rejected."""
-    examples = []
-    for pair in pairs:
-        if encoder.holds_control_tokens(list(_texts(pair))):
-            reject(pair.where, "a control token stands in the text (use chat messages)", on_bad, dropped)
-            continue
-        rendered = isinstance(pair.prompt, list)
-        parts = _render(encoder, pair) if rendered else pair[:3]
-        if parts is None:
-            reject(pair.where, "the chat template cannot render the messages", on_bad, dropped)
-        else:
-            examples.append(Example(pair.where, parts, rendered))
-    for example, (prompt, chosen, rejected) in zip(examples, encoder.encode(examples), strict=True):
-        chosen, rejected = encoder.ended(chosen), encoder.ended(rejected)
-        if chosen == rejected:
-            reject(example.where, _SAME, on_bad, dropped)
-        else:
-            yield example.where, _Encoded(prompt, chosen, rejected)
-
-
-def _render(encoder: PartEncoder, pair: Pair) -> tuple[str, str, str] | None:
+def _render(encoder: PartEncoder, pair: Example) -> tuple[str, str, str] | None:
     """Prompt and responses as the chat template writes them, or None where it refuses or rewrites the prompt."""
-    prompt = encoder.render(pair.prompt, pair.where, prompt=True)
-    full = [encoder.render(pair.prompt + response, pair.where) for response in (pair.chosen, pair.rejected)]
+    messages, *responses = pair.sides
+    prompt = encoder.render(messages, pair.where, prompt=True)
+    full = [encoder.render(messages + response, pair.where) for response in responses]
     if prompt is None or not all(text is not None and text.startswith(prompt) for text in full):
         return None
     # The line break that templates write after a turn comes after the model has stopped: no part of the response.
@@ -185,28 +123,12 @@ def _render(encoder: PartEncoder, pair: Pair) -> tuple[str, str, str] | None:
     return prompt, chosen, rejected
 
 
-def _texts(pair: Pair) -> Iterator[str]:
-    for side in pair[:3]:
-        if isinstance(side, str):
-            yield side
-        else:
-            yield from (message["content"] for message in side)
-
-
-def _masked(pair: Pair, gate: Gate) -> Pair:
-    def mask(side: Side) -> Side:
-        if isinstance(side, str):
-            return gate.mask(side)
-        return [message | {"content": gate.mask(message["content"])} for message in side]
-
-    return pair._replace(prompt=mask(pair.prompt), chosen=mask(pair.chosen), rejected=mask(pair.rejected))
-
-
-def _length_problem(
-    encoded: _Encoded, segment: Segment, sequence_length: int, max_prompt_tokens: int | None
-) -> str | None:
-    if max_prompt_tokens is not None and len(encoded.prompt) > max_prompt_tokens:
-        return f"the prompt is longer than {max_prompt_tokens} tokens"
-    if len(segment.tokens) > sequence_length:
-        return f"prompt, chosen and rejected together are longer than a row of {sequence_length} tokens"
-    return None
+def _segment(
+    encoder: PartEncoder, parts: list[list[int]], *, max_prompt_tokens: int | None, repeat_prompt: bool
+) -> Segment | Refused:
+    prompt, chosen, rejected = parts[0], encoder.ended(parts[1]), encoder.ended(parts[2])
+    if chosen == rejected:
+        return Refused(_SAME)
+    if max_prompt_tokens is not None and len(prompt) > max_prompt_tokens:
+        return Refused(f"the prompt is longer than {max_prompt_tokens} tokens", long=True)
+    return pair_segment(prompt, chosen, rejected, repeat_prompt=repeat_prompt)

@@ -219,7 +219,7 @@ def test_over_long_pairs(tmp_path, tokenizer_dir):
 
 def test_nothing_left_to_prepare(tmp_path, tokenizer_dir):
     file = write_json_lines(tmp_path / "pairs.jsonl", plain_rows(3))
-    with pytest.raises(UserError, match=r"no preference pair to prepare in .*3 prompt, chosen and rejected together"):
+    with pytest.raises(UserError, match=r"no pairs to prepare in .*3 prompt, chosen and rejected together"):
         prepare_pairs(file, tokenizer_dir, tmp_path / "store", 4, on_long="skip")
     with pytest.raises(UserError, match="pairs_per_row is 0"):
         prepare_pairs(file, tokenizer_dir, tmp_path / "store", 64, pairs_per_row=0)
@@ -230,7 +230,7 @@ def test_read_pairs_reads_in_order(tmp_path):
     file = write_json_lines(tmp_path / "pairs.jsonl", [GOOD | {"prompt": f"{n}"} for n in range(4)])
     dropped = Dropped()
     pairs = list(read_pairs([file], "error", dropped))
-    assert [pair.prompt for pair in pairs] == ["0", "1", "2", "3"]
+    assert [pair.sides[0] for pair in pairs] == ["0", "1", "2", "3"]
     assert pairs[2].where == f"{file}:3" and dropped.total == 0
 
 
