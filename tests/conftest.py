@@ -12,6 +12,10 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 import json
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
