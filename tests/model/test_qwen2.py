@@ -71,8 +71,8 @@ def random_tokens(*shape: int, seed: int = 1) -> np.ndarray:
 def row(*segments: str, tokens: np.ndarray) -> np.ndarray:
     """A stored row [3, S]: each segment is spelt by the branches of its tokens, "-" for padding."""
     segment_ids, branch_ids = [], []
-    for number, branches in enumerate(filter(None, segments), start=1):
-        segment_ids += [0 if branches[0] == "-" else number] * len(branches)
+    for number, branches in enumerate(filter(None, segments)):
+        segment_ids += [0 if branches[0] == "-" else 2 * number + 1] * len(branches)
         branch_ids += [0 if c == "-" else int(c) for c in branches]
     return np.stack([tokens, np.array(segment_ids), np.array(branch_ids)]).astype(np.int32)
 
@@ -112,7 +112,7 @@ def test_logits_and_gradients_are_those_of_transformers(folder):
     loss = next_token(ObjectiveConfig())
 
     def mean_loss(params):
-        sums = loss(nnx.merge(structure, params), batch, jax.random.key(0))
+        sums = loss(nnx.merge(structure, params), batch, jax.random.key(0), batch)
         return sums.total / sums.weight
 
     gradients = jax.jit(jax.grad(mean_loss))(params)
@@ -213,7 +213,7 @@ def test_what_is_recomputed_changes_no_gradient(grouped):
         structure, _ = nnx.split(abstract)
 
         def total(params, structure=structure):
-            return loss(nnx.merge(structure, params), batch, jax.random.key(0)).total
+            return loss(nnx.merge(structure, params), batch, jax.random.key(0), batch).total
 
         quickly_compiled = jax.jit(jax.grad(total), compiler_options={"xla_backend_optimization_level": 0})
         found[remat] = quickly_compiled(params)
