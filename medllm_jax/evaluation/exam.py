@@ -32,8 +32,9 @@ class Question:
     `gold` holds every accepted set of letters; it is empty for a number. `numbers` holds the golds of a number: first
     as the file has it, then as read through `boxes`, the answer form printed in the question ("①②.③" makes 100 mean
     10.0; "1, ①②③" makes 130 mean 1,130). `boxes` is None where a number is plain, and "" where the form is unknown.
-    `stem` is the case that a follow-up question is about and that its own text lacks. `points` 0 means the question
-    was excluded from the exam. `contraindicated` are the choices that endanger the patient.
+    `case` is the id of the first question about the same case, and "" for a question that stands alone; `stem` is the
+    case that a follow-up question is about and that its own text lacks. `points` 0 means the question was excluded from
+    the exam. `contraindicated` are the choices that endanger the patient.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Question:
     section: str = ""
     year: int | None = None
     category: str = ""
+    case: str = ""
     stem: str = ""
     explanation: str = ""
     contraindicated: frozenset[str] = frozenset()
@@ -85,7 +87,7 @@ def load_exam(
     Folders: IgakuQA's repository, its `data` folder, one of its year folders, or any folder of `*.jsonl`. Rows: those
     of IgakuQA (`problem_id`, `problem_text`, ...), or `id`, `question`, `choices` (a list; empty for a number),
     `answer` (a letter, a list of letters, or a number as a string), and optionally `points` (default 1),
-    `explanation`, `category`, `year`, `exam`, `section`, `text_only`.
+    `explanation`, `category`, `year`, `exam`, `section`, `text_only`, `case` (equal for questions about one case).
 
     Args:
       path: local, or gs://.
@@ -170,6 +172,7 @@ def _generic(row: Row) -> Question:
         section=row.get("section", str, ""),
         year=year,
         category=row.get("category", str, ""),
+        case=row.get("case", str, ""),
         explanation=row.get("explanation", str, ""),
         text_only=row.get("text_only", bool, True),
     )
@@ -246,19 +249,18 @@ def read_boxes(boxes: str, digits: str) -> str | None:
 
 
 def _with_stems(questions: list[Question]) -> list[Question]:
-    """Gives follow-up questions their case: the earlier items of the set, without what those asked."""
+    """Says which questions are about one case, and gives the later ones the earlier, without what those asked."""
     result: list[Question] = []
-    stem, last = "", 0
+    case, stem, last = "", "", 0
     for question in questions:
         number = _number(question.id)
         lead = _CASE_SET.match(question.text)
         if lead:
             last = int(lead[1]) if lead[1] else number + _CASE_SET_SIZE.get(question.section, 1) - 1
-            stem = ""
+            case, stem = question.id, ""
         elif number > last:
-            stem = ""
-        else:
-            question = dataclasses.replace(question, stem=stem)
+            case, stem = "", ""
+        question = dataclasses.replace(question, case=case, stem=stem)
         if number < last:
             stem = f"{stem}\n{_without_task(question.text)}".strip()
         result.append(question)

@@ -16,7 +16,7 @@ from medllm_jax.evaluation.answers import extract
 from medllm_jax.evaluation.exam import Exam
 from medllm_jax.evaluation.jsonl import parse_row
 from medllm_jax.evaluation.prompts import CONDITIONS, PromptTemplate
-from medllm_jax.evaluation.scoring import Grade, Summary, grade, summarize
+from medllm_jax.evaluation.scoring import Summary, grade, summarize, write_grades
 from medllm_jax.remote import is_remote
 
 # An object in a bucket cannot be appended to, and writing it whole for every line would take longer than the model.
@@ -93,7 +93,7 @@ def evaluate(
             grade(q, extract(q, outputs.by_id[q.id]["text"], outputs.by_id[q.id]["finish_reason"], condition))
             for q in exam.questions
         ]
-        (output_dir / f"grades-{condition}.jsonl").write_bytes(b"".join(_json_line(_graded(g)) for g in grades))
+        write_grades(output_dir / f"grades-{condition}.jsonl", grades)
         summaries[condition] = summarize(grades)
 
     scores = {
@@ -112,21 +112,6 @@ def _check_conditions(conditions: Sequence[str], template: PromptTemplate) -> No
         raise UserError(f"conditions: {list(conditions)} given; one or both of {', '.join(CONDITIONS)} were expected")
     for condition in conditions:
         template.condition(condition)
-
-
-def _graded(g: Grade) -> dict[str, Any]:
-    answer = g.extraction.number
-    if g.extraction.letters is not None:
-        answer = ",".join(sorted(g.extraction.letters))
-    return {
-        "id": g.question.id,
-        "answer": answer,
-        "correct": g.correct,
-        "points": g.points,
-        "rule": g.extraction.rule,
-        "problem": g.problem,
-        "truncated": g.extraction.truncated,
-    }
 
 
 # --- raw outputs -----------------------------------------------------------------------------------------------------
