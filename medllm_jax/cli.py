@@ -203,10 +203,10 @@ def _pairs(options: argparse.Namespace) -> None:
 
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
+    from medllm_jax.evaluation.samples import SampleOptions, sample_exam
     from medllm_jax.metrics import Console
     from medllm_jax.pairs import PairOptions, choose_questions, make_pairs
     from medllm_jax.remote import write_whole
-    from medllm_jax.samples import SampleOptions, sample_exam
 
     drawn = SampleOptions(options.samples, options.temperature, options.top_p, options.seed)
     names = ("strategy", "most", "min_characters", "max_characters", "format_failures")
@@ -243,66 +243,68 @@ def _pairs(options: argparse.Namespace) -> None:
 
 
 def _sampler(options: argparse.Namespace, drawn: Any) -> Any:
-    """The model to sample: on a server, or here; None where neither is named."""
-    from medllm_jax.samples import Sampler, server_sampler
+    """The model that is asked, one of the three kinds; None where none is named."""
+    from medllm_jax import samplers
 
-    if options.server or options.model:
-        if options.run or not (options.server and options.model):
-            raise UserError("a server's model is named by --server URL and --model NAME, both, and without --run")
-        from medllm_jax.evaluation.server import Server
-
-        settings = {"temperature": drawn.temperature, "top_p": drawn.top_p, "concurrency": options.concurrency}
-        return server_sampler(Server(options.server, options.model, **settings), chat=options.chat)
-    if options.chat:
-        raise UserError("--chat needs --server: the model of a run continues plain text")
+    kinds = {"--run": options.run, "--hf": options.hf, "--server": options.server}
+    named = [kind for kind, value in kinds.items() if value]
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)} are given: one model is asked at a time")
+    if bool(options.server) != bool(options.model):
+        raise UserError("a server's model is named by --server URL and --model NAME, both")
+    if options.server:
+        of_server = {"concurrency": options.concurrency, "chat": options.chat}
+        return samplers.named_server_sampler(options.server, options.model, drawn, **of_server)
+    of_machine = {"batch_size": options.batch_size, "chat": options.chat}
+    if options.hf:
+        return samplers.folder_sampler(options.hf, drawn, dtype=options.compute_dtype, **of_machine)
     if not options.run:
         return None
 
-    from medllm_jax.checkpoint import latest_step
-    from medllm_jax.generate import Sampling
+    import jax
 
-    where = f"{options.run}@{latest_step(options.run)}"
-    generator = _generator(options)
+    from medllm_jax.config import PrecisionConfig
 
-    def draw(prompts, seeds, *, samples, max_new_tokens, stop):
-        repeated = [prompt for prompt in prompts for _ in range(samples)]
-        numbered = [(seed, number) for seed in seeds for number in range(samples)]
-        sampling = Sampling(max_new_tokens, drawn.temperature, drawn.top_p, stop)
-        yield from zip(*[generator(repeated, sampling, numbered)] * samples, strict=True)
-
-    return Sampler(generator.fingerprint, where, draw)
+    # A CPU computes bfloat16 by converting it, which is slower and no smaller.
+    compute = options.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    precision = PrecisionConfig(params=options.params_dtype or compute, compute=compute)
+    return samplers.run_sampler(options.run, drawn, mesh=_mesh_of(options.mesh), precision=precision, **of_machine)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from etils import epath
-
-    from medllm_jax.checkpoint import latest_step
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
     from medllm_jax.evaluation.run import evaluate, format_table
-    from medllm_jax.generate import Sampling
+    from medllm_jax.evaluation.samples import SampleOptions
     from medllm_jax.metrics import Console
 
-    exam, template = load_exam(options.exam, years=options.years), load_template(options.template)
-    step = latest_step(options.run)
-    output = options.output or epath.Path(options.run) / "evaluation" / f"{exam.name}-{template.name}-step{step}"
-    generator = _generator(options)
-
-    def complete(prompts: list[str], *, max_new_tokens: int, stop: tuple[str, ...]):
-        return generator(prompts, Sampling(max_new_tokens, stop=stop))
-
+    choice = {"text_only": options.text_only, "prepend_stems": options.prepend_stems, "limit": options.limit}
+    exam, template = load_exam(options.exam, options.years, **choice), load_template(options.template)
+    temperature = options.temperature if options.samples > 1 else 0.0
+    drawn = SampleOptions(options.samples, temperature, options.top_p, options.seed)
+    output = options.output or _results_folder(options, exam.name, template.name)
+    sampler = _sampler(options, drawn)
     with Console(f"exam {exam.name}", len(exam.questions) * len(options.conditions), unit="question") as console:
+        show = lambda done: console.update(done, every_seconds=10)  # noqa: E731
         summaries = evaluate(
-            exam,
-            template,
-            options.conditions,
-            complete,
-            output,
-            model=f"{options.run}@{step}",
-            progress=lambda done: console.update(done, every_seconds=10),
+            exam, template, options.conditions, sampler, output, drawn, anew=options.resample, progress=show
         )
     print(format_table(summaries))
     print(f"outputs, grades and scores: {output}")
+
+
+def _results_folder(options: argparse.Namespace, exam: str, template: str) -> Any:
+    """Where results of a run stand if nothing else is said: one folder for each way of asking it."""
+    from etils import epath
+
+    from medllm_jax.checkpoint import latest_step
+
+    if not options.run:
+        raise UserError("--output is missing: the folder for outputs and scores (only a run has a place for them)")
+    ways = [exam, template, f"step{latest_step(options.run)}"]
+    ways += ["chat"] * options.chat + ["stems"] * options.prepend_stems
+    ways += [f"{options.samples}samples"] if options.samples > 1 else []
+    return epath.Path(options.run) / "evaluation" / "-".join(ways)
 
 
 def _rounds(options: argparse.Namespace) -> None:
@@ -315,20 +317,6 @@ def _demo(options: argparse.Namespace) -> None:
     from medllm_jax.demo.recipe import run_demo
 
     run_demo(options.workdir, options.seed)
-
-
-def _generator(options: argparse.Namespace) -> Any:
-    import jax
-
-    from medllm_jax.config import PrecisionConfig
-    from medllm_jax.generate import Generator
-
-    # A CPU computes bfloat16 by converting it, which is slower and no smaller.
-    compute = options.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    precision = PrecisionConfig(params=options.params_dtype or compute, compute=compute)
-    return Generator.from_run(
-        options.run, batch_size=options.batch_size, mesh=_mesh_of(options.mesh), precision=precision
-    )
 
 
 def _mesh_of(text: str) -> Any:
@@ -454,11 +442,11 @@ def _make_parser() -> _Parser:
     check = verb(kinds, "verify", _data_verify, "read all of a store against its checksums")
     check.add_argument("store", help="store folder, local or gs://")
 
-    # What a model on a server needs is not what `evaluate` needs: --run is defined anew.
     about = "sample a model on an exam with known answers, grade, make preference rows (see docs/pairs.md)"
-    make = verb(verbs, "pairs", _pairs, about, conflict_handler="resolve")
+    make = verb(verbs, "pairs", _pairs, about)
     _add_model_arguments(make)
     _add_exam_arguments(make)
+    _add_sample_arguments(make, samples=8)
     _add_pair_arguments(make)
 
     settings = "Every setting of the config file can be overridden as --section.key value:\n\n"
@@ -487,6 +475,9 @@ def _make_parser() -> _Parser:
     exam = verb(verbs, "evaluate", _evaluate, "exam accuracy, answer-only and with explanation")
     _add_model_arguments(exam)
     _add_exam_arguments(exam)
+    _add_sample_arguments(exam, samples=1)
+    exam.add_argument("--prepend-stems", action="store_true", help="the case before follow-up questions that lack it")
+    exam.add_argument("--limit", type=int, help="only the first so many questions")
     exam.add_argument("--output", help="folder for outputs and scores (default: in the run folder)")
     return parser
 
@@ -530,7 +521,12 @@ def _add_store_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", required=True, help="run folder (or converted model); its newest checkpoint is used")
+    parser.add_argument("--run", help="run folder (or converted model); its newest checkpoint is asked, by JAX")
+    parser.add_argument("--hf", metavar="DIR", help="or a model in Hugging Face format, by transformers and torch")
+    parser.add_argument("--server", metavar="URL", help="or an OpenAI-compatible server, like vLLM's")
+    parser.add_argument("--model", metavar="NAME", help="of the model on the server; stands for its weights")
+    parser.add_argument("--chat", action="store_true", help="prompts as chat messages, by the model's chat template")
+    parser.add_argument("--concurrency", type=int, default=16, help="requests to the server at a time (default 16)")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts completed at a time (default 8)")
     parser.add_argument("--mesh", default="", help="like data=1,fsdp=-1,tensor=1 (default: fsdp over all devices)")
     parser.add_argument("--params-dtype", choices=("float32", "bfloat16"), help="of the weights (default: as computed)")
@@ -542,13 +538,6 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
-    model = "run folder (or converted model) to sample; its newest checkpoint is used"
-    parser.add_argument("--run", help=model)
-    parser.add_argument("--server", metavar="URL", help="instead of --run: an OpenAI-compatible server, like vLLM's")
-    parser.add_argument("--model", metavar="NAME", help="of the model on the server; stands for its weights")
-    parser.add_argument("--chat", action="store_true", help="prompts and pairs as chat messages (with --server)")
-    parser.add_argument("--concurrency", type=int, default=16, help="requests to the server at a time (default 16)")
-    parser.add_argument("--text-only", action="store_true", help="only questions that need no picture")
     other = "exam that the model will be judged by, in whole; may be given again"
     parser.add_argument("--evaluation-exam", action="append", default=[], metavar="PATH", help=other)
     overlap = "what to do about questions that it asks too (default refuse)"
@@ -558,12 +547,6 @@ def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it is there; samples stay")
     kept = "where the samples are kept, and gone on from (default: beside the output)"
     parser.add_argument("--samples-file", metavar="PATH", help=kept)
-    parser.add_argument("--resample", action="store_true", help="forget the samples that are there")
-    parser.add_argument("--samples", type=int, default=8, help="completions of each prompt (default 8)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="of the samples (default 0.8)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="of the samples (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
-
     parser.add_argument("--strategy", choices=("gold", "onpolicy", "both"), default="both", help="what is preferred")
     parser.add_argument("--most", type=int, default=10, help="pairs of one prompt, at most (default 10)")
     parser.add_argument("--min-characters", type=int, default=1, help="shorter samples are left out (default 1)")
@@ -574,9 +557,20 @@ def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show-examples", type=int, default=0, metavar="N", help=shown)
 
 
+def _add_sample_arguments(parser: argparse.ArgumentParser, *, samples: int) -> None:
+    several = "completions of each prompt" + ("; of several the majority's answer counts" if samples == 1 else "")
+    parser.add_argument("--samples", type=int, default=samples, help=f"{several} (default {samples})")
+    drawn = "of the samples" if samples > 1 else "of several; one is greedy"
+    parser.add_argument("--temperature", type=float, default=0.8, help=f"{drawn} (default 0.8)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="of the samples (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
+    parser.add_argument("--resample", action="store_true", help="forget the samples that are there")
+
+
 def _add_exam_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exam", required=True, help="IgakuQA folder, or multiple-choice .jsonl (see docs/exams.md)")
     parser.add_argument("--years", type=int, nargs="+", help="only these years of the exam")
+    parser.add_argument("--text-only", action="store_true", help="only questions that need no picture")
     parser.add_argument("--template", default="igakuqa", help="prompt template: name or YAML file (default igakuqa)")
     parser.add_argument(
         "--conditions",

@@ -15,12 +15,14 @@ from flax import nnx
 from medllm_jax import runs
 from medllm_jax.compiler import compiler_options
 from medllm_jax.config import MeshConfig, PrecisionConfig
-from medllm_jax.data.tokenizer import encode_plain, load_tokenizer
+from medllm_jax.data.tokenizer import encode_prompts, load_tokenizer
 from medllm_jax.errors import UserError
 from medllm_jax.fingerprint import model_fingerprint
 from medllm_jax.loading import LoadedModel, load_model
 from medllm_jax.model.qwen2 import Cache, Qwen2, empty_cache
 from medllm_jax.sharding import check_divisible, make_mesh, rows_over
+
+Prompt = str | list[dict[str, str]]
 
 _CHUNK = 16  # tokens between two looks at the text on the host
 _BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
@@ -102,14 +104,15 @@ class Generator:
         return model_fingerprint(self._model.params)
 
     def __call__(
-        self, prompts: Sequence[str], sampling: Sampling, draws: Sequence[tuple[int, int]] | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, draws: Sequence[tuple[int, int]] | None = None
     ) -> Iterator[Completion]:
         """Completions in the order of the prompts; UserError for a prompt without room in the model's context.
 
+        prompts: texts that the model continues, or chat messages that it answers.
         draws: seed and number of each prompt, both uint32, which its random numbers come from. By default the seed is
         that of `sampling`, and the number is the prompt's place.
         """
-        encoded = encode_plain(self._tokenizer, prompts)
+        encoded = encode_prompts(self._tokenizer, prompts)
         context, new = self._model.config.max_position_embeddings, sampling.max_new_tokens
         for number, tokens in enumerate(encoded):
             if not tokens:

@@ -19,8 +19,8 @@ from medllm_jax.errors import UserError
 from medllm_jax.evaluation.answers import extract
 from medllm_jax.evaluation.exam import LETTERS, Exam, Question
 from medllm_jax.evaluation.prompts import PromptTemplate
+from medllm_jax.evaluation.samples import Sample, Samples, prompt_of
 from medllm_jax.evaluation.scoring import grade
-from medllm_jax.samples import Sample, Samples, prompt_of
 
 Strategy = Literal["gold", "onpolicy", "both"]
 

@@ -37,8 +37,7 @@ ALLOWED = {
     "metrics": {"remote"},
     "checkpoint": {"config", "errors", "remote", "settings", "sharding", "step"},
     "runs": {"config", "errors", "remote", "settings"},
-    "samples": {"errors", "evaluation", "remote"},
-    "pairs": {"errors", "evaluation", "samples"},
+    "pairs": {"errors", "evaluation"},
 }
 COMPOSES = {
     "train",
@@ -47,6 +46,8 @@ COMPOSES = {
     "reference",
     "loading",
     "generate",
+    "torch_generate",
+    "samplers",
     "cli",
     "commands",
     "rounds",
@@ -57,7 +58,9 @@ COMPOSES = {
 VERBS = {
     "train": {"reference", "cli"},
     "reference": {"cli"},
-    "generate": {"cli", "planning"},  # planning compiles its programs
+    "generate": {"samplers", "planning"},  # planning compiles its programs
+    "torch_generate": {"samplers"},
+    "samplers": {"cli"},
     "plan": {"cli"},
     "planning": {"plan", "cli"},
     "cli": {"commands"},

@@ -14,8 +14,8 @@ from medllm_jax.data.reading import Dropped
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam, load_exam
 from medllm_jax.evaluation.prompts import load_template
+from medllm_jax.evaluation.samples import Sample, SampleOptions, Sampler, sample_exam
 from medllm_jax.pairs import PairOptions, choose_questions, gold_response, make_pairs, overlapping, pair_up
-from medllm_jax.samples import Sample, SampleOptions, Sampler, sample_exam
 from tests.tiny import write_json_lines
 
 TEMPLATE = load_template("plain")

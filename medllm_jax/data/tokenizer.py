@@ -160,6 +160,24 @@ def encode_rendered(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return _encode(tokenizer, texts, split_special_tokens=False)
 
 
+def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]]) -> list[list[int]]:
+    """Token ids of prompts, all texts that a model continues, or all chat messages that it is to answer.
+
+    Raises UserError for messages where the tokenizer has no chat template, or one that refuses them.
+    """
+    if not any(isinstance(prompt, list) for prompt in prompts):
+        return encode_plain(tokenizer, prompts)
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template: put prompts as plain text, or give a tokenizer with one")
+    import jinja2
+
+    try:
+        rendered = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in prompts]
+    except jinja2.TemplateError as error:
+        raise UserError(f"the tokenizer's chat template refuses the prompts: {error}") from error
+    return encode_rendered(tokenizer, rendered)
+
+
 def _encode(tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool) -> list[list[int]]:
     if tokenizer.is_fast:
         # What calling the tokenizer comes to, without offsets and masks that nobody reads: they cost half the time.

@@ -19,6 +19,8 @@ import dataclasses
 import json
 import re
 from bisect import bisect, bisect_left
+from collections import Counter
+from collections.abc import Sequence
 
 from medllm_jax.evaluation.cleaning import clean, normalize
 from medllm_jax.evaluation.exam import Question
@@ -92,6 +94,20 @@ def extract(question: Question, text: str, finish_reason: str = "stop", conditio
     found = read(question, cleaned.text, leading, truncated)
     found = found or Extraction(problem=_nature(cleaned.text, truncated))
     return dataclasses.replace(found, truncated=truncated)
+
+
+def vote(extractions: Sequence[Extraction]) -> Extraction:
+    """What most of several outputs to one question answer (self-consistency, arXiv 2203.11171).
+
+    Outputs without an answer have no vote, those of the lenient tier only where no other has; of answers that are as
+    frequent the one that came first counts. Where none can be read the first output stands for all.
+    """
+    voters = [e for e in extractions if e.problem is None and not e.lenient]
+    voters = voters or [e for e in extractions if e.problem is None]
+    if not voters:
+        return extractions[0]
+    winner, _ = Counter((e.letters, e.number) for e in voters).most_common(1)[0]
+    return next(e for e in voters if (e.letters, e.number) == winner)
 
 
 def _read_letters(question: Question, text: str, leading: bool, truncated: bool) -> Extraction | None:

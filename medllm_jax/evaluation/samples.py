@@ -1,4 +1,4 @@
-"""A model's own answers to an exam, several to a question, in a file from which pairs are made.
+"""A model's own answers to an exam, one or several to a question, in a file that is graded or made into pairs.
 
 The first line of the file says of which model the samples are and how they were drawn; each further one holds all
 samples of one question under one condition. What a question's samples are depends on that question, the model and the
@@ -17,7 +17,6 @@ from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.jsonl import Row, parse_row
 from medllm_jax.evaluation.prompts import PromptTemplate
-from medllm_jax.evaluation.run import Completion
 from medllm_jax.evaluation.server import Prompt, Server
 from medllm_jax.remote import is_remote, write_whole
 
@@ -36,10 +35,25 @@ class SampleOptions:
     def __post_init__(self):
         if self.samples < 1:
             raise UserError(f"samples is {self.samples}: it must be at least 1")
-        if self.temperature <= 0 and self.samples > 1:
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}: it must not be negative")
+        if not self.temperature and self.samples > 1:
             raise UserError(f"temperature is {self.temperature}: {self.samples} samples would all be the same")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+
+
+GREEDY = SampleOptions(samples=1, temperature=0.0)
+
+
+class Completion(Protocol):
+    """What a model makes of a prompt: its text, and "length" where it ended at the limit, "stop" otherwise."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def finish_reason(self) -> str: ...
 
 
 class Sample(NamedTuple):

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medllm_jax import samples as samples_module
 from medllm_jax.cli import main
 from medllm_jax.errors import UserError
+from medllm_jax.evaluation import samples as samples_module
 from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.prompts import load_template
-from medllm_jax.samples import Sample, SampleOptions, Sampler, sample_exam
+from medllm_jax.evaluation.samples import Sample, SampleOptions, Sampler, sample_exam
 from tests.tiny import write_json_lines
 
 TEMPLATE = load_template("plain")
