@@ -261,14 +261,8 @@ def _sampler(options: argparse.Namespace, drawn: Any) -> Any:
     if not options.run:
         return None
 
-    import jax
-
-    from medllm_jax.config import PrecisionConfig
-
-    # A CPU computes bfloat16 by converting it, which is slower and no smaller.
-    compute = options.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    precision = PrecisionConfig(params=options.params_dtype or compute, compute=compute)
-    return samplers.run_sampler(options.run, drawn, mesh=_mesh_of(options.mesh), precision=precision, **of_machine)
+    mesh, precision = _mesh_of(options.mesh), _precision_of(options)
+    return samplers.run_sampler(options.run, drawn, mesh=mesh, precision=precision, **of_machine)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -291,6 +285,31 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
     print(format_table(summaries))
     print(f"outputs, grades and scores: {output}")
+
+
+def _likelihood(options: argparse.Namespace) -> None:
+    import json
+
+    from etils import epath
+
+    from medllm_jax.checkpoint import latest_step
+    from medllm_jax.evaluation.exam import load_exam
+    from medllm_jax.evaluation.prompts import load_template
+    from medllm_jax.likelihood import likelihood_of_run
+    from medllm_jax.remote import write_whole
+
+    exam = load_exam(options.exam, options.years, text_only=options.text_only)
+    template = load_template(options.template)
+    step = latest_step(options.run)
+    output = epath.Path(options.output or f"{options.run}/evaluation/{exam.name}-{template.name}-step{step}")
+    placed = {"mesh": _mesh_of(options.mesh), "precision": _precision_of(options)}
+    score = likelihood_of_run(options.run, exam, template, batch_size=options.batch_size, **placed)
+    output.mkdir(parents=True, exist_ok=True)
+    found = {"exam": exam.name, "template": template.name, "model": f"{options.run}@{step}", "step": step}
+    write_whole(output / "likelihood.json", json.dumps(found | score.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    shares = f"{100 * score.accuracy:.1f}%; by points {100 * score.weighted_accuracy:.1f}%"
+    print(f"the likeliest answer is right: {score.correct} of {score.n} ({shares}); not scored: {score.left_out}")
+    print(f"not to be compared with what a model writes; {output / 'likelihood.json'}")
 
 
 def _results_folder(options: argparse.Namespace, exam: str, template: str) -> Any:
@@ -317,6 +336,16 @@ def _demo(options: argparse.Namespace) -> None:
     from medllm_jax.demo.recipe import run_demo
 
     run_demo(options.workdir, options.seed)
+
+
+def _precision_of(options: argparse.Namespace) -> Any:
+    import jax
+
+    from medllm_jax.config import PrecisionConfig
+
+    # A CPU computes bfloat16 by converting it, which is slower and no smaller.
+    compute = options.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return PrecisionConfig(params=options.params_dtype or compute, compute=compute)
 
 
 def _mesh_of(text: str) -> Any:
@@ -479,6 +508,13 @@ def _make_parser() -> _Parser:
     exam.add_argument("--prepend-stems", action="store_true", help="the case before follow-up questions that lack it")
     exam.add_argument("--limit", type=int, help="only the first so many questions")
     exam.add_argument("--output", help="folder for outputs and scores (default: in the run folder)")
+
+    about = "how often the likeliest letters are right: a quick look at a model, no exam score"
+    look = verb(verbs, "likelihood", _likelihood, about)
+    look.add_argument("--run", required=True, help="run folder (or converted model); its newest checkpoint is used")
+    _add_machine_arguments(look)
+    _add_question_arguments(look)
+    look.add_argument("--output", help="folder for likelihood.json (default: in the run folder)")
     return parser
 
 
@@ -527,6 +563,10 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="of the model on the server; stands for its weights")
     parser.add_argument("--chat", action="store_true", help="prompts as chat messages, by the model's chat template")
     parser.add_argument("--concurrency", type=int, default=16, help="requests to the server at a time (default 16)")
+    _add_machine_arguments(parser)
+
+
+def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="prompts completed at a time (default 8)")
     parser.add_argument("--mesh", default="", help="like data=1,fsdp=-1,tensor=1 (default: fsdp over all devices)")
     parser.add_argument("--params-dtype", choices=("float32", "bfloat16"), help="of the weights (default: as computed)")
@@ -567,11 +607,15 @@ def _add_sample_arguments(parser: argparse.ArgumentParser, *, samples: int) -> N
     parser.add_argument("--resample", action="store_true", help="forget the samples that are there")
 
 
-def _add_exam_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_question_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exam", required=True, help="IgakuQA folder, or multiple-choice .jsonl (see docs/exams.md)")
     parser.add_argument("--years", type=int, nargs="+", help="only these years of the exam")
     parser.add_argument("--text-only", action="store_true", help="only questions that need no picture")
     parser.add_argument("--template", default="igakuqa", help="prompt template: name or YAML file (default igakuqa)")
+
+
+def _add_exam_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_question_arguments(parser)
     parser.add_argument(
         "--conditions",
         nargs="+",

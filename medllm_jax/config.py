@@ -195,22 +195,27 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class HeldOutConfig:
-    """Rows that are measured and not trained on.
+    """What is measured and not trained on.
 
     Attributes:
         store: store or list of stores, as data.store; an RPO run needs their reference log-probabilities too
+        exam: exam (see docs/exams.md) whose likeliest letters are looked at, as a cheap monitor
+        template: its prompts: a name or a YAML file
         every: steps between measurements; the last step is always measured
     """
 
-    store: str | tuple[str, ...]
+    store: str | tuple[str, ...] | None = None
+    exam: str | None = None
+    template: str = "igakuqa"
     every: int = 100
 
     def __post_init__(self):
         _require(self.every > 0, f"held_out.every is {self.every}: it must be positive")
+        _require(bool(self.stores or self.exam), "held_out has neither store nor exam: name what is to be measured")
 
     @property
     def stores(self) -> tuple[str, ...]:
-        return (self.store,) if isinstance(self.store, str) else self.store
+        return (self.store,) if isinstance(self.store, str) else self.store or ()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rows that a run does not train on: how good the model is at them, from time to time."""
+"""What a run does not train on: how good the model is at it, from time to time."""
 
 from typing import Any
 
@@ -8,18 +8,27 @@ import numpy as np
 from medllm_jax.config import RunConfig
 from medllm_jax.data.pipeline import in_order
 from medllm_jax.data.sources import Rows
+from medllm_jax.likelihood import Likelihood
 from medllm_jax.programs import TrainProgram
 from medllm_jax.sharding import put_batch
 
 
 class HeldOut:
-    """The held-out rows of a run, on its mesh.
+    """The held-out rows and exam of a run, on its mesh; either may be None.
 
     reference: float32 [N, P, 2] log-probabilities of pairs, or None where the objective compares with nothing.
     """
 
-    def __init__(self, config: RunConfig, program: TrainProgram, mesh: Any, rows: Rows, reference: np.ndarray | None):
-        self._program, self._mesh, self._rows, self._reference = program, mesh, rows, reference
+    def __init__(
+        self,
+        config: RunConfig,
+        program: TrainProgram,
+        mesh: Any,
+        rows: Rows | None,
+        reference: np.ndarray | None,
+        exam: Likelihood | None,
+    ):
+        self._program, self._mesh, self._rows, self._reference, self._exam = program, mesh, rows, reference, exam
         self._batch_size = config.data.batch_size // config.data.accumulate
         self._every, self._last = config.held_out.every, config.steps
 
@@ -27,7 +36,15 @@ class HeldOut:
         return step % self._every == 0 or step == self._last
 
     def measure(self, params: Any, frozen: Any) -> dict[str, float]:
-        """The objective's metrics over all held-out rows, each named ``held_out/...``; waits for the device."""
+        """Metrics named ``held_out/...``: the objective's over all rows, and the exam's; waits for the device."""
+        metrics = self._measure_rows(params, frozen) if self._rows is not None else {}
+        if self._exam is not None:
+            score = self._exam.measure(params, frozen)
+            metrics["likelihood_accuracy"] = score.accuracy
+            metrics["likelihood_weighted_accuracy"] = score.weighted_accuracy
+        return {f"held_out/{name}": value for name, value in metrics.items()}
+
+    def _measure_rows(self, params: Any, frozen: Any) -> dict[str, float]:
         batches = in_order(
             self._rows,
             self._batch_size,
@@ -39,4 +56,4 @@ class HeldOut:
         for batch, _ in batches:
             found = jax.device_get(self._program.measure(params, put_batch(batch, self._mesh), frozen))
             sums = found if sums is None else jax.tree.map(np.add, sums, found)
-        return {f"held_out/{name}": float(total / max(count, 1e-8)) for name, (total, count) in sums.means.items()}
+        return {name: float(total / max(count, 1e-8)) for name, (total, count) in sums.means.items()}

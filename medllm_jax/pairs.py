@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.answers import extract
-from medllm_jax.evaluation.exam import LETTERS, Exam, Question
+from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.prompts import PromptTemplate
 from medllm_jax.evaluation.samples import Sample, Samples, prompt_of
 from medllm_jax.evaluation.scoring import grade
@@ -239,13 +239,8 @@ def _checked_gold(
 
 def gold_response(question: Question, template: PromptTemplate, condition: str) -> str:
     """What the exam's own answer, with its explanation, looks like after a prompt of this template."""
-    if question.choices:
-        answers = sorted(min(question.gold, key=sorted))
-        if "{letter}" not in template.choice:  # the template answers with the choice's words
-            answers = [question.choices[LETTERS.index(letter)] for letter in answers]
-    else:
-        answers = [question.numbers[-1]]
-    return template.condition(condition).solution.format(answer=",".join(answers), explanation=question.explanation)
+    letters = min(question.gold, key=sorted) if question.choices else ()
+    return template.solve(question, letters, condition, question.explanation)
 
 
 def pair_up(chosen: Sequence[str], rejected: Sequence[str], most: int) -> Iterator[tuple[str, str]]:

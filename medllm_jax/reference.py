@@ -34,7 +34,7 @@ def cache_reference(config: RunConfig) -> int:
     if config.objective.reference != "cached":
         raise UserError(f"objective.reference is {config.objective.reference}: the run reads no cached ones")
     mesh = make_mesh(config.mesh)
-    stores = [config.data.stores, *([config.held_out.stores] if config.held_out else [])]
+    stores = [config.data.stores, *([config.held_out.stores] if config.held_out and config.held_out.stores else [])]
     sources = [open_rows(config, group) for group in stores]
     check_divisible(mesh, config.model, config.data.batch_size // config.data.accumulate)
     plan = blueprint(config.model, config.precision, mesh, attention=config.attention, adapter=config.adapter)

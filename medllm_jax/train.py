@@ -28,9 +28,13 @@ from medllm_jax.data.references import no_references, read_references
 from medllm_jax.data.sources import Rows, Seen
 from medllm_jax.data.store import check_compatible
 from medllm_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
+from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.errors import UserError
+from medllm_jax.evaluation.exam import load_exam
+from medllm_jax.evaluation.prompts import load_template
 from medllm_jax.fingerprint import model_fingerprint
 from medllm_jax.held_out import HeldOut
+from medllm_jax.likelihood import Likelihood
 from medllm_jax.loading import first_weights, load_frozen, whole
 from medllm_jax.metrics import Console, Meter, MetricsLog
 from medllm_jax.optimizer import make_schedule
@@ -129,9 +133,25 @@ def open_rows(config: RunConfig, stores: Sequence[str]) -> Rows:
 
 
 def open_held_out(config: RunConfig, program: TrainProgram, mesh: Mesh, model: str | None) -> HeldOut:
-    """The run's held-out rows, with what the reference model says of them."""
-    rows = open_rows(config, config.held_out.stores)
-    return HeldOut(config, program, mesh, rows, references_of(config, rows, model))
+    """The run's held-out rows, with what the reference model says of them, and its exam."""
+    wanted = config.held_out
+    rows = open_rows(config, wanted.stores) if wanted.stores else None
+    reference = references_of(config, rows, model) if rows is not None else None
+    exam = open_likelihood(config, program, mesh) if wanted.exam else None
+    return HeldOut(config, program, mesh, rows, reference, exam)
+
+
+def open_likelihood(config: RunConfig, program: TrainProgram, mesh: Mesh) -> Likelihood:
+    """The held-out exam, whose answers are looked at and not generated."""
+    folder = runs.find_tokenizer(config.run, config.init.checkpoint)
+    if folder is None:
+        raise UserError(
+            "held_out.exam needs the model's tokenizer: start from a model that "
+            "`python -m tools.convert_hf from-hf` converted"
+        )
+    exam, template = load_exam(config.held_out.exam), load_template(config.held_out.template)
+    rows = config.data.batch_size // config.data.accumulate
+    return Likelihood(exam, template, load_tokenizer(folder), config.model, program.plan.structure, mesh, rows)
 
 
 def references_of(config: RunConfig, rows: Rows, model: str | None) -> np.ndarray | None:

@@ -42,6 +42,7 @@ ALLOWED = {
 COMPOSES = {
     "train",
     "held_out",
+    "likelihood",
     "programs",
     "reference",
     "loading",

@@ -7,6 +7,7 @@ The conditions are those whose difference the exam score is read for: `answer_on
 import dataclasses
 import re
 import string
+from collections.abc import Collection
 from typing import Any
 
 import yaml
@@ -79,6 +80,16 @@ class PromptTemplate:
             messages.append({"role": "assistant", "content": _solved(chosen, shot).removeprefix(chosen.cue).strip()})
         asked = self._ask(question.text, question.choices, question.k)
         return [*messages, {"role": "user", "content": f"{asked}\n{chosen.cue}"}]
+
+    def solve(self, question: Question, letters: Collection[str], condition: str, explanation: str = "") -> str:
+        """What follows the prompt where these letters are the answer; for a number, which has none, the gold one."""
+        if not question.choices:
+            answers = [question.numbers[-1]]
+        elif "{letter}" in self.choice:
+            answers = sorted(letters)
+        else:  # the template answers with the choice's words
+            answers = [question.choices[LETTERS.index(letter)] for letter in sorted(letters)]
+        return self.condition(condition).solution.format(answer=",".join(answers), explanation=explanation)
 
     def condition(self, name: str) -> Condition:
         """The settings of a condition; UserError where the template lacks it."""
