@@ -283,3 +283,30 @@ def test_pairs_from_a_real_server(transformers_server, tmp_path, chat):
     assert not any(letter in text for letter in "aeot" for text in texts)
     prepare = ["data", "pairs", "--input", str(output), "--tokenizer", str(folder), "--output", str(store)]
     assert main([*prepare, "--sequence-length", "512"]) == 0
+
+
+@pytest.mark.slow
+def test_an_exam_by_a_real_server_is_the_one_by_torch(transformers_server, tmp_path):
+    """Up to control tokens, which the server leaves out."""
+    import re
+
+    from medllm_jax.cli import main
+    from tests.tiny import write_json_lines
+
+    url, folder = transformers_server
+    rows = [
+        {"id": f"q{n}", "question": f"Which of {n}?", "choices": ["red", "green"], "answer": "b"} for n in range(12)
+    ]
+    exam = write_json_lines(tmp_path / "exam.jsonl", rows)
+    template = tmp_path / "short.yaml"
+    conditions = "{answer_only: {cue: '答え:', max_new_tokens: 8}, explain: {cue: '解説:', max_new_tokens: 16}}"
+    template.write_text(
+        f"question: '{{question}} {{choices}}'\nnumber_question: '{{question}}'\nconditions: {conditions}\n"
+    )
+    found = []
+    for name, model in (("server", ["--server", url, "--model", str(folder)]), ("hf", ["--hf", str(folder)])):
+        arguments = ["--exam", str(exam), "--template", str(template), "--output", str(tmp_path / name)]
+        assert main(["evaluate", *model, *arguments]) == 0
+        lines = (tmp_path / name / "samples.jsonl").read_text("utf-8").split("\n")[1:-1]
+        found.append([re.sub(r"<\|\w+\|>", "", json.loads(line)["samples"][0]["text"]) for line in lines])
+    assert found[0] == found[1] and len(found[0]) == 24
