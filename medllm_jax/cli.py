@@ -287,6 +287,43 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(f"outputs, grades and scores: {output}")
 
 
+def _score(options: argparse.Namespace) -> None:
+    import json
+
+    from etils import epath
+
+    from medllm_jax.evaluation.exam import load_exam
+    from medllm_jax.evaluation.predictions import read_predictions
+    from medllm_jax.evaluation.score import SystemScore, as_json, comparison_text, text_of
+    from medllm_jax.evaluation.statistics import compare
+
+    whole = load_exam(options.data, name=options.exam)
+    exam = load_exam(options.data, options.years, name=options.exam, text_only=options.text_only)
+    if options.exam == "igakuqa" and any(question.year is None for question in exam.questions):
+        raise UserError(f"{options.data} holds other questions than IgakuQA's: give --exam questions")
+    predictions = read_predictions(options.predictions, exam, whole, allow_missing=options.allow_missing)
+    systems = [SystemScore.of(name, found, exam, options.condition) for name, found in predictions.items()]
+    by_name = {system.name: system for system in systems}
+    if options.against is not None and (options.against not in by_name or len(systems) < 2):
+        raise UserError(f"--against {options.against}: there are predictions of {', '.join(by_name)}; two are compared")
+    others = [system for system in systems if options.against not in (None, system.name)]
+    first = by_name.get(options.against)
+    if options.json:
+        compared = {other.name: compare(first.grades[options.tier], other.grades[options.tier]) for other in others}
+        print(json.dumps(as_json(systems, compared), indent=1, ensure_ascii=False))
+    else:
+        print(text_of(systems, options.tier))
+        for other in others:
+            print("\n" + comparison_text(first, other, options.tier))
+    if options.output:
+        for system in systems:
+            system.write(epath.Path(options.output) / system.name, exam)
+        print(
+            f"\nresults for `medllm report`: {', '.join(f'{options.output}/{name}' for name in by_name)}",
+            file=sys.stderr,
+        )
+
+
 def _likelihood(options: argparse.Namespace) -> None:
     import json
 
@@ -501,6 +538,9 @@ def _make_parser() -> _Parser:
     again = verb(verbs, "rounds", _rounds, "Iterative RPO: sample, pair, train and examine, round after round")
     again.add_argument("--config", required=True, help="YAML of rounds (see docs/rpo.md)")
 
+    score = verb(verbs, "score", _score, "scores of predictions that are there already (see docs/exams.md)")
+    _add_score_arguments(score)
+
     exam = verb(verbs, "evaluate", _evaluate, "exam accuracy, answer-only and with explanation")
     _add_model_arguments(exam)
     _add_exam_arguments(exam)
@@ -595,6 +635,23 @@ def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format-failures", choices=("reject", "drop"), default="reject", help=failures)
     shown = "texts by reason in the report, never on the terminal (default 0)"
     parser.add_argument("--show-examples", type=int, default=0, metavar="N", help=shown)
+
+
+def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = "IgakuQA with its parts and thresholds (default), or any multiple-choice .jsonl"
+    parser.add_argument("--exam", choices=("igakuqa", "questions"), default="igakuqa", help=kinds)
+    parser.add_argument("--data", required=True, metavar="DIR", help="the exam's folder or file, local or gs://")
+    parser.add_argument("--predictions", nargs="+", required=True, metavar="FILE", help="files, folders or patterns")
+    parser.add_argument("--years", type=int, nargs="+", help="only these years of the exam")
+    parser.add_argument("--text-only", action="store_true", help="only questions that need no picture")
+    tier = "which rule the details are of (default strict); points are shown of all three"
+    parser.add_argument("--tier", choices=("official", "strict", "lenient"), default="strict", help=tier)
+    condition = "what the prompt asked for (default answer_only)"
+    parser.add_argument("--condition", choices=("answer_only", "explain"), default="answer_only", help=condition)
+    parser.add_argument("--against", metavar="SYSTEM", help="compare the others with this one, question by question")
+    parser.add_argument("--allow-missing", action="store_true", help="count questions without a prediction as wrong")
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    parser.add_argument("--output", metavar="DIR", help="also write results, one folder a system, for `medllm report`")
 
 
 def _add_sample_arguments(parser: argparse.ArgumentParser, *, samples: int) -> None:

@@ -21,6 +21,9 @@ _COMPANION_FILE = re.compile(r".*_(metadata|translate)\.jsonl")
 _CASE_SET = re.compile(r"\s*次の文を読み、(?:\d+\s*[〜～~、,・-]\s*(\d+)|以下)の問いに答えよ。")
 # Where the lead item does not say how many questions its case has (2020 on), the section decides.
 _CASE_SET_SIZE = {"B": 2, "E": 2, "C": 3, "F": 3}
+# Found to be faulty after the exam: credited to everyone. Its file has the answer of the faulty key.
+_CREDITED = {"116A71"}
+_SECTIONS = "ABCDEF"
 _BOXES = re.compile(r"解答\s*[:：]\s*(\D{0,3}(?:\d[\d,、 ]*)?[①-⑨][①-⑨.．,、\s]*)")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,30})(?:\.[0-9]{1,30})?")
 
@@ -34,7 +37,8 @@ class Question:
     10.0; "1, ①②③" makes 130 mean 1,130). `boxes` is None where a number is plain, and "" where the form is unknown.
     `case` is the id of the first question about the same case, and "" for a question that stands alone; `stem` is the
     case that a follow-up question is about and that its own text lacks. `points` 0 means the question was excluded from
-    the exam. `contraindicated` are the choices that endanger the patient.
+    the exam, `credited` that everybody got its points, whatever the answer. `contraindicated` are the choices that
+    endanger the patient.
     """
 
     id: str
@@ -54,6 +58,7 @@ class Question:
     stem: str = ""
     explanation: str = ""
     contraindicated: frozenset[str] = frozenset()
+    credited: bool = False
 
     @property
     def kind(self) -> str:
@@ -86,8 +91,9 @@ def load_exam(
 
     Folders: IgakuQA's repository, its `data` folder, one of its year folders, or any folder of `*.jsonl`. Rows: those
     of IgakuQA (`problem_id`, `problem_text`, ...), or `id`, `question`, `choices` (a list; empty for a number),
-    `answer` (a letter, a list of letters, or a number as a string), and optionally `points` (default 1),
-    `explanation`, `category`, `year`, `exam`, `section`, `text_only`, `case` (equal for questions about one case).
+    `answer` (a letter, a list of letters, a number as a string, or "any" if everyone is credited), and optionally
+    `points` (default 1), `explanation`, `category`, `year`, `exam`, `section`, `text_only`, `case` (equal for questions
+    about one case).
 
     Args:
       path: local, or gs://.
@@ -102,7 +108,8 @@ def load_exam(
       UserError: the path, a line of it, or what is left after choosing is not an exam.
     """
     root = epath.Path(path)
-    files = [root] if root.is_file() else _exam_files(root)
+    years = None if years is None else set(years)
+    files = [root] if root.is_file() else _exam_files(root, years)
     questions: list[Question] = []
     seen: dict[str, str] = {}
     for file in files:
@@ -117,7 +124,7 @@ def load_exam(
         raise UserError(f"{root}: there is no question in it; one JSON object a line was expected")
 
     if years is not None:
-        wanted, held = set(years), {q.year for q in questions if q.year is not None}
+        wanted, held = years, {q.year for q in questions if q.year is not None}
         if missing := sorted(wanted - held):
             raise UserError(
                 f"{root}: no questions of {_listed(missing)}; it holds {_listed(sorted(held)) or 'no years'}"
@@ -134,13 +141,27 @@ def load_exam(
     return Exam(name or root.name.removesuffix(".jsonl"), tuple(questions))
 
 
-def _exam_files(root: epath.Path) -> list[epath.Path]:
+def _sections_of(year: epath.Path) -> list[epath.Path]:
+    """The files of one year of IgakuQA, all six."""
+    found = {match[2]: file for file in year.iterdir() if (match := _EXAM_FILE.fullmatch(file.name))}
+    if missing := [section for section in _SECTIONS if section not in found]:
+        number = int(year.name) - _YEAR_OF_EXAM_ZERO
+        raise UserError(
+            f"{year}: {_listed(f'{number}-{section}.jsonl' for section in missing)} missing; "
+            f"an exam has sections {_SECTIONS[0]} to {_SECTIONS[-1]}: fetch the folder again, or choose other years"
+        )
+    return list(found.values())
+
+
+def _exam_files(root: epath.Path, years: set[int] | None) -> list[epath.Path]:
     if not root.is_dir():
         raise UserError(f"{root}: no such file or folder; an exam is a .jsonl file or a folder of them")
     data = root / "data"
     for folder in (data, root):
         if folder.is_dir() and (year_folders := [p for p in folder.iterdir() if re.fullmatch(r"\d{4}", p.name)]):
-            found = [f for y in sorted(year_folders) for f in y.iterdir() if _EXAM_FILE.fullmatch(f.name)]
+            held = {int(y.name): y for y in year_folders}
+            chosen = sorted(held if years is None or not years <= held.keys() else years)
+            found = [f for year in chosen for f in _sections_of(held[year])]
             return sorted(found, key=lambda f: (f.parent.name, f.name))
     return sorted(f for f in root.iterdir() if f.name.endswith(".jsonl") and not _COMPANION_FILE.fullmatch(f.name))
 
@@ -185,6 +206,7 @@ def _igakuqa(row: Row, place: dict) -> Question:
         text=text,
         boxed=True,
         id=row.get("problem_id", str),
+        credited=row.get("problem_id", str) in _CREDITED,
         text_only=row.get("text_only", bool, True),
         explanation=row.get("explanation", str, ""),
         **place,
@@ -199,6 +221,9 @@ def _question(row: Row, *, text: str, boxed: bool, **fields) -> Question:
     items = [str(a) for a in (answer if isinstance(answer, list) else [answer])]
     fields |= {"text": text, "choices": choices, "points": _points(row)}
     if choices:
+        if items == ["any"]:
+            letters = frozenset(map(frozenset, LETTERS[: len(choices)]))
+            return Question(gold=letters, **fields | {"credited": True})
         gold = _accepted_sets(items, LETTERS[: len(choices)])
         if gold is None:
             raise row.error(

@@ -15,6 +15,7 @@ from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.prompts import CONDITIONS, PromptTemplate
 from medllm_jax.evaluation.samples import GREEDY, Sample, SampleOptions, Sampler, sample_exam
 from medllm_jax.evaluation.scoring import Grade, Summary, grade, summarize, write_grades
+from medllm_jax.evaluation.tables import aligned, markdown
 
 
 def evaluate(
@@ -87,18 +88,15 @@ def _cells(condition: str, s: Summary) -> tuple[str, ...]:
     return (condition, str(s.n), str(s.correct), *accuracies, str(s.unparseable), str(s.wrong_count))
 
 
+def _rows(summaries: Mapping[str, Summary]) -> list[tuple[str, ...]]:
+    return [_COLUMNS, *(_cells(*item) for item in summaries.items())]
+
+
 def format_markdown(summaries: Mapping[str, Summary]) -> str:
     """A Markdown table with a row for each condition."""
-    rows = [_COLUMNS, ("---", *["---:"] * (len(_COLUMNS) - 1)), *(_cells(*item) for item in summaries.items())]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown(_rows(summaries))
 
 
 def format_table(summaries: Mapping[str, Summary]) -> str:
     """The same table in aligned columns, for a terminal."""
-    rows = [_COLUMNS, *(_cells(*item) for item in summaries.items())]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    return aligned(_rows(summaries))

@@ -63,6 +63,10 @@ def repository(tmp_path):
         ],
     )
     write(tmp_path / "data/2020/114-C.jsonl", second)
+    for section in "ACDEF":
+        write(tmp_path / f"data/2018/112-{section}.jsonl", [])
+    for section in "ABDEF":
+        write(tmp_path / f"data/2020/114-{section}.jsonl", [])
     write(tmp_path / "data/2020/114-C_translate.jsonl", [{"problem_id": "114C1", "text_en": "translated"}])
     write(tmp_path / "baseline_results/2018/112-B_gpt4.jsonl", [{"problem_id": "112B1", "prediction": "a"}])
     return tmp_path
@@ -228,6 +232,19 @@ def test_a_wrong_path_or_choice_is_named(tmp_path, repository):
         load_exam(repository, years=[2018, 2019])
     with pytest.raises(UserError, match=r"no question is left"):
         load_exam(repository, limit=0)
+    for section in "DF":
+        (repository / f"data/2018/112-{section}.jsonl").unlink()
+    with pytest.raises(UserError, match=r"data/2018: 112-D.jsonl, 112-F.jsonl missing; an exam has sections A to F"):
+        load_exam(repository)
+    assert {q.year for q in load_exam(repository, years=[2020]).questions} == {2020}
+
+
+def test_everyone_is_credited_where_the_question_was_faulty(tmp_path):
+    file = write(tmp_path / "116-A.jsonl", [igakuqa_row("116A71", ["e"]), igakuqa_row("116A72", ["e"])])
+    faulty, sound = load_exam(file).questions
+    assert (faulty.credited, faulty.gold, sound.credited) == (True, {frozenset("e")}, False)
+    (any_answer,) = load_exam(write(tmp_path / "plain.jsonl", [plain_row(answer="any")])).questions
+    assert any_answer.credited and any_answer.gold == {frozenset(letter) for letter in "abcde"}
 
 
 # --- the real files --------------------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """Grades, counts, and the published points."""
 
+import dataclasses
 import json
 from collections import Counter
 
 import pytest
 
+from medllm_jax.errors import UserError
 from medllm_jax.evaluation.answers import Extraction, extract
 from medllm_jax.evaluation.exam import Question, load_exam
-from medllm_jax.evaluation.scoring import grade, score_official, summarize
+from medllm_jax.evaluation.scoring import grade, grade_by_tier, read_grades, score_official, summarize, write_grades
 
 # Points of 2018, 2019 and 2020: github.com/jungokasai/IgakuQA, table 1 of arXiv 2303.18027.
 PUBLISHED = {
@@ -131,6 +133,85 @@ def test_the_official_rule_is_an_exact_match():
     assert score_official(choice(gold=("a", "d")), "a,d") == 0
     assert score_official(number("1.2", "1.2", boxes="①.②"), "1.2") == 1
     assert score_official(number("1.2", "1.2", boxes="①.②"), "12") == 0
+
+
+def test_tiers_differ_in_what_they_read():
+    question = choice(gold=("ac",), k=2, points=3)
+    for text, right in (("a,c", "osl"), ("a, c", "sl"), ("迷うが、aとcが正しい気がする", "l"), ("b,d", "")):
+        found = grade_by_tier(question, text)
+        assert "".join(tier[0] for tier, g in found.items() if g.correct) == right, text
+    credited = dataclasses.replace(question, credited=True)
+    for text in ("b", "", "わからない"):
+        assert all(g.correct for g in grade_by_tier(credited, text).values())
+    assert grade_by_tier(credited, "")["strict"].problem == "empty"
+
+
+def test_a_contraindicated_choice_counts_in_the_tier_that_reads_it():
+    question = dataclasses.replace(choice(), contraindicated=frozenset("d"))
+    counts = {text: summarize([grade_by_tier(question, text)["strict"]]).contraindicated for text in ("d", "a", "")}
+    assert counts == {"d": 1, "a": 0, "": 0}
+    loose = grade_by_tier(question, "dがよいだろうと思う")
+    assert (loose["strict"].contraindicated, loose["lenient"].contraindicated) == (False, True)
+
+
+def licensing_exam(required, general, contraindicated):
+    """Grades of 2018 in which so many points are earned; its questions here are all worth one."""
+    of = {"B": (200, required), "A": (299, general)}
+    questions = [
+        dataclasses.replace(choice(id=f"{s}{n}", year=2018), section=s, contraindicated=frozenset("d"))
+        for s, (count, _) in of.items()
+        for n in range(count)
+    ]
+    answers = ["a" if int(q.id[1:]) < of[q.section][1] else "b" for q in questions]
+    wrong = [n for n, answer in enumerate(answers) if answer == "b"][:contraindicated]
+    return [grade(q, letters("d" if n in wrong else answers[n])) for n, q in enumerate(questions)]
+
+
+@pytest.mark.parametrize(
+    ("required", "general", "contraindicated", "passed"),
+    [(160, 208, 0, True), (159, 299, 0, False), (200, 207, 0, False), (160, 208, 3, True), (160, 208, 4, False)],
+)
+def test_all_three_thresholds_must_hold(required, general, contraindicated, passed):
+    found = summarize(licensing_exam(required, general, contraindicated))
+    assert (found.required.points, found.general.points) == (required, general)
+    assert (found.contraindicated, found.passed) == (contraindicated, passed)
+
+
+def test_a_part_of_an_exam_is_neither_passed_nor_failed():
+    grades = licensing_exam(200, 299, 0)
+    assert summarize(grades).passed and summarize(grades[1:]).passed is None
+    two_years = [*grades, *(dataclasses.replace(g, year=2019) for g in grades)]
+    assert summarize(two_years).passed is None and summarize(two_years).by_year[2018].passed
+
+
+def test_groups_tell_questions_apart():
+    grades = [
+        grade(dataclasses.replace(choice(id="1", year=2018), section="A", case="1"), letters("a")),
+        grade(dataclasses.replace(choice(id="2", year=2018), section="A", case="1"), letters("b")),
+        grade(dataclasses.replace(choice(id="3", gold=("ac",), k=2, year=2018), section="C"), letters("ac")),
+        grade(number("26"), Extraction(number="26", rule="number")),
+    ]
+    groups = {name: (group.n, group.correct) for name, group in summarize(grades).groups.items()}
+    assert groups == {
+        "section A": (2, 1),
+        "section C": (1, 1),
+        "1 answer": (2, 1),
+        "2 answers": (1, 1),
+        "a number": (1, 1),
+        "first of a case": (1, 1),
+        "follow-up questions": (1, 0),
+        "without a case": (2, 2),
+    }
+    assert summarize(grades[:2]).groups.keys() == {"first of a case", "follow-up questions"}
+
+
+def test_grades_are_read_as_they_were_written(tmp_path):
+    grades = [*licensing_exam(2, 3, 1)[:3], grade(number("26"), Extraction(problem="truncated", truncated=True))]
+    write_grades(tmp_path / "grades.jsonl", grades)
+    assert read_grades(tmp_path / "grades.jsonl") == grades
+    (tmp_path / "grades.jsonl").write_text('{"id": "q"}\n')
+    with pytest.raises(UserError, match=r"grades.jsonl:1: the field 'kind' is missing"):
+        read_grades(tmp_path / "grades.jsonl")
 
 
 def _predictions(igakuqa, system):
