@@ -324,6 +324,15 @@ def _score(options: argparse.Namespace) -> None:
         )
 
 
+def _report(options: argparse.Namespace) -> None:
+    from medllm_jax.report.collect import collect
+    from medllm_jax.report.page import write_report
+
+    runs, results = collect(options.folder)
+    page = write_report(runs, results, options.output, options.example)
+    print(f"{page}: {len(runs)} runs, {len(results)} exam results; pictures: {page.parent / 'figures'}")
+
+
 def _likelihood(options: argparse.Namespace) -> None:
     import json
 
@@ -548,6 +557,12 @@ def _make_parser() -> _Parser:
     exam.add_argument("--prepend-stems", action="store_true", help="the case before follow-up questions that lack it")
     exam.add_argument("--limit", type=int, help="only the first so many questions")
     exam.add_argument("--output", help="folder for outputs and scores (default: in the run folder)")
+
+    report = verb(verbs, "report", _report, "runs and exam results as one HTML page with pictures")
+    report.add_argument("folder", nargs="+", help="run folders, or folders of exam results, local or gs://")
+    report.add_argument("--output", default="report", help="folder for report.html and figures/ (default report)")
+    shown = "question whose outputs are shown; may be given again (no output is shown otherwise)"
+    report.add_argument("--example", action="append", default=[], metavar="ID", help=shown)
 
     about = "how often the likeliest letters are right: a quick look at a model, no exam score"
     look = verb(verbs, "likelihood", _likelihood, about)

@@ -38,6 +38,7 @@ ALLOWED = {
     "checkpoint": {"config", "errors", "remote", "settings", "sharding", "step"},
     "runs": {"config", "errors", "remote", "settings"},
     "pairs": {"errors", "evaluation"},
+    "report": {"config", "errors", "evaluation", "metrics", "remote", "report", "runs"},
 }
 COMPOSES = {
     "train",

@@ -78,11 +78,16 @@ def run_demo(workdir: str, seed: int) -> Path:
     if not (work / "export").exists():
         _convert("to-hf", place["rpo"], place["export"])
 
+    say("Curves and scores on one page")
+    results = [str(work / "evaluation" / name) for _, name in MODELS]
+    medllm("report", *(place[name] for _, name in MODELS), *results, "--output", str(work / "report"))
+
     table = _table(work)
     (work / "table.md").write_text(table, encoding="utf-8")
     print(f"\n{table}\nExam accuracy on {_questions(work)} held-out questions, seed {seed}.")
     for what, where in (
         ("this table", "table.md"),
+        ("curves and scores, for a browser", "report/report.html"),
         ("runs with metrics, TensorBoard events and checkpoints", "base, cpt, rpo"),
         ("every answer and its grade", "evaluation"),
         ("the model in Hugging Face format", "export"),

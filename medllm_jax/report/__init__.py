@@ -1,0 +1,1 @@
+"""What runs and exams came to, as one page that needs nothing else."""

@@ -1,0 +1,120 @@
+"""What a report is made of: runs and exam results, read from the folders that the user names."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from etils import epath
+
+from medllm_jax.config import RunConfig
+from medllm_jax.errors import UserError
+from medllm_jax.evaluation.prompts import CONDITIONS
+from medllm_jax.evaluation.samples import Sample, Samples
+from medllm_jax.evaluation.scoring import Grade, read_grades
+from medllm_jax.metrics import read_lines
+from medllm_jax.remote import names_in
+from medllm_jax.runs import recorded_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder: the config that it was begun with, and every step's numbers."""
+
+    name: str
+    config: RunConfig
+    metrics: list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """A folder of exam results: what a model answered under each condition, graded.
+
+    likelihood, contamination: what their commands wrote beside the grades, or None.
+    """
+
+    name: str
+    folder: epath.Path
+    exam: str
+    model: str
+    grades: dict[str, list[Grade]]
+    likelihood: dict[str, Any] | None
+    contamination: dict[str, Any] | None
+
+    def outputs(self, question: str, condition: str) -> tuple[Sample, ...]:
+        """The raw outputs to a question; none where they were not kept."""
+        samples = Samples.read(self.folder / "samples.jsonl")
+        try:
+            return samples.of(question, condition) if samples else ()
+        except KeyError:
+            return ()
+
+
+def collect(paths: Iterable[str]) -> tuple[list[Run], list[Results]]:
+    """Runs and results in the given order; a run brings the results in its `evaluation` folder.
+
+    Raises:
+      UserError: a path is neither, or what is in it can't be read.
+    """
+    runs: dict[epath.Path, RunConfig] = {}
+    results: dict[epath.Path, str | None] = {}  # folder -> the run it is of
+    for path in dict.fromkeys(str(path).rstrip("/") for path in paths):
+        folder = epath.Path(path)
+        names = names_in(folder)
+        if "config.yaml" in names:
+            runs[folder] = recorded_config(folder)
+        elif _is_results(names):
+            results[folder] = None
+        else:
+            raise UserError(
+                f"{path}: neither a run folder (no config.yaml in it) nor exam results (no scores.json in it)"
+            )
+    run_names = dict(zip(runs, _distinct(list(runs)), strict=True))
+    for folder, name in run_names.items():
+        inside = folder / "evaluation"
+        found = [inside / each for each in sorted(names_in(inside)) if _is_results(names_in(inside / each))]
+        results |= {each: name if len(found) == 1 else f"{name}/{each.name}" for each in found}
+    alone = [folder for folder, name in results.items() if name is None]
+    results |= dict(zip(alone, _distinct(alone), strict=True))
+    read = [Run(run_names[f], config, read_lines(f / "metrics.jsonl")) for f, config in runs.items()]
+    return read, [_results(folder, name) for folder, name in results.items()]
+
+
+def _is_results(names: set[str]) -> bool:
+    return bool(names & {"scores.json", "likelihood.json"})
+
+
+def _distinct(folders: Sequence[epath.Path]) -> list[str]:
+    """Short names that tell folders apart: the last part of each, or as many parts as it takes."""
+    parts = [[p for p in str(folder).split("/") if p not in ("", ".", "..", "gs:", "evaluation")] for folder in folders]
+    for count in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return names if folders else []
+
+
+def _results(folder: epath.Path, name: str) -> Results:
+    scores, likelihood = _json(folder / "scores.json"), _json(folder / "likelihood.json")
+    found = (likelihood if scores is None else scores) or {}
+    if not all(isinstance(found.get(key), str) for key in ("exam", "model")):
+        raise UserError(f"{folder}: scores.json is not what `medllm evaluate` or `medllm score` writes")
+    files = {condition: folder / f"grades-{condition}.jsonl" for condition in CONDITIONS}
+    grades = {condition: read_grades(file) for condition, file in files.items() if file.exists()}
+    if scores and not grades:
+        raise UserError(f"{folder} holds scores.json and no grades-*.jsonl: evaluate again, which asks no model twice")
+    return Results(
+        name, folder, found["exam"], found["model"], grades, likelihood, _json(folder / "contamination.json")
+    )
+
+
+def _json(file: epath.Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}): remove it, and make it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: not a JSON object: remove it, and make it again")
+    return content

@@ -1,0 +1,304 @@
+"""A report as one HTML page that asks for nothing else, and its pictures as files."""
+
+import base64
+import datetime
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from etils import epath
+
+from medllm_jax import __version__
+from medllm_jax.errors import UserError
+from medllm_jax.evaluation.prompts import CONDITIONS
+from medllm_jax.evaluation.scoring import Grade, Summary, summarize
+from medllm_jax.evaluation.statistics import Comparison, Estimate, accuracy, compare
+from medllm_jax.remote import write_whole
+from medllm_jax.report import figures
+from medllm_jax.report.collect import Results, Run
+
+_CONDITION_NAMES = {"answer_only": "answer only", "explain": "with explanation"}
+
+# Metric -> what it is called, and whether its axis is logarithmic.
+_METRICS = {
+    "loss": ("loss", False),
+    "nll": ("NLL of the chosen responses, nats a token", False),
+    "rewards/margins": ("reward margin", False),
+    "rewards/accuracies": ("share of pairs with the chosen response ahead", False),
+    "grad_norm": ("gradient norm", True),
+    "learning_rate": ("learning rate", False),
+    "tokens_per_second": ("tokens a second", False),
+    "data_wait": ("share of time spent waiting for data", False),
+    "likelihood_weighted_accuracy": ("likeliest letters right, by points (no exam score)", False),
+}
+
+
+class Picture(NamedTuple):
+    """A figure of the page; `file` is its name without .png."""
+
+    file: str
+    title: str
+    alt: str
+    png: bytes
+
+    @property
+    def uri(self) -> str:
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return figures.size_of(self.png)
+
+
+class Table(NamedTuple):
+    """Cells of text; the first row is the header, the first column names the rows."""
+
+    caption: str
+    rows: list[list[str]]
+
+
+def write_report(
+    runs: Sequence[Run], results: Sequence[Results], output: epath.PathLike, examples: Sequence[str] = ()
+) -> epath.Path:
+    """Writes report.html and figures/*.png into a folder, local or gs://; returns the page's path.
+
+    Args:
+      runs, results: see `collect`.
+      output: the folder, made where it does not exist.
+      examples: ids of questions whose outputs are shown. No output is shown otherwise.
+
+    Raises:
+      UserError: an example is no question of the results, or a model's conditions are of different questions.
+    """
+    output = epath.Path(output)
+    graded = [each for each in results if each.grades]
+    pictures = list(_curves(runs))
+    exams = [_exam(name, [r for r in graded if r.exam == name]) for name in dict.fromkeys(r.exam for r in graded)]
+    page = _environment().get_template("page.html.jinja")
+    made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    html = page.render(
+        made=made,
+        version=__version__,
+        runs=_run_table(runs),
+        colours=[(run.name, figures.COLOURS[n % len(figures.COLOURS)]) for n, run in enumerate(runs)],
+        silent=[run.name for run in runs if not run.metrics],
+        pictures=pictures,
+        exams=exams,
+        likelihoods=_likelihood_table(results),
+        examples=[_example(question, graded) for question in examples],
+    )
+    (output / "figures").mkdir(parents=True, exist_ok=True)
+    for picture in [*pictures, *(picture for exam in exams for picture in exam["pictures"])]:
+        (output / "figures" / f"{picture.file}.png").write_bytes(picture.png)
+    write_whole(output / "report.html", html)
+    return output / "report.html"
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("medllm_jax.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def _run_table(runs: Sequence[Run]) -> Table:
+    rows = [
+        ["run", "objective", "model", "adapter", "steps", "rows a step", "peak learning rate", "tokens", "last loss"]
+    ]
+    for run in runs:
+        config, last = run.config, run.metrics[-1] if run.metrics else {}
+        shape = config.model and f"{config.model.num_hidden_layers} layers of {config.model.hidden_size}"
+        adapter = config.adapter and f"rank {config.adapter.rank} on {config.adapter.base}"
+        tokens = sum(line.get("tokens", 0) for line in run.metrics)
+        rows.append(
+            [
+                run.name,
+                config.objective.name,
+                shape or "-",
+                adapter or "-",
+                f"{last.get('step', 0):,} of {config.steps:,}",
+                f"{config.data.batch_size:,}",
+                f"{config.optimizer.learning_rate:.2g}",
+                f"{tokens:,.0f}",
+                f"{last['loss']:.4f}" if "loss" in last else "-",
+            ]
+        )
+    return Table("Runs", rows)
+
+
+def _curves(runs: Sequence[Run]) -> Iterator[Picture]:
+    for metric, (title, log) in _METRICS.items():
+        found = []
+        for number, run in enumerate(runs):
+            for name, held_out in ((metric, False), (f"held_out/{metric}", True)):
+                points = [(line["step"], line[name]) for line in run.metrics if name in line]
+                if points:
+                    steps, values = np.array(points, float).T
+                    found.append(figures.Curve(run.name, number, steps, values, held_out))
+        if found:
+            ends = "; ".join(
+                f"{c.run}{' (held out)' if c.held_out else ''}: {c.values[0]:.3g} to {c.values[-1]:.3g}" for c in found
+            )
+            if any(curve.held_out for curve in found):
+                title += "; dots: held out"
+            yield Picture(
+                metric.replace("/", "-"), title, f"{title} over steps. {ends}", figures.curves(found, log=log)
+            )
+
+
+# --- exams -----------------------------------------------------------------------------------------------------------
+
+
+def _exam(name: str, results: Sequence[Results]) -> dict[str, Any]:
+    """All about one exam."""
+    summaries = {r.name: {condition: summarize(found) for condition, found in r.grades.items()} for r in results}
+    estimates = {r.name: {condition: accuracy(found) for condition, found in r.grades.items()} for r in results}
+    compared = {r.name: _compared(r) for r in results if len(r.grades) == len(CONDITIONS)}
+    slug = "".join(c if c.isalnum() and c.isascii() else "-" for c in name)
+    spread = {model: {c: (e.value, *e.interval) for c, e in found.items()} for model, found in estimates.items()}
+    values = "; ".join(
+        f"{model}: {', '.join(f'{_CONDITION_NAMES[c]} {e.value:.3f}' for c, e in found.items())}"
+        for model, found in estimates.items()
+    )
+    pictures = [
+        Picture(f"accuracy-{slug}", "accuracy under both conditions", f"Accuracy. {values}", figures.conditions(spread))
+    ]
+    if compared:
+        parts = {model: _shares(found, summaries[model]["explain"]) for model, found in compared.items()}
+        told = "; ".join(f"{model}: {found.weighted_difference.value:+.3f}" for model, found in compared.items())
+        title = "what explaining costs, and why"
+        pictures.append(Picture(f"drop-{slug}", title, f"Differences by points. {told}", figures.drops(parts)))
+    return {
+        "name": name,
+        "pictures": pictures,
+        "tables": [_years(summaries), _differences(estimates, compared)],
+        "split": _split(compared),
+        "details": [
+            _parts(results, summaries),
+            _groups(summaries),
+            _counts("No answer, or a wrong number of letters", summaries, "problems"),
+            _counts("Rule that read the answer", summaries, "rules"),
+        ],
+        "contamination": [(r.name, r.contamination) for r in results if r.contamination],
+        "questions": len(next(iter(results[0].grades.values()))),
+    }
+
+
+def _compared(results: Results) -> Comparison:
+    try:
+        return compare(results.grades["answer_only"], results.grades["explain"])
+    except UserError as error:
+        raise UserError(f"{results.folder}: {error}") from error
+
+
+def _shares(found: Comparison, summary: Summary) -> dict[str, float]:
+    parts = {name: getattr(found, name).points for name in ("unparseable", "wrong_count", "wrong_answer", "gained")}
+    return {name: points / max(summary.max_points, 1) for name, points in parts.items()}
+
+
+def _years(summaries: dict[str, dict[str, Summary]]) -> Table:
+    first = next(iter(next(iter(summaries.values())).values()))
+    header = [f"{year} /{s.max_points}" for year, s in first.by_year.items()]
+    rows = [["model", "prompt", *header, f"points /{first.max_points}", "by points", "by questions"]]
+    for model, found in summaries.items():
+        for condition, s in found.items():
+            years = [str(s.by_year[year].points) if year in s.by_year else "-" for year in first.by_year]
+            shares = [f"{s.weighted_accuracy:.3f}", f"{s.accuracy:.3f}"]
+            rows.append([model, _CONDITION_NAMES[condition], *years, str(s.points), *shares])
+    return Table("Points, and accuracy by points and by questions", rows)
+
+
+def _differences(estimates: dict[str, dict[str, Estimate]], compared: dict[str, Comparison]) -> Table:
+    rows = [["model", *_CONDITION_NAMES.values(), "difference", "McNemar's p"]]
+    for model, found in estimates.items():
+        shares = [_estimate(found[condition]) if condition in found else "-" for condition in CONDITIONS]
+        comparison = compared.get(model)
+        last = (
+            [_estimate(comparison.weighted_difference, "+"), f"{comparison.p_value:.2g}"] if comparison else ["-"] * 2
+        )
+        rows.append([model, *shares, *last])
+    return Table("Accuracy by points, with 95 % intervals", rows)
+
+
+def _estimate(found: Estimate, sign: str = "") -> str:
+    return f"{found.value:{sign}.3f} [{found.interval.low:{sign}.3f}, {found.interval.high:{sign}.3f}]"
+
+
+def _split(compared: dict[str, Comparison]) -> Table:
+    rows = [["model", "lost: unparseable", "wrong count", "wrong answer", "gained", "net"]]
+    for model, found in compared.items():
+        parts = [found.unparseable, found.wrong_count, found.wrong_answer, found.gained]
+        net = [parts[3][i] - sum(part[i] for part in parts[:3]) for i in range(2)]
+        rows.append([model, *(f"{part.questions} ({part.points})" for part in parts), f"{net[0]:+} ({net[1]:+})"])
+    return Table("The drop under explanation, in questions (points)", rows)
+
+
+def _parts(results: Sequence[Results], summaries: dict[str, dict[str, Summary]]) -> Table:
+    rows = [["model", "prompt", "year", "required", "general", "contraindicated", "passed"]]
+    for each in results:
+        model = each.name
+        for condition, summary in summaries[model].items():
+            only = each.grades[condition][0].year
+            for year, s in (summary.by_year or {only: summary}).items():
+                if s.required and s.general:
+                    parts = [f"{part.points}/{part.max_points}" for part in (s.required, s.general)]
+                    passed = {True: "yes", False: "no", None: "-"}[s.passed]
+                    row = [str(year), *parts, str(s.contraindicated), passed]
+                    rows.append([model, _CONDITION_NAMES[condition], *row])
+    return Table("Parts of the licensing exam", rows)
+
+
+def _groups(summaries: dict[str, dict[str, Summary]]) -> Table:
+    columns = {f"{model}, {_CONDITION_NAMES[c]}": s for model, found in summaries.items() for c, s in found.items()}
+    first = next(iter(columns.values()))
+    rows = [["group", "questions", *columns]]
+    for group, of in first.groups.items():
+        found = [s.groups.get(group) for s in columns.values()]
+        rows.append([group, str(of.n), *(f"{each.accuracy:.3f}" if each else "-" for each in found)])
+    return Table("Accuracy of groups, by questions", rows)
+
+
+def _counts(caption: str, summaries: dict[str, dict[str, Summary]], field: str) -> Table:
+    columns = {f"{model}, {_CONDITION_NAMES[c]}": s for model, found in summaries.items() for c, s in found.items()}
+    names = dict.fromkeys(name for s in columns.values() for name in getattr(s, field))
+    rows = [[field, *columns], *([n, *(str(getattr(s, field).get(n, 0)) for s in columns.values())] for n in names)]
+    return Table(caption, rows)
+
+
+def _likelihood_table(results: Sequence[Results]) -> Table:
+    rows = [["model", "exam", "step", "questions", "by points", "by questions"]]
+    for each in results:
+        if (found := each.likelihood) is not None:
+            shares = [f"{found['weighted_accuracy']:.3f}", f"{found['accuracy']:.3f}"]
+            rows.append([each.name, each.exam, str(found.get("step", "-")), str(found["n"]), *shares])
+    return Table("Likeliest letters right", rows)
+
+
+# --- examples --------------------------------------------------------------------------------------------------------
+
+
+def _example(question: str, results: Sequence[Results]) -> dict[str, Any]:
+    shown = []
+    for each in results:
+        for condition, grades in each.grades.items():
+            for grade in (g for g in grades if g.id == question):
+                outputs = each.outputs(question, condition)
+                shown.append((each.name, _CONDITION_NAMES[condition], _verdict(grade), [s.text for s in outputs]))
+    if not shown:
+        raise UserError(f"--example {question}: no question of these results has this id")
+    return {"id": question, "shown": shown}
+
+
+def _verdict(grade: Grade) -> str:
+    read = grade.answer or "nothing"
+    how = f" by {grade.rule}" if grade.rule else ""
+    return f"{'right' if grade.correct else 'wrong'}; read: {read}{how}" + (
+        f"; {grade.problem}" if grade.problem else ""
+    )

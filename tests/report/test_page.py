@@ -1,0 +1,107 @@
+"""The report says what the files say, shows no output that was not asked for, and names what it cannot read."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from medllm_jax.cli import main
+from medllm_jax.evaluation.scoring import write_grades
+from medllm_jax.report.collect import collect
+from tests.evaluation.test_scoring import licensing_exam
+
+
+def report(tmp_path, *arguments):
+    code = main(["report", *map(str, arguments), "--output", str(tmp_path / "out")])
+    return (tmp_path / "out/report.html").read_text("utf-8") if code == 0 else code
+
+
+def cells(html, caption):
+    """The rows of a table, header first."""
+    table = next(t for t in re.findall(r"<table>.*?</table>", html, re.S) if f"<caption>{caption}</caption>" in t)
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", table, re.S)]
+
+
+def test_the_page_holds_what_the_files_say(place, tmp_path):
+    html = report(tmp_path, place / "cpt", place / "rpo", place / "exams/base")
+    runs = cells(html, "Runs")
+    assert [row[0] for row in runs[1:]] == ["cpt", "rpo"]
+    assert (runs[1][4], runs[1][7]) == ("700 of 100", f"{700 * 2048:,}")
+    points = {(row[0], row[1]): row[2:] for row in cells(html, "Points, and accuracy by points and by questions")[1:]}
+    assert points["rpo", "answer only"] == ["2", "1", "3", "0.500", "0.500"]
+    assert points["base", "with explanation"] == ["2", "0", "2", "0.333", "0.333"]
+    (base,) = (row for row in cells(html, "The drop under explanation, in questions (points)") if row[0] == "base")
+    assert base == ["base", "0 (0)", "0 (0)", "0 (0)", "0 (0)", "+0 (+0)"]
+    assert "1 of 6 questions\n(16.7 %) share 50 % or more" in html
+    assert cells(html, "Likeliest letters right")[1] == ["rpo", "small", "700", "6", "0.500", "0.500"]
+    pictures = {path.stem for path in (tmp_path / "out/figures").iterdir()}
+    assert {"loss", "rewards-margins", "grad_norm", "accuracy-small", "drop-small"} <= pictures
+    assert html.count("<img ") == html.count("data:image/png;base64,") == len(pictures)
+    assert all(alt for alt in re.findall(r'alt="([^"]*)"', html)) and "dots: held out" in html
+
+
+def test_outputs_are_shown_only_where_asked_for(place, tmp_path):
+    assert "乙" not in report(tmp_path, place / "rpo")
+    html = report(tmp_path, place / "rpo", place / "exams/base", "--example", "q1")
+    assert "<pre>b: 乙 &lt;b&gt; &amp; &#34;b&#34;</pre>" in html and "<b>" not in html
+    assert "<strong>rpo</strong>, answer only: right; read: b" in html and "Question q1" in html
+    assert "q2" not in html.partition("Examples")[2]
+
+
+def test_the_licensing_exam_shows_its_parts(tmp_path):
+    folder = tmp_path / "scored"
+    folder.mkdir()
+    write_grades(folder / "grades-answer_only.jsonl", licensing_exam(160, 208, 4))
+    (folder / "scores.json").write_text(json.dumps({"exam": "igakuqa", "model": "gpt9"}))
+    html = report(tmp_path, folder)
+    row = ["scored", "answer only", "2018", "160/200", "208/299", "4", "no"]
+    assert cells(html, "Parts of the licensing exam")[1] == row
+    assert "The drop under explanation" not in html and "No run folder was given" in html
+
+
+def test_a_run_that_has_just_begun(place, tmp_path):
+    shutil.copytree(place / "cpt", tmp_path / "new")
+    (tmp_path / "new/metrics.jsonl").unlink()
+    html = report(tmp_path, tmp_path / "new")
+    assert "new has no metrics yet." in html and "No exam results were given" in html and "<img" not in html
+
+
+def test_names_tell_folders_apart(place, tmp_path):
+    for name in ("one/cpt", "two/cpt"):
+        shutil.copytree(place / "cpt", tmp_path / name)
+    runs, results = collect([str(tmp_path / "one/cpt"), str(tmp_path / "two/cpt"), str(place / "rpo")])
+    assert [run.name for run in runs][:2] == ["one/cpt", "two/cpt"] and not [r for r in results if r.name == "small"]
+    shutil.copytree(place / "rpo", tmp_path / "rpo")
+    shutil.copytree(tmp_path / "rpo/evaluation/small", tmp_path / "rpo/evaluation/again")
+    _, results = collect([str(tmp_path / "rpo"), str(tmp_path / "rpo")])
+    assert [r.name for r in results] == ["rpo/again", "rpo/small"]
+
+
+def _without(place, tmp_path, change):
+    shutil.copytree(place / "exams/base", tmp_path / "base")
+    change(tmp_path / "base")
+    return [tmp_path / "base"]
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "line"),
+    [
+        (lambda f: (f / "scores.json").unlink(), [], "neither a run folder (no config.yaml in it) nor exam results"),
+        (lambda f: (f / "scores.json").write_text("{"), [], "scores.json: not JSON"),
+        (lambda f: (f / "scores.json").write_text("[]"), [], "scores.json: not a JSON object"),
+        (lambda f: (f / "scores.json").write_text("{}"), [], "is not what `medllm evaluate` or `medllm score` writes"),
+        (lambda f: [(f / f"grades-{c}.jsonl").unlink() for c in ("answer_only", "explain")], [], "no grades-*.jsonl"),
+        (lambda f: _cut(f / "grades-explain.jsonl"), [], "different questions, 1 of them in one only (q5"),
+        (lambda f: None, ["--example", "q77"], "--example q77: no question of these results has this id"),
+        (lambda f: None, ["nowhere"], "nowhere: neither a run folder"),
+    ],
+)
+def test_what_cannot_be_read_is_named(place, tmp_path, capsys, change, more, line):
+    assert report(tmp_path, *_without(place, tmp_path, change), *more) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+
+
+def _cut(file):
+    file.write_text("".join(file.read_text("utf-8").splitlines(keepends=True)[:-1]), "utf-8")
