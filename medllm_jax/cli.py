@@ -324,6 +324,27 @@ def _score(options: argparse.Namespace) -> None:
         )
 
 
+def _contamination(options: argparse.Namespace) -> None:
+    from medllm_jax.contamination import accuracies_apart, contamination, write_contamination
+    from medllm_jax.evaluation.exam import load_exam
+    from medllm_jax.metrics import Ticker
+
+    exam = load_exam(options.exam, options.years, text_only=options.text_only)
+    how = {"tokenizer": options.tokenizer, "n": options.n, "threshold": options.threshold}
+    found = contamination(exam, options.against, **how, progress=Ticker("texts", every_seconds=10))
+    share = f"{found['overlapping']} of {found['questions']} questions ({100 * found['share']:.1f}%)"
+    least = f"{100 * options.threshold:.0f}% or more of their {options.n}-character stretches"
+    print(f"{share}: {least} are in what was read")
+    if found["too_short"]:
+        print(f"  {found['too_short']} questions are shorter than that, and can't be found")
+    for year, count in found["by_year"].items():
+        print(f"  {year}: {count}")
+    if options.output:
+        for condition, which, group in accuracies_apart(options.output, found["ids"]):
+            print(f"  {condition}, {which} questions: {group.correct} of {group.n} right ({100 * group.accuracy:.1f}%)")
+        print(f"ids and shares: {write_contamination(options.output, found)}")
+
+
 def _report(options: argparse.Namespace) -> None:
     from medllm_jax.report.collect import collect
     from medllm_jax.report.page import write_report
@@ -557,6 +578,19 @@ def _make_parser() -> _Parser:
     exam.add_argument("--prepend-stems", action="store_true", help="the case before follow-up questions that lack it")
     exam.add_argument("--limit", type=int, help="only the first so many questions")
     exam.add_argument("--output", help="folder for outputs and scores (default: in the run folder)")
+
+    about = "how much of an exam stands in corpora or stores (see docs/contamination.md)"
+    overlap = verb(verbs, "contamination", _contamination, about)
+    overlap.add_argument("--exam", required=True, help="IgakuQA folder, or multiple-choice .jsonl")
+    overlap.add_argument("--years", type=int, nargs="+", help="only these years of the exam")
+    overlap.add_argument("--text-only", action="store_true", help="only questions that need no picture")
+    sources = "stores, or files, folders and globs of documents, pairs, instructions; local or gs://"
+    overlap.add_argument("--against", nargs="+", required=True, metavar="PATH", help=sources)
+    overlap.add_argument("--tokenizer", metavar="DIR", help="that the stores were made with")
+    overlap.add_argument("--n", type=int, default=13, help="characters of a stretch (default 13)")
+    share = "share of a question's stretches from which on it counts (default 0.5)"
+    overlap.add_argument("--threshold", type=float, default=0.5, help=share)
+    overlap.add_argument("--output", metavar="DIR", help="exam results to put contamination.json into")
 
     report = verb(verbs, "report", _report, "runs and exam results as one HTML page with pictures")
     report.add_argument("folder", nargs="+", help="run folders, or folders of exam results, local or gs://")

@@ -143,6 +143,19 @@ class Console:
         self.close()
 
 
+class Ticker:
+    """Progress of a job whose end is not known: a line every so many seconds."""
+
+    def __init__(self, unit: str, *, every_seconds: float):
+        self._unit, self._every, self._last = unit, every_seconds, time.monotonic()
+
+    def __call__(self, what: str, done: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= self._every:
+            self._last = now
+            print(f"{what}: {done:,} {self._unit}", file=sys.stderr, flush=True)
+
+
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

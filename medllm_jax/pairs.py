@@ -10,7 +10,6 @@ Nothing here asks a model: the same samples and options give the same pairs.
 
 import dataclasses
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from typing import Any, Literal
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.answers import extract
 from medllm_jax.evaluation.exam import Exam, Question
+from medllm_jax.evaluation.overlap import GRAM, plain_question
 from medllm_jax.evaluation.prompts import PromptTemplate
 from medllm_jax.evaluation.samples import Sample, Samples, prompt_of
 from medllm_jax.evaluation.scoring import grade
@@ -252,7 +252,6 @@ def pair_up(chosen: Sequence[str], rejected: Sequence[str], most: int) -> Iterat
 
 # --- what must not be trained on -------------------------------------------------------------------------------------
 
-_GRAM = 13
 _SHARE = 0.5
 
 
@@ -260,9 +259,9 @@ def overlapping(exam: Exam, others: Iterable[Exam]) -> dict[str, str]:
     """Ids of questions that another exam asks too, and why they are taken for the same: "same id", "same text", or
     "similar text".
 
-    A question's text is its own and its choices', in NFKC, without white space and case. Similar means that of the 13
-    characters from each place of the shorter text, at least half stand in the other one too (a text of fewer than 13
-    is compared whole).
+    A question's text is its own and its choices', in NFKC, without white space, punctuation and case. Similar means
+    that of the 13 characters from each place of the shorter text, at least half stand in the other one too (a text of
+    fewer than 13 is compared whole).
     """
     ids: set[str] = set()
     texts: set[str] = set()
@@ -270,7 +269,7 @@ def overlapping(exam: Exam, others: Iterable[Exam]) -> dict[str, str]:
     places = defaultdict(list)
     for question in (question for other in others for question in other.questions):
         ids.add(question.id)
-        texts.add(plain := _plain(question))
+        texts.add(plain := plain_question(question))
         grams = _grams(plain)
         for gram in grams:
             places[gram].append(len(sizes))
@@ -278,7 +277,7 @@ def overlapping(exam: Exam, others: Iterable[Exam]) -> dict[str, str]:
 
     found = {}
     for question in exam.questions:
-        plain = _plain(question)
+        plain = plain_question(question)
         if question.id in ids:
             found[question.id] = "same id"
         elif plain in texts:
@@ -291,13 +290,8 @@ def overlapping(exam: Exam, others: Iterable[Exam]) -> dict[str, str]:
     return found
 
 
-def _plain(question: Question) -> str:
-    text = unicodedata.normalize("NFKC", "".join((question.text, *question.choices)))
-    return "".join(text.split()).casefold()
-
-
 def _grams(text: str) -> set[str]:
-    return {text[start : start + _GRAM] for start in range(max(1, len(text) - _GRAM + 1))}
+    return {text[start : start + GRAM] for start in range(max(1, len(text) - GRAM + 1))}
 
 
 def choose_questions(

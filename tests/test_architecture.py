@@ -44,6 +44,7 @@ COMPOSES = {
     "train",
     "held_out",
     "likelihood",
+    "contamination",
     "programs",
     "reference",
     "loading",
