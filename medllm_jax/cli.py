@@ -324,6 +324,18 @@ def _score(options: argparse.Namespace) -> None:
         )
 
 
+def _data_exam(options: argparse.Namespace) -> None:
+    from medllm_jax.evaluation.download import ATTRIBUTION, SOURCE, fetch, igakuqa_files
+    from medllm_jax.metrics import Console
+
+    files = igakuqa_files(options.years, baselines=options.with_baselines)
+    with Console("fetching", len(files), unit="file") as console:
+        show = lambda done: console.update(done, every_seconds=5)  # noqa: E731
+        source, overwrite = options.source or SOURCE, options.overwrite
+        fetched = fetch(files, source, options.output, ATTRIBUTION, overwrite=overwrite, progress=show)
+    print(f"{options.output}: {fetched.fetched} files fetched, {fetched.kept} were there; see its ATTRIBUTION.md")
+
+
 def _contamination(options: argparse.Namespace) -> None:
     from medllm_jax.contamination import accuracies_apart, contamination, write_contamination
     from medllm_jax.evaluation.exam import load_exam
@@ -532,6 +544,14 @@ def _make_parser() -> _Parser:
     sft = verb(kinds, "sft", _data_sft, "instructions (`prompt`, `response`, or chat `messages`) to a store")
     _add_store_arguments(sft)
     sft.add_argument("--on-long", choices=("error", "skip"), default="error", help="what to do about over-long ones")
+
+    exam = verb(kinds, "exam", _data_exam, "fetch a public exam to judge models by, checked against its checksums")
+    exam.add_argument("name", choices=("igakuqa",), help="the Japanese medical licensing exam, 2018 to 2022")
+    exam.add_argument("--output", required=True, help="folder, local or gs://")
+    exam.add_argument("--years", type=int, nargs="+", help="only these years")
+    exam.add_argument("--with-baselines", action="store_true", help="also the published predictions")
+    exam.add_argument("--source", metavar="URL", help="a mirror (default: the public repository at the pinned commit)")
+    exam.add_argument("--overwrite", action="store_true", help="replace files that differ")
 
     show = verb(kinds, "show", _data_show, "the report of a store: corpora, manifests, what was left out, statistics")
     show.add_argument("store", help="store folder, local or gs://")
