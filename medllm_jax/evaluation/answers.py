@@ -31,13 +31,14 @@ PROBLEMS = ("empty", "refusal", "placeholder", "truncated", "conflict", "wrong_c
 
 _QUOTE = f"[{re.escape(QUOTES)}]"
 _CUE = re.compile(
-    r"(?:最終(?:的な?)?(?:答え|解答|回答|結論|判断|選択|診断)?|正解|正答|答え|答|解答|回答|(?<![a-z])(?:final )?answer)"
+    r"(?:最終(?:的な?)?(?:答え|解答|回答|結論|判断|選択|診断)?|正解|正答|答え|答|解答|回答"
+    r"|(?<![a-z])(?:final )?answers?)"
     r"(?:の?(?:選択肢|番号|記号)|(?: choices?| options?| letters?)\b)?"
-    r"[ \]】」』)\"']{0,4}(?:は|が|:|=|->|→|is\b|\n|(?<=[】\]]))"
+    r"[ \]】」』)\"']{0,4}(?:は|が|:|=|->|→|is\b|are\b|\n|(?<=[】\]]))"
     rf"(?:{_QUOTE}|[、,:=]|選択肢の?|番号|記号|options?\b|choices?\b){{0,12}}"
 )
 _CUE_WORDS = re.compile(
-    rf"最終(?:的な?)?|結論|判断|選択|診断|正解|正答|答え?|解答|回答|final|answer|is|です|である|{_QUOTE}|[。.、,:;=はが]"
+    rf"最終(?:的な?)?|結論|判断|選択|診断|正解|正答|答え?|解答|回答|final|answers?|is|are|です|である|{_QUOTE}|[。.、,:;=はが]"
 )
 # A sentence that asks, or a list of choices: the model has begun a question of its own.
 _NEW_QUESTION = re.compile(r"(?:どれか|選べ|求めよ|選んでください)。|\na[:.)]\s?\S[^\n]{0,200}\n{1,2}b[:.)]")

@@ -37,10 +37,11 @@ class Cleaned:
 
 def clean(raw: str, *, keep_circled: bool = False) -> Cleaned:
     """The model's own answer turn. `keep_circled` keeps ①-⑨ apart from 1-9, as U+E001-U+E009."""
-    # rfind, since a regular expression over a megabyte takes too long.
-    closed = max((raw.rfind(tag) + len(tag) for tag in _CLOSE_THINK if tag in raw), default=0)
+    # Found without a regular expression, which takes too long over megabytes; most outputs have no such block.
+    thinks = "think" in raw
+    closed = max((raw.rfind(tag) + len(tag) for tag in _CLOSE_THINK if thinks and tag in raw), default=0)
     raw = raw[closed:]
-    opened = [at for tag in _OPEN_THINK if (at := raw.find(tag)) >= 0]
+    opened = [at for tag in _OPEN_THINK if thinks and (at := raw.find(tag)) >= 0]
     unclosed = bool(opened)
     raw = raw[: min(opened, default=len(raw))]
     if keep_circled:

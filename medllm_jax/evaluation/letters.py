@@ -22,6 +22,8 @@ _AFTER = (
 _AFTER_START = re.compile(_AFTER + ")")
 _AFTER_CUE = re.compile(_AFTER + r"|が|を)")
 _OPENING = re.compile(r"[ \t\"'“”‘’「『(\[]*")
+_CALLED = re.compile(r"[ \t\"'“”‘’「『(\[]*(?:(?:選択肢の?|(?:choice|option)\b)[ \t\"'“”‘’「『(\[]*)?")
+_NOT_BUT = re.compile(r"(?:では|じゃ)なくて?[、, ]{0,2}")
 _CLOSING = re.compile(r"[\"'“”‘’」』)\]]*")
 _LABEL = r"[-・]?\s?(?:\((?P<in>{span})\)\s?|(?P<out>{span})(?:\s?[:.)]\s?|[ \t]?))"
 _SPACE = re.compile(r"\s*")
@@ -77,7 +79,7 @@ class LetterReader:
 
     def at(self, text: str, start: int, *, after_cue: bool) -> Reading | None:
         """The answer that begins at a position, whatever follows it."""
-        start = _OPENING.match(text, start).end()
+        start = _CALLED.match(text, start).end()
         if lines := self._labelled_lines(text, start):
             return lines
         words = self._choice_words(text, start, across_lines=False)
@@ -103,6 +105,8 @@ class LetterReader:
         if not match:
             return None
         letters, end = patterns.letters_of(match[0]), match.end()
+        if instead := _NOT_BUT.match(text, end):
+            return self._plain(text, instead.end(), after_cue)
         if not self._ends_well(text, end, after_cue):
             # 答えはbの糖尿病です
             named = self._choice_at(text, _OPENING.match(text, end + 1).end()) if text[end : end + 1] == "の" else None
@@ -135,6 +139,8 @@ class LetterReader:
         labels, conflict, end, position = 0, False, start, start
         while len(found) <= len(self.letters):
             position = _OPENING.match(text, position).end()
+            if self.k > 1 and text.startswith((f"{len(found) + 1}. ", f"{len(found) + 1}) "), position):
+                position += 3  # the number of a line, not of a choice
             said, label = self._choice_at(text, position), None
             if not said and (label := self._patterns.label.match(text, position)):
                 said = self._choice_at(text, _OPENING.match(text, label.end()).end())
