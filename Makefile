@@ -11,7 +11,7 @@ JOBS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMPED := pyproject.toml constraints.txt
 
-.PHONY: demo test test-all lint format compiler clean
+.PHONY: demo test test-all lint format compiler harness clean
 
 demo: $(VENV)/.installed
 	$(BIN)/medllm demo --workdir $(WORKDIR) --seed $(SEED)
@@ -33,6 +33,10 @@ format: $(VENV)/.installed-lint
 # The compiler for TPUs, which `medllm plan` and its tests need. Where it is installed and no TPU is, set JAX_PLATFORMS=cpu.
 compiler: $(VENV)/.installed
 	$(INSTALL) -e ".[plan]"
+
+# lm-evaluation-harness, which one slow test asks.
+harness: $(VENV)/.installed-test
+	$(INSTALL) -e ".[test,harness]"
 
 # An installation is made anew only when what it is made of changes. Bytecode is compiled once, here: where Python is
 # told not to write it, every later start would be slow.
