@@ -258,7 +258,7 @@ def documented_commands():
 def test_documented_commands_are_understood():
     import shlex
 
-    from medllm_jax.cli import _make_parser
+    from medllm_jax.cli import make_parser
     from tools.convert_hf.__main__ import _parser as converter_parser
 
     commands = list(documented_commands())
@@ -266,7 +266,7 @@ def test_documented_commands_are_understood():
     for command in commands:
         words = shlex.split(command)
         if words[0] == "medllm":
-            options, rest = _make_parser().parse_known_args(words[1:])
+            options, rest = make_parser().parse_known_args(words[1:])
             assert not rest or options.takes_settings, command
             if options.takes_settings:
                 load_run_config(ROOT / options.config, rest)

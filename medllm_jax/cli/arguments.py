@@ -1,0 +1,92 @@
+"""Options that several verbs have, and what some of them mean."""
+
+import argparse
+from typing import Any
+
+
+def add_store(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """required: what is not given is not to be found in a config file either."""
+    default = (lambda value: value) if required else (lambda value: None)
+    parser.add_argument("--input", nargs="+", required=required, help="files, folders or globs, local or gs://")
+    parser.add_argument("--tokenizer", required=required, help="folder with the model's tokenizer, or a .model file")
+    parser.add_argument("--output", required=required, help="store folder, local or gs://")
+    parser.add_argument("--sequence-length", type=int, default=default(4096), help="tokens in a row (default 4096)")
+    bad = "what to do about malformed rows (default error)"
+    parser.add_argument("--on-bad", choices=("error", "skip"), default=default("error"), help=bad)
+    pii = "personal data: stop where it is found (default), mask it, or only report it (see docs/personal-data.md)"
+    parser.add_argument("--pii", choices=("fail", "mask", "report"), default=default("fail"), help=pii)
+    rate = "share of documents with findings up to which `fail` goes on (default 0)"
+    parser.add_argument("--pii-rate", type=float, default=default(0.0), help=rate)
+    parser.add_argument("--pii-patterns", nargs="+", default=default([]), help="YAML files with more patterns")
+    parser.add_argument("--overwrite", action="store_true", help="replace a store that is there")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", help="run folder (or converted model); its newest checkpoint is asked, by JAX")
+    parser.add_argument("--hf", metavar="DIR", help="or a model in Hugging Face format, by transformers and torch")
+    parser.add_argument("--server", metavar="URL", help="or an OpenAI-compatible server, like vLLM's")
+    parser.add_argument("--model", metavar="NAME", help="of the model on the server; stands for its weights")
+    parser.add_argument("--chat", action="store_true", help="prompts as chat messages, by the model's chat template")
+    parser.add_argument("--concurrency", type=int, default=16, help="requests to the server at a time (default 16)")
+    add_machine(parser)
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts completed at a time (default 8)")
+    parser.add_argument("--mesh", default="", help="like data=1,fsdp=-1,tensor=1 (default: fsdp over all devices)")
+    parser.add_argument("--params-dtype", choices=("float32", "bfloat16"), help="of the weights (default: as computed)")
+    parser.add_argument(
+        "--compute-dtype",
+        choices=("float32", "bfloat16"),
+        help="default bfloat16, on a CPU float32",
+    )
+
+
+def precision_of(options: argparse.Namespace) -> Any:
+    import jax
+
+    from medllm_jax.config import PrecisionConfig
+
+    # A CPU computes bfloat16 by converting it, which is slower and no smaller.
+    compute = options.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return PrecisionConfig(params=options.params_dtype or compute, compute=compute)
+
+
+def mesh_of(text: str) -> Any:
+    from medllm_jax.config import MeshConfig
+    from medllm_jax.settings import build
+
+    sizes = dict(part.partition("=")[::2] for part in text.split(",") if part)
+    return build(MeshConfig, {axis: int(size) if _is_int(size) else size for axis, size in sizes.items()}, "--mesh")
+
+
+def _is_int(text: str) -> bool:
+    return text.removeprefix("-").isdigit()
+
+
+def add_samples(parser: argparse.ArgumentParser, *, samples: int) -> None:
+    several = "completions of each prompt" + ("; of several the majority's answer counts" if samples == 1 else "")
+    parser.add_argument("--samples", type=int, default=samples, help=f"{several} (default {samples})")
+    drawn = "of the samples" if samples > 1 else "of several; one is greedy"
+    parser.add_argument("--temperature", type=float, default=0.8, help=f"{drawn} (default 0.8)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="of the samples (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
+    parser.add_argument("--resample", action="store_true", help="forget the samples that are there")
+
+
+def add_questions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--exam", required=True, help="IgakuQA folder, or multiple-choice .jsonl (see docs/exams.md)")
+    parser.add_argument("--years", type=int, nargs="+", help="only these years of the exam")
+    parser.add_argument("--text-only", action="store_true", help="only questions that need no picture")
+    parser.add_argument("--template", default="igakuqa", help="prompt template: name or YAML file (default igakuqa)")
+
+
+def add_exam(parser: argparse.ArgumentParser) -> None:
+    add_questions(parser)
+    parser.add_argument(
+        "--conditions",
+        nargs="+",
+        choices=("answer_only", "explain"),
+        default=["answer_only", "explain"],
+        help="prompts to put the questions with (default both)",
+    )

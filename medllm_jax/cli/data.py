@@ -1,0 +1,224 @@
+"""`medllm data`: from raw text to stores, and looks at them; exams, fetched."""
+
+import argparse
+import contextlib
+import shlex
+from typing import Any
+
+from medllm_jax.cli import arguments
+from medllm_jax.cli.parsing import verb
+from medllm_jax.errors import UserError
+
+# Options of `data cpt` that are settings of its recipe, by the same names (see data/corpus.py).
+_RECIPE = (
+    "sequence_length", "packing", "append_eos", "on_bad", "normalise", "min_characters", "max_bytes", "duplicates",
+    "near_threshold", "pii", "pii_rate", "pii_patterns",
+)  # fmt: skip
+
+
+def add(verbs: Any) -> None:
+    """The verb and its kinds."""
+    data = verbs.add_parser("data", help="documents or preference pairs to a store of packed rows")
+    kinds = data.add_subparsers(title="kinds", required=True, metavar="KIND")
+    cpt = verb(
+        kinds, "cpt", _data_cpt, "documents (.jsonl, .txt, .parquet; .gz, .zst) to a token store (see docs/corpora.md)"
+    )
+    cpt.add_argument("--config", help="YAML with corpora and their manifests, and any of these settings")
+    arguments.add_store(cpt, required=False)
+    cpt.add_argument("--packing", choices=("best_fit", "split"), help="keep documents whole (default), or cut")
+    cpt.add_argument(
+        "--no-eos",
+        dest="append_eos",
+        action="store_false",
+        default=None,
+        help="no end-of-sequence token",
+    )
+    cpt.add_argument("--normalise", choices=("none", "nfc", "nfkc"), help="Unicode form (default none)")
+    cpt.add_argument("--min-characters", type=int, help="leave out shorter documents (default 1)")
+    cpt.add_argument("--max-bytes", type=int, help="of one line or text (default 64 MiB)")
+    cpt.add_argument("--duplicates", choices=("keep", "exact", "near"), help="which are left out (default exact)")
+    cpt.add_argument("--near-threshold", type=float, help="similarity of near duplicates (default 0.8)")
+    cpt.add_argument(
+        "--engine", choices=("here", "beam"), default="here", help="processes here (default), or Apache Beam"
+    )
+    cpt.add_argument("--workers", type=int, help="processes (default: one a core)")
+    cpt.add_argument("--beam-options", default="", help="in one string, like '--runner=DataflowRunner --project=...'")
+    pairs = verb(kinds, "pairs", _data_pairs, "preference rows (`prompt`, `chosen`, `rejected`) to a pair store")
+    arguments.add_store(pairs)
+    pairs.add_argument("--pairs-per-row", type=int, help="at most so many pairs in a row (default: as many as fit)")
+    pairs.add_argument("--max-prompt-tokens", type=int, help="a pair with a longer prompt is over-long")
+    pairs.add_argument(
+        "--prompts", choices=("shared", "repeated"), default="shared", help="once for both responses, or for each"
+    )
+    pairs.add_argument("--on-long", choices=("error", "skip"), default="error", help="what to do about over-long pairs")
+
+    sft = verb(kinds, "sft", _data_sft, "instructions (`prompt`, `response`, or chat `messages`) to a store")
+    arguments.add_store(sft)
+    sft.add_argument("--on-long", choices=("error", "skip"), default="error", help="what to do about over-long ones")
+
+    show = verb(kinds, "show", _data_show, "the report of a store: corpora, manifests, what was left out, statistics")
+    show.add_argument("store", help="store folder, local or gs://")
+    check = verb(kinds, "verify", _data_verify, "read all of a store against its checksums")
+    check.add_argument("store", help="store folder, local or gs://")
+
+    exam = verb(kinds, "exam", _data_exam, "fetch a public exam to judge models by, checked against its checksums")
+    exam.add_argument("name", choices=("igakuqa",), help="the Japanese medical licensing exam, 2018 to 2022")
+    exam.add_argument("--output", required=True, help="folder, local or gs://")
+    exam.add_argument("--years", type=int, nargs="+", help="only these years")
+    exam.add_argument("--with-baselines", action="store_true", help="also the published predictions")
+    exam.add_argument("--source", metavar="URL", help="a mirror (default: the public repository at the pinned commit)")
+    exam.add_argument("--overwrite", action="store_true", help="replace files that differ")
+
+
+def _data_cpt(options: argparse.Namespace) -> None:
+    import os
+
+    from medllm_jax.data.corpus import Corpus, Recipe, prepare_corpus
+    from medllm_jax.data.stages import in_processes, on_beam
+    from medllm_jax.settings import build, read_yaml
+
+    settings = read_yaml(options.config) if options.config else {}
+    where = options.config or "the command line"
+    listed = settings.pop("corpora", [])
+    if not isinstance(listed, list):
+        raise UserError(f"{where}: corpora is a list of corpora, each with name and input")
+    tokenizer = options.tokenizer or settings.pop("tokenizer", None)
+    output = options.output or settings.pop("output", None)
+    settings |= {name: value for name, value in vars(options).items() if name in _RECIPE and value is not None}
+    recipe = build(Recipe, settings, where)
+    if options.input:
+        listed = [{"name": "corpus", "input": options.input}]
+    corpora = [build(Corpus, corpus, f"{where}: corpora[{number}]") for number, corpus in enumerate(listed)]
+    given = {"--input (or corpora in --config)": corpora, "--tokenizer": tokenizer, "--output": output}
+    missing = [name for name, value in given.items() if not value]
+    if missing:
+        options.parser.error(f"the following arguments are required: {', '.join(missing)}")
+
+    with contextlib.ExitStack() as stack:
+        if options.engine == "beam":
+            engine = on_beam(shlex.split(options.beam_options))
+        else:
+            engine = stack.enter_context(in_processes(options.workers or os.cpu_count() or 1))
+        show = stack.enter_context(_stages())
+        metadata = prepare_corpus(
+            corpora, tokenizer, output, recipe, overwrite=options.overwrite, engine=engine, progress=show
+        )
+    _report_store(output, metadata, "documents")
+    print(f"the whole report: medllm data show {output}")
+
+
+def _data_pairs(options: argparse.Namespace) -> None:
+    from medllm_jax.data.gate import Gate
+    from medllm_jax.data.preferences import prepare_pairs
+
+    with _counting("pairs") as progress:
+        metadata = prepare_pairs(
+            options.input,
+            options.tokenizer,
+            options.output,
+            options.sequence_length,
+            pairs_per_row=options.pairs_per_row,
+            max_prompt_tokens=options.max_prompt_tokens,
+            prompts=options.prompts,
+            on_bad=options.on_bad,
+            on_long=options.on_long,
+            gate=Gate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    _report_store(options.output, metadata, "pairs")
+
+
+def _data_sft(options: argparse.Namespace) -> None:
+    from medllm_jax.data.gate import Gate
+    from medllm_jax.data.instructions import prepare_instructions
+
+    with _counting("conversations") as progress:
+        metadata = prepare_instructions(
+            options.input,
+            options.tokenizer,
+            options.output,
+            options.sequence_length,
+            on_bad=options.on_bad,
+            on_long=options.on_long,
+            gate=Gate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    _report_store(options.output, metadata, "conversations")
+
+
+def _data_exam(options: argparse.Namespace) -> None:
+    from medllm_jax.evaluation.download import ATTRIBUTION, SOURCE, fetch, igakuqa_files
+    from medllm_jax.metrics import Console
+
+    files = igakuqa_files(options.years, baselines=options.with_baselines)
+    with Console("fetching", len(files), unit="file") as console:
+        show = lambda done: console.update(done, every_seconds=5)  # noqa: E731
+        source, overwrite = options.source or SOURCE, options.overwrite
+        fetched = fetch(files, source, options.output, ATTRIBUTION, overwrite=overwrite, progress=show)
+    print(f"{options.output}: {fetched.fetched} files fetched, {fetched.kept} were there; see its ATTRIBUTION.md")
+
+
+def _data_show(options: argparse.Namespace) -> None:
+    from medllm_jax.data.report import report
+    from medllm_jax.data.store import RowStore
+
+    print(report(RowStore.open(options.store).metadata))
+
+
+def _data_verify(options: argparse.Namespace) -> None:
+    from medllm_jax.data.store import RowStore, verify
+    from medllm_jax.metrics import Console
+
+    with Console("verify", len(RowStore.open(options.store)), unit="row") as console:
+        store = verify(options.store, lambda done: console.update(done, every_seconds=5))
+    print(f"{options.store}: {len(store):,} rows are as they were written, {store.metadata.digest}")
+
+
+@contextlib.contextmanager
+def _counting(what: str):
+    """A context whose value shows a growing count now and then."""
+    import time
+
+    last = time.monotonic()
+
+    def show(items: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 5:
+            last = time.monotonic()
+            print(f"{items:,} {what}", flush=True)
+
+    yield show
+
+
+@contextlib.contextmanager
+def _stages():
+    """A context whose value shows stage after stage: (stage, done, total) -> None."""
+    from medllm_jax.metrics import Console
+
+    console, current = None, None
+
+    def show(stage: str, done: int, total: int) -> None:
+        nonlocal console, current
+        if stage != current:
+            if console is not None:
+                console.close()
+            console, current = Console(stage, total, done=done, unit="unit"), stage
+        console.update(done, every_seconds=5)
+
+    try:
+        yield show
+    finally:
+        if console is not None:
+            console.close()
+
+
+def _report_store(output: str, metadata: Any, what: str) -> None:
+    print(
+        f"{output}: {metadata.examples:,} {what} in {metadata.rows:,} rows of {metadata.sequence_length}, "
+        f"{metadata.tokens:,} tokens, {metadata.fill:.1%} full"
+    )
+    for reason, entry in metadata.dropped.items():
+        places = ", ".join(entry["first"])
+        print(f"left out: {entry['count']} ({reason}), first at {places}")

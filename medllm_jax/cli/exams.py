@@ -1,0 +1,291 @@
+"""`medllm pairs | evaluate | score | likelihood | contamination | report`: what asks models, and what came of it."""
+
+import argparse
+import sys
+from typing import Any
+
+from medllm_jax.cli import arguments
+from medllm_jax.cli.parsing import verb
+from medllm_jax.errors import UserError
+
+
+def add(verbs: Any) -> None:
+    """The verbs."""
+    about = "sample a model on an exam with known answers, grade, make preference rows (see docs/pairs.md)"
+    make = verb(verbs, "pairs", _pairs, about)
+    arguments.add_model(make)
+    arguments.add_exam(make)
+    arguments.add_samples(make, samples=8)
+    _add_pair_arguments(make)
+
+    score = verb(verbs, "score", _score, "scores of predictions that are there already (see docs/exams.md)")
+    _add_score_arguments(score)
+
+    exam = verb(verbs, "evaluate", _evaluate, "exam accuracy, answer-only and with explanation")
+    arguments.add_model(exam)
+    arguments.add_exam(exam)
+    arguments.add_samples(exam, samples=1)
+    exam.add_argument("--prepend-stems", action="store_true", help="the case before follow-up questions that lack it")
+    exam.add_argument("--limit", type=int, help="only the first so many questions")
+    exam.add_argument("--output", help="folder for outputs and scores (default: in the run folder)")
+
+    about = "how much of an exam stands in corpora or stores (see docs/contamination.md)"
+    overlap = verb(verbs, "contamination", _contamination, about)
+    overlap.add_argument("--exam", required=True, help="IgakuQA folder, or multiple-choice .jsonl")
+    overlap.add_argument("--years", type=int, nargs="+", help="only these years of the exam")
+    overlap.add_argument("--text-only", action="store_true", help="only questions that need no picture")
+    sources = "stores, or files, folders and globs of documents, pairs, instructions; local or gs://"
+    overlap.add_argument("--against", nargs="+", required=True, metavar="PATH", help=sources)
+    overlap.add_argument("--tokenizer", metavar="DIR", help="that the stores were made with")
+    overlap.add_argument("--n", type=int, default=13, help="characters of a stretch (default 13)")
+    share = "share of a question's stretches from which on it counts (default 0.5)"
+    overlap.add_argument("--threshold", type=float, default=0.5, help=share)
+    overlap.add_argument("--output", metavar="DIR", help="exam results to put contamination.json into")
+
+    report = verb(verbs, "report", _report, "runs and exam results as one HTML page with pictures")
+    report.add_argument("folder", nargs="+", help="run folders, or folders of exam results, local or gs://")
+    report.add_argument("--output", default="report", help="folder for report.html and figures/ (default report)")
+    shown = "question whose outputs are shown; may be given again (no output is shown otherwise)"
+    report.add_argument("--example", action="append", default=[], metavar="ID", help=shown)
+
+    about = "how often the likeliest letters are right: a quick look at a model, no exam score"
+    look = verb(verbs, "likelihood", _likelihood, about)
+    look.add_argument("--run", required=True, help="run folder (or converted model); its newest checkpoint is used")
+    arguments.add_machine(look)
+    arguments.add_questions(look)
+    look.add_argument("--output", help="folder for likelihood.json (default: in the run folder)")
+
+
+def _pairs(options: argparse.Namespace) -> None:
+    import dataclasses
+    import json
+
+    from etils import epath
+
+    from medllm_jax.evaluation.exam import load_exam
+    from medllm_jax.evaluation.prompts import load_template
+    from medllm_jax.evaluation.samples import SampleOptions, sample_exam
+    from medllm_jax.metrics import Console
+    from medllm_jax.pairs import PairOptions, choose_questions, make_pairs
+    from medllm_jax.remote import write_whole
+
+    drawn = SampleOptions(options.samples, options.temperature, options.top_p, options.seed)
+    names = ("strategy", "most", "min_characters", "max_characters", "format_failures")
+    wanted = PairOptions(**{name: getattr(options, name) for name in names})
+    template = load_template(options.template)
+    exam = load_exam(options.exam, years=options.years, text_only=options.text_only)
+    exam, left_out = choose_questions(exam, list(map(load_exam, options.evaluation_exam)), options.on_overlap)
+    output = epath.Path(options.output)
+    if output.exists() and not options.overwrite:
+        raise UserError(f"{output} exists: give another output, or --overwrite (which keeps the samples)")
+    kept = epath.Path(options.samples_file or f"{str(output).removesuffix('.jsonl')}.samples.jsonl")
+
+    sampler = _sampler(options, drawn)
+    with Console("samples", len(exam.questions) * len(options.conditions), unit="prompt") as console:
+        show = lambda done: console.update(done, every_seconds=10)  # noqa: E731
+        samples = sample_exam(
+            exam, template, options.conditions, kept, sampler, drawn, anew=options.resample, progress=show
+        )
+    rows, report = make_pairs(exam, template, options.conditions, samples, wanted, examples=options.show_examples)
+    made_of = {"exam": exam.name, "template": template.name, "questions": len(exam.questions)}
+    made_of |= {"questions_left_out": left_out, "options": dataclasses.asdict(wanted)}
+    made_of |= {"samples_of": {"file": str(kept), "where": samples.where, **samples.settings}}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(made_of | report.as_dict(), ensure_ascii=False, indent=2)
+    write_whole(output.with_name(f"{output.name}.report.json"), content + "\n")
+    for reason, entry in left_out.items():
+        print(f"questions left out: {entry['count']} {reason}")
+    for line in report.lines():
+        print(line)
+    if not rows:
+        raise UserError(f"no pair came out of {exam.name}: see the counts above; more samples, or a higher temperature")
+    write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{output}: {len(rows)} pairs; samples: {kept}; report: {output}.report.json")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from medllm_jax.evaluation.exam import load_exam
+    from medllm_jax.evaluation.prompts import load_template
+    from medllm_jax.evaluation.run import evaluate, format_table
+    from medllm_jax.evaluation.samples import SampleOptions
+    from medllm_jax.metrics import Console
+
+    choice = {"text_only": options.text_only, "prepend_stems": options.prepend_stems, "limit": options.limit}
+    exam, template = load_exam(options.exam, options.years, **choice), load_template(options.template)
+    temperature = options.temperature if options.samples > 1 else 0.0
+    drawn = SampleOptions(options.samples, temperature, options.top_p, options.seed)
+    output = options.output or _results_folder(options, exam.name, template.name)
+    sampler = _sampler(options, drawn)
+    with Console(f"exam {exam.name}", len(exam.questions) * len(options.conditions), unit="question") as console:
+        show = lambda done: console.update(done, every_seconds=10)  # noqa: E731
+        summaries = evaluate(
+            exam, template, options.conditions, sampler, output, drawn, anew=options.resample, progress=show
+        )
+    print(format_table(summaries))
+    print(f"outputs, grades and scores: {output}")
+
+
+def _sampler(options: argparse.Namespace, drawn: Any) -> Any:
+    """The model that is asked, one of the three kinds; None where none is named."""
+    from medllm_jax import samplers
+
+    kinds = {"--run": options.run, "--hf": options.hf, "--server": options.server}
+    named = [kind for kind, value in kinds.items() if value]
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)} are given: one model is asked at a time")
+    if bool(options.server) != bool(options.model):
+        raise UserError("a server's model is named by --server URL and --model NAME, both")
+    if options.server:
+        of_server = {"concurrency": options.concurrency, "chat": options.chat}
+        return samplers.named_server_sampler(options.server, options.model, drawn, **of_server)
+    of_machine = {"batch_size": options.batch_size, "chat": options.chat}
+    if options.hf:
+        return samplers.folder_sampler(options.hf, drawn, dtype=options.compute_dtype, **of_machine)
+    if not options.run:
+        return None
+
+    mesh, precision = arguments.mesh_of(options.mesh), arguments.precision_of(options)
+    return samplers.run_sampler(options.run, drawn, mesh=mesh, precision=precision, **of_machine)
+
+
+def _results_folder(options: argparse.Namespace, exam: str, template: str) -> Any:
+    """Where results of a run stand if nothing else is said: one folder for each way of asking it."""
+    from etils import epath
+
+    from medllm_jax.checkpoint import latest_step
+
+    if not options.run:
+        raise UserError("--output is missing: the folder for outputs and scores (only a run has a place for them)")
+    ways = [exam, template, f"step{latest_step(options.run)}"]
+    ways += ["chat"] * options.chat + ["stems"] * options.prepend_stems
+    ways += [f"{options.samples}samples"] if options.samples > 1 else []
+    return epath.Path(options.run) / "evaluation" / "-".join(ways)
+
+
+def _score(options: argparse.Namespace) -> None:
+    import json
+
+    from etils import epath
+
+    from medllm_jax.evaluation.exam import load_exam
+    from medllm_jax.evaluation.predictions import read_predictions
+    from medllm_jax.evaluation.score import SystemScore, as_json, comparison_text, text_of
+    from medllm_jax.evaluation.statistics import compare
+
+    whole = load_exam(options.data, name=options.exam)
+    exam = load_exam(options.data, options.years, name=options.exam, text_only=options.text_only)
+    if options.exam == "igakuqa" and any(question.year is None for question in exam.questions):
+        raise UserError(f"{options.data} holds other questions than IgakuQA's: give --exam questions")
+    predictions = read_predictions(options.predictions, exam, whole, allow_missing=options.allow_missing)
+    systems = [SystemScore.of(name, found, exam, options.condition) for name, found in predictions.items()]
+    by_name = {system.name: system for system in systems}
+    if options.against is not None and (options.against not in by_name or len(systems) < 2):
+        raise UserError(f"--against {options.against}: there are predictions of {', '.join(by_name)}; two are compared")
+    others = [system for system in systems if options.against not in (None, system.name)]
+    first = by_name.get(options.against)
+    if options.json:
+        compared = {other.name: compare(first.grades[options.tier], other.grades[options.tier]) for other in others}
+        print(json.dumps(as_json(systems, compared), indent=1, ensure_ascii=False))
+    else:
+        print(text_of(systems, options.tier))
+        for other in others:
+            print("\n" + comparison_text(first, other, options.tier))
+    if options.output:
+        for system in systems:
+            system.write(epath.Path(options.output) / system.name, exam)
+        print(
+            f"\nresults for `medllm report`: {', '.join(f'{options.output}/{name}' for name in by_name)}",
+            file=sys.stderr,
+        )
+
+
+def _likelihood(options: argparse.Namespace) -> None:
+    import json
+
+    from etils import epath
+
+    from medllm_jax.checkpoint import latest_step
+    from medllm_jax.evaluation.exam import load_exam
+    from medllm_jax.evaluation.prompts import load_template
+    from medllm_jax.likelihood import likelihood_of_run
+    from medllm_jax.remote import write_whole
+
+    exam = load_exam(options.exam, options.years, text_only=options.text_only)
+    template = load_template(options.template)
+    step = latest_step(options.run)
+    output = epath.Path(options.output or f"{options.run}/evaluation/{exam.name}-{template.name}-step{step}")
+    placed = {"mesh": arguments.mesh_of(options.mesh), "precision": arguments.precision_of(options)}
+    score = likelihood_of_run(options.run, exam, template, batch_size=options.batch_size, **placed)
+    output.mkdir(parents=True, exist_ok=True)
+    found = {"exam": exam.name, "template": template.name, "model": f"{options.run}@{step}", "step": step}
+    write_whole(output / "likelihood.json", json.dumps(found | score.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    shares = f"{100 * score.accuracy:.1f}%; by points {100 * score.weighted_accuracy:.1f}%"
+    print(f"the likeliest answer is right: {score.correct} of {score.n} ({shares}); not scored: {score.left_out}")
+    print(f"not to be compared with what a model writes; {output / 'likelihood.json'}")
+
+
+def _contamination(options: argparse.Namespace) -> None:
+    from medllm_jax.contamination import accuracies_apart, contamination, write_contamination
+    from medllm_jax.evaluation.exam import load_exam
+    from medllm_jax.metrics import Ticker
+
+    exam = load_exam(options.exam, options.years, text_only=options.text_only)
+    how = {"tokenizer": options.tokenizer, "n": options.n, "threshold": options.threshold}
+    found = contamination(exam, options.against, **how, progress=Ticker("texts", every_seconds=10))
+    share = f"{found['overlapping']} of {found['questions']} questions ({100 * found['share']:.1f}%)"
+    least = f"{100 * options.threshold:.0f}% or more of their {options.n}-character stretches"
+    print(f"{share}: {least} are in what was read")
+    if found["too_short"]:
+        print(f"  {found['too_short']} questions are shorter than that, and can't be found")
+    for year, count in found["by_year"].items():
+        print(f"  {year}: {count}")
+    if options.output:
+        for condition, which, group in accuracies_apart(options.output, found["ids"]):
+            print(f"  {condition}, {which} questions: {group.correct} of {group.n} right ({100 * group.accuracy:.1f}%)")
+        print(f"ids and shares: {write_contamination(options.output, found)}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from medllm_jax.report.collect import collect
+    from medllm_jax.report.page import write_report
+
+    runs, results = collect(options.folder)
+    page = write_report(runs, results, options.output, options.example)
+    print(f"{page}: {len(runs)} runs, {len(results)} exam results; pictures: {page.parent / 'figures'}")
+
+
+def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
+    other = "exam that the model will be judged by, in whole; may be given again"
+    parser.add_argument("--evaluation-exam", action="append", default=[], metavar="PATH", help=other)
+    overlap = "what to do about questions that it asks too (default refuse)"
+    parser.add_argument("--on-overlap", choices=("refuse", "drop"), default="refuse", help=overlap)
+
+    parser.add_argument("--output", required=True, help="preference rows, .jsonl; OUTPUT.report.json stands beside it")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it is there; samples stay")
+    kept = "where the samples are kept, and gone on from (default: beside the output)"
+    parser.add_argument("--samples-file", metavar="PATH", help=kept)
+    parser.add_argument("--strategy", choices=("gold", "onpolicy", "both"), default="both", help="what is preferred")
+    parser.add_argument("--most", type=int, default=10, help="pairs of one prompt, at most (default 10)")
+    parser.add_argument("--min-characters", type=int, default=1, help="shorter samples are left out (default 1)")
+    parser.add_argument("--max-characters", type=int, help="longer samples are left out (default: none)")
+    failures = "samples in which no answer can be read: rejected like wrong ones (default), or left out"
+    parser.add_argument("--format-failures", choices=("reject", "drop"), default="reject", help=failures)
+    shown = "texts by reason in the report, never on the terminal (default 0)"
+    parser.add_argument("--show-examples", type=int, default=0, metavar="N", help=shown)
+
+
+def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = "IgakuQA with its parts and thresholds (default), or any multiple-choice .jsonl"
+    parser.add_argument("--exam", choices=("igakuqa", "questions"), default="igakuqa", help=kinds)
+    parser.add_argument("--data", required=True, metavar="DIR", help="the exam's folder or file, local or gs://")
+    parser.add_argument("--predictions", nargs="+", required=True, metavar="FILE", help="files, folders or patterns")
+    parser.add_argument("--years", type=int, nargs="+", help="only these years of the exam")
+    parser.add_argument("--text-only", action="store_true", help="only questions that need no picture")
+    tier = "which rule the details are of (default strict); points are shown of all three"
+    parser.add_argument("--tier", choices=("official", "strict", "lenient"), default="strict", help=tier)
+    condition = "what the prompt asked for (default answer_only)"
+    parser.add_argument("--condition", choices=("answer_only", "explain"), default="answer_only", help=condition)
+    parser.add_argument("--against", metavar="SYSTEM", help="compare the others with this one, question by question")
+    parser.add_argument("--allow-missing", action="store_true", help="count questions without a prediction as wrong")
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    parser.add_argument("--output", metavar="DIR", help="also write results, one folder a system, for `medllm report`")
