@@ -30,7 +30,9 @@ from medllm_jax.evaluation.letters import QUOTES, LetterReader, Reading
 PROBLEMS = ("empty", "refusal", "placeholder", "truncated", "conflict", "wrong_count", "unparseable")
 
 _QUOTE = f"[{re.escape(QUOTES)}]"
+# What is called wrong is no answer (不正解, 誤答).
 _CUE = re.compile(
+    r"(?<![不誤])(?<!不正)(?<!誤った)(?<!間違った)(?<!incorrect )(?<!wrong )"
     r"(?:最終(?:的な?)?(?:答え|解答|回答|結論|判断|選択|診断)?|正解|正答|答え|答|解答|回答"
     r"|(?<![a-z])(?:final )?answers?)"
     r"(?:の?(?:選択肢|番号|記号)|(?: choices?| options?| letters?)\b)?"

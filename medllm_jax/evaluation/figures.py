@@ -9,8 +9,11 @@ from medllm_jax.evaluation.exam import Question
 _NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3}){1,6}|\d{1,20})(?:\.\d{1,20})?(?![\d,]*\d)"
 _POWER = r"(?:\s?[x×*]\s?10\s?\^\s?\{?(?P<power>-?\d{1,2})\}?)?"
 _FIGURE = re.compile(rf"(?P<digits>{_NUMBER}|[-+]?\.\d{{1,20}}){_POWER}")
-# A range or a second figure: the answer is not one number.
-_NOT_ONE = re.compile(r"\s?(?:~|-|から|ないし|to|または|又は|か|or)\s?\d|\s?[x×]\s?\d")
+# A range, a second figure, or a number that is denied: the answer is not one number.
+_NOT_ONE = re.compile(
+    r"\s?(?:~|-|から|ないし|to|または|又は|か|or)\s?\d|\s?[x×]\s?\d"
+    r"|\s?[^\s\d。、(]{0,8}?(?:では?な[いくか]|じゃな|以外|以上|以下|未満)"
+)
 _SUBJECT = re.compile(r"[^\d\n=。\ue001-\ue009][^\n=。\ue001-\ue009]{0,24}?は")
 _BEFORE = re.compile(r"[\s\"'「『(\[約およそほぼ、,:=]{0,12}\ue001?")
 _OTHER_BOX = re.compile(r"[\ue002-\ue009]\s?[:=は]?\s?\d")

@@ -20,7 +20,7 @@ _AFTER = (
     r"|でしょう|で[、,しき]|と(?:考|思|な|判|い)|にな|だけ|のみ|解説|理由|説明|根拠|なぜ|because\b|explanation\b|が(?:最|もっとも|正|適|該当)"
 )
 _AFTER_START = re.compile(_AFTER + ")")
-_AFTER_CUE = re.compile(_AFTER + r"|が|を)")
+_AFTER_CUE = re.compile(_AFTER + r"|が|を(?!除))")
 _OPENING = re.compile(r"[ \t\"'“”‘’「『(\[]*")
 _CALLED = re.compile(r"[ \t\"'“”‘’「『(\[]*(?:(?:選択肢の?|(?:choice|option)\b)[ \t\"'“”‘’「『(\[]*)?")
 _NOT_BUT = re.compile(r"(?:では|じゃ)なくて?[、, ]{0,2}")
