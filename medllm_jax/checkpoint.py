@@ -6,16 +6,26 @@ position, the run's config, and of adapters their settings and what base they be
 A converted Hugging Face model is a step 0 that has no ``training``.
 """
 
-from collections.abc import Iterator
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
+from medllm_jax import arrays
 from medllm_jax.config import AdapterConfig, ModelConfig
 from medllm_jax.errors import UserError
+from medllm_jax.model.quantize import Storage
 from medllm_jax.remote import is_remote
 from medllm_jax.settings import build
 from medllm_jax.sharding import path_of
@@ -23,9 +33,32 @@ from medllm_jax.step import TrainState
 
 _policies = ocp.training.save_decision_policies
 
-# Weights that come from one host are stored in chunks of at most this many bytes, so that a device reads its shard
-# without reading everything around it.
-_CHUNK_BYTES = 8 << 20
+_COMMITTED = "commit_success.txt"  # what makes a checkpoint whole where nothing can be renamed, as in a bucket
+_SAVE = "_CHECKPOINT_METADATA"
+
+# Orbax warns of checkpoints without its own key-value store, which is how models are written slice by slice.
+logging.getLogger("absl").addFilter(lambda record: "TensorStore data files not found" not in str(record.msg))
+
+
+class StoredWeight(NamedTuple):
+    """How a weight is stored, of a model that is written slice by slice."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk: tuple[int, ...]
+
+
+def _storage_context() -> ocp.Context:
+    """Blocks are stored apart, in chunks, so that one of them, or a device's part, is read without all around it."""
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = arrays.CHUNK_BYTES
+    options = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=arrays.CHUNK_BYTES, shard_axes=(0,))
+
+    def options_of(key_path: tuple, value: Any) -> Any:
+        return options if "layers/" in path_of(key_path) and np.ndim(value) > 1 else None
+
+    context.array.saving.scoped_storage_options_creator = options_of
+    return context
 
 
 class CheckpointWriter:
@@ -41,6 +74,7 @@ class CheckpointWriter:
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(every),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
+            context=_storage_context(),
         )
 
     def due(self, step: int) -> bool:
@@ -76,8 +110,7 @@ def steps(run: str | epath.Path) -> list[int]:
     """Steps of the whole checkpoints of a run folder, in order."""
     folder = checkpoints_of(run)
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    # The marker is what makes a checkpoint whole where nothing can be renamed, as in a bucket.
-    return sorted(int(name) for name in names if name.isdigit() and (folder / name / "commit_success.txt").exists())
+    return sorted(int(name) for name in names if name.isdigit() and (folder / name / _COMMITTED).exists())
 
 
 def newest_step(run: str | epath.Path) -> int | None:
@@ -145,6 +178,12 @@ def load_adapted(run: str | epath.Path, step: int | None = None) -> Adapted | No
     return Adapted(build(AdapterConfig, meta["config"]["adapter"], where=f"checkpoint of {run}"), base)
 
 
+def load_storage(run: str | epath.Path, step: int | None = None) -> Storage | None:
+    """How the projections of a whole model are quantised in a checkpoint; None where they aren't."""
+    storage = load_meta(run, step).get("storage")
+    return None if storage is None else Storage(**storage)
+
+
 def check_base(base: Base, fingerprint: str) -> None:
     """UserError unless the fingerprint of what was read is the base's."""
     if fingerprint != base.fingerprint:
@@ -183,16 +222,55 @@ def stream_params(
         yield path_of(key_path), jax.tree.leaves(_items(run, step, items)["params"])[place]
 
 
-def write_model(run: str | epath.Path, params: Any, model: dict[str, Any]) -> None:
+def open_arrays(run: str | epath.Path, step: int | None = None) -> dict[str, ts.TensorStore]:
+    """Path -> array of each weight of a checkpoint as stored, to be read slice by slice."""
+    step = latest_step(run) if step is None else step
+    return arrays.open_arrays(checkpoints_of(run) / str(step) / "params")
+
+
+def identity(run: str | epath.Path, step: int) -> str:
+    """What tells one save of a step from another: Orbax notes when it was made."""
+    return hashlib.sha256((checkpoints_of(run) / str(step) / _SAVE).read_bytes()).hexdigest()
+
+
+# --- models that don't come from training ------------------------------------------------------------------------
+
+
+def write_model(run: str | epath.Path, params: Any, model: dict[str, Any], **meta: Any) -> None:
     """Writes weights as step 0 of a new run folder: what training, evaluation and export start from.
 
-    Weights may be memory-mapped files: the largest weight and little more is held in memory.
+    model: its shape, as plain values. meta: what else the checkpoint shall say of itself.
     """
-    # The same memory as arrays of the CPU, since Orbax bounds what it holds of jax.Arrays only.
-    cpu = jax.local_devices(backend="cpu")[0]
-    params = jax.tree.map(lambda x: jax.device_put(x, cpu, may_alias=True) if isinstance(x, np.ndarray) else x, params)
-    context = ocp.Context()
-    context.memory.write_concurrent_bytes = 1 + max(x.nbytes for x in jax.tree.leaves(params))
-    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-    with context:
-        ocp.save_checkpointables(checkpoints_of(run) / "0", {"params": params, "meta": {"model": model}})
+    with _storage_context():
+        items = {"params": params, "meta": {"model": model, **meta}}
+        ocp.save_checkpointables(checkpoints_of(run) / "0", items)
+
+
+def new_arrays(run: str | epath.Path, weights: Mapping[str, StoredWeight]) -> dict[str, ts.TensorStore]:
+    """Path -> array of each weight of a step 0 that is written slice by slice; `finish_model` makes a checkpoint of it.
+
+    Several processes may open the same. ValueError where other arrays are there already.
+    """
+    item = checkpoints_of(run) / "0" / "params"
+    item.mkdir(parents=True, exist_ok=True)
+    return {path: arrays.create(item, path, w.shape, w.dtype.name, w.chunk) for path, w in weights.items()}
+
+
+def finish_model(run: str | epath.Path, weights: Mapping[str, StoredWeight], meta: dict[str, Any]) -> None:
+    """Makes a checkpoint of arrays that are written: until then there is none.
+
+    Orbax describes a model of the same structure, with a single number in each weight, and what it says is copied.
+    """
+    target = checkpoints_of(run) / "0"
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = epath.Path(folder) / "0"
+        leaves = {path: jnp.zeros((1,) * len(w.shape), w.dtype) for path, w in weights.items()}
+        ocp.save_checkpointables(tiny, {"params": unflatten_dict(leaves, sep="/"), "meta": meta})
+        tree = json.loads((tiny / "params" / arrays.TREE).read_text())
+        (target / "params" / arrays.TREE).write_text(arrays.describe(tree))
+        for file in sorted(path for path in Path(folder, "0").rglob("*") if path.is_file()):
+            name = file.relative_to(tiny)
+            if name.parts[0] != "params" and name.name != _COMMITTED:
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                (target / name).write_bytes(file.read_bytes())
+        (target / _COMMITTED).write_bytes((tiny / _COMMITTED).read_bytes())

@@ -2,11 +2,12 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from medllm_jax.sharding import path_of, replicated
@@ -29,11 +30,34 @@ def lines_of(params: Any) -> list[str]:
     arrays = [leaf for _, leaf in leaves]
     everywhere = replicated(arrays[0].sharding.mesh) if isinstance(arrays[0].sharding, NamedSharding) else None
     sums = jax.device_get(_checksums(everywhere)(arrays))
-    lines = []
-    for (key_path, leaf), checksum in zip(leaves, sums, strict=True):
-        words = " ".join(f"{int(word):08x}" for word in checksum)
-        lines.append(f"{path_of(key_path)} {leaf.dtype.name} {leaf.shape} {words}\n")
-    return lines
+    return [
+        _line(path_of(key_path), leaf.dtype, leaf.shape, checksum)
+        for (key_path, leaf), checksum in zip(leaves, sums, strict=True)
+    ]
+
+
+def _line(path: str, dtype: np.dtype, shape: tuple[int, ...], checksum: np.ndarray) -> str:
+    words = " ".join(f"{int(word):08x}" for word in checksum)
+    return f"{path} {dtype.name} {shape} {words}\n"
+
+
+class Slices:
+    """The fingerprint of a model that is only ever seen in slices."""
+
+    def __init__(self, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]):
+        self._shapes = dict(shapes)
+        self._sums = {path: np.zeros(2, np.uint32) for path in shapes}
+
+    def add(self, path: str, first: int, values: np.ndarray) -> None:
+        """A slice of a parameter's elements in their order, the `first` of which has that index."""
+        offset = np.uint32(first % 2**32)
+        self._sums[path] += np.asarray(_slice_checksum(values, offset))  # modulo 2^32, like the whole's
+
+    def digest(self) -> str:
+        """`model_fingerprint` of the model, once every element was seen once."""
+        # The order is that of a tree of dictionaries.
+        paths = sorted(self._shapes, key=lambda path: path.split("/"))
+        return digest(_line(path, self._shapes[path][1], self._shapes[path][0], self._sums[path]) for path in paths)
 
 
 def digest(lines: Iterable[str]) -> str:
@@ -46,13 +70,17 @@ def _checksums(sharding: NamedSharding | None) -> Callable[[list[jax.Array]], li
     return jax.jit(lambda arrays: list(map(_checksum, arrays)), out_shardings=sharding)
 
 
-def _checksum(array: jax.Array) -> jax.Array:
-    """uint32 [2]: two sums, modulo 2^32, of the array's bits mixed with each element's own index."""
+def _checksum(array: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+    """uint32 [2]: two sums, modulo 2^32, of the array's bits mixed with each element's own index, from `first` on."""
     bits = jax.lax.bitcast_convert_type(array, _BITS[array.dtype.itemsize]).astype(jnp.uint32)
     index = jnp.zeros(array.shape, jnp.uint32)
     for dimension, size in enumerate(array.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, dimension)
+    index = index + jnp.uint32(first)
     return jnp.stack([jnp.sum(_mix(bits ^ _mix(index + jnp.uint32(seed))), dtype=jnp.uint32) for seed in (1, 2**31)])
+
+
+_slice_checksum = jax.jit(_checksum)
 
 
 def _mix(x: jax.Array) -> jax.Array:

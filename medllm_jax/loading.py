@@ -21,6 +21,7 @@ from medllm_jax.checkpoint import (
     load_adapted,
     load_model_config,
     load_params,
+    load_storage,
     stream_params,
 )
 from medllm_jax.config import AdapterConfig, ModelConfig, PrecisionConfig, RunConfig
@@ -152,9 +153,19 @@ def first_weights(config: RunConfig, plan: Blueprint) -> FirstWeights:
         _check_same_adapter(source, found.settings, config.adapter)
         return FirstWeights(load_params(source, plan.abstract), load_frozen(plan, found), found.base)
     if plan.adapter is None:
+        _check_not_quantised(source)
         return FirstWeights(load_params(source, plan.abstract), {}, None)
     frozen, base = load_base(plan, source, latest_step(source))
     return FirstWeights(random_params(plan, config.seed), frozen, base)
+
+
+def _check_not_quantised(run: str) -> None:
+    storage = load_storage(run)
+    if storage is not None:
+        raise UserError(
+            f"{run} holds a model whose projections are quantised to {storage.format}, which only adapters can be "
+            "trained on: set adapter, or convert the model again without --quantize"
+        )
 
 
 def _check_same_adapter(source: str, found: AdapterConfig, wanted: AdapterConfig | None) -> None:
@@ -182,9 +193,17 @@ def load_frozen(plan: Blueprint, adapted: Adapted | None) -> Any:
 def load_base(plan: Blueprint, run: str, step: int) -> tuple[Any, Base]:
     """The frozen parameters of a blueprint from a checkpoint of a whole model, and what tells that model apart.
 
-    One parameter at a time, each shard by shard: a base that is quantised is never whole before it is.
+    One parameter at a time, each shard by shard: a base that is quantised is never whole before it is. It may also be
+    stored so.
     """
     wanted = flatten_dict(plan.frozen, sep="/")
+    storage = load_storage(run, step)
+    if storage not in (None, storage_of(plan.adapter)):
+        double = f" and adapter.double_quantization to {str(storage.double).lower()}"
+        raise UserError(
+            f"{run} is stored in {storage.format}, adapter.base is {plan.adapter.base}: "
+            f"set it to {storage.format}{double}, or convert the model again"
+        )
 
     def sharding_of(key_path: tuple, _: Any) -> jax.sharding.Sharding:
         path = path_of(key_path)
@@ -226,6 +245,8 @@ class LoadedModel(NamedTuple):
 def load_model(run: str, precision: PrecisionConfig, mesh: Mesh) -> LoadedModel:
     """The newest model of a run folder, on a mesh; adapters with the base that they belong to."""
     adapted = load_adapted(run)
+    if adapted is None:
+        _check_not_quantised(run)
     plan = blueprint(load_model_config(run), precision, mesh, adapter=adapted and adapted.settings)
     params = whole(load_params(run, plan.abstract), load_frozen(plan, adapted))
     return LoadedModel(plan.config, plan.structure, params, mesh)

@@ -1,6 +1,7 @@
 """What a run writes while it goes on: metrics.jsonl, TensorBoard events, and lines or a bar on the terminal."""
 
 import json
+import math
 import sys
 import time
 from typing import Any
@@ -96,7 +97,10 @@ class Meter:
 
 
 class Console:
-    """Progress of a long job: a bar on a terminal, plain lines elsewhere; quiet where `enabled` is False."""
+    """Progress of a long job: a bar on a terminal, plain lines elsewhere; quiet where `enabled` is False.
+
+    unit: what is counted; bytes are shown as sizes.
+    """
 
     def __init__(self, title: str, total: int, *, done: int = 0, unit: str = "step", enabled: bool = True):
         self._title, self._total, self._unit, self._enabled = title, total, unit, enabled
@@ -104,12 +108,19 @@ class Console:
         self._bar = None
         if enabled and sys.stderr.isatty():
             import rich.console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
 
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                MofNCompleteColumn(),
+                DownloadColumn() if unit == "bytes" else MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(),
                 console=rich.console.Console(stderr=True),
@@ -126,7 +137,10 @@ class Console:
         if not self._enabled or (now - self._last_line < every_seconds and done < self._total):
             return
         self._last_line = now
-        line = f"{self._title}: {self._unit} {done}/{self._total}" + (f"  {note}" if note else "")
+        counted = f"{self._unit} {done}/{self._total}"
+        if self._unit == "bytes":
+            counted = f"{size_in_words(done)} of {size_in_words(self._total)}"
+        line = f"{self._title}: {counted}" + (f"  {note}" if note else "")
         if self._first < done < self._total:
             left = (now - self._start) / (done - self._first) * (self._total - done)
             line += f"  ({_duration(left)} left)"
@@ -154,6 +168,12 @@ class Ticker:
         if now - self._last >= self._every:
             self._last = now
             print(f"{what}: {done:,} {self._unit}", file=sys.stderr, flush=True)
+
+
+def size_in_words(size: float) -> str:
+    """A number of bytes for people: ``5.3 GB``."""
+    power = min(int(math.log10(max(size, 1))) // 3, 3)
+    return f"{size / 1000**power:.1f} {('bytes', 'kB', 'MB', 'GB')[power]}" if power else f"{size:.0f} bytes"
 
 
 def _duration(seconds: float) -> str:

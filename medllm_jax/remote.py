@@ -8,7 +8,10 @@ import contextlib
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from medllm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from etils import epath
@@ -17,6 +20,17 @@ if TYPE_CHECKING:
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path is in object storage: nothing can be appended to there, and a folder can't be renamed at once."""
     return "://" in str(path)
+
+
+def kvstore_spec(folder: str | os.PathLike) -> dict[str, str]:
+    """The TensorStore kvstore of a folder; UserError for a scheme other than a local path or gs://."""
+    text = os.fspath(folder)
+    if text.startswith("gs://"):
+        bucket, _, key = text.removeprefix("gs://").partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{key.rstrip('/')}/"}
+    if is_remote(text):
+        raise UserError(f"{text}: a local folder, or one under gs://, is expected")
+    return {"driver": "file", "path": f"{Path(text).resolve()}/"}
 
 
 def names_in(folder: "epath.Path") -> set[str]:

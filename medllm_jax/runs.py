@@ -25,6 +25,11 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
+    # What must be passed on with a model stands with its tokenizer, and goes where that goes.
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
 )
 
 # Where a tokenizer is before it is whole. In a bucket its files are moved one by one: as long as one is left here, what

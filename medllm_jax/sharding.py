@@ -105,17 +105,29 @@ def row_of(table: tuple[tuple[str, Any], ...], path: str) -> Any:
     return values[0]
 
 
+def parts_of(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Into how many parts each dimension of a parameter is split, on a mesh of such sizes.
+
+    UserError with the numbers in it where one does not divide.
+    """
+    spec = row_of(PARAMETERS, path)
+    parts = []
+    for dimension, axes in enumerate(spec):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        parts.append(math.prod(sizes[axis] for axis in axes))
+        if shape[dimension] % parts[-1]:
+            listed = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in axes)
+            raise UserError(f"dimension {dimension} of {path} {shape} does not divide by {listed}")
+    return tuple(parts)
+
+
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:
     """NamedSharding of every parameter of a tree of arrays or shapes, by `PARAMETERS`."""
 
     def sharding(key_path, leaf) -> NamedSharding:
-        path, spec = path_of(key_path), row_of(PARAMETERS, path_of(key_path))
-        for dimension, axes in enumerate(spec):
-            axes = (axes,) if isinstance(axes, str) else axes or ()
-            if leaf.shape[dimension] % math.prod(mesh.shape[axis] for axis in axes):
-                parts = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in axes)
-                raise UserError(f"dimension {dimension} of {path} {leaf.shape} does not divide by {parts}")
-        return NamedSharding(mesh, spec)
+        path = path_of(key_path)
+        parts_of(path, leaf.shape, mesh.shape)
+        return NamedSharding(mesh, row_of(PARAMETERS, path))
 
     return jax.tree_util.tree_map_with_path(sharding, params)
 

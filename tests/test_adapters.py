@@ -37,10 +37,9 @@ from medllm_jax.train import train
 from tests.test_step import rows_of
 from tests.world import tiny_config
 from tools.convert_hf.__main__ import main as convert
-from tools.convert_hf.from_hf import stacked_weights
 from tools.convert_hf.hf_weights import open_hf
-from tools.convert_hf.to_hf import open_run
-from tools.convert_hf.verify import logits_here
+from tools.convert_hf.run_weights import open_run
+from tools.convert_hf.verify import logits_here, stacked_weights
 
 MODEL = tiny_config(hidden_size=128, intermediate_size=256)
 FLOAT32 = PrecisionConfig(compute="float32")
@@ -234,7 +233,7 @@ def test_merged_equals_unmerged(finished, tmp_path):
     assert convert(["to-hf", str(finished / "rpo"), str(tmp_path / "hf")]) == 0
     (merged,) = logits_here(open_hf(tmp_path / "hf"), [tokens])
     np.testing.assert_allclose(merged, unmerged, atol=1e-4)
-    ours, exported = open_run(str(finished / "rpo")).stacked(), stacked_weights(open_hf(tmp_path / "hf"), staging=None)
+    ours, exported = (stacked_weights(side) for side in (open_run(str(finished / "rpo")), open_hf(tmp_path / "hf")))
     jax.tree.map(np.testing.assert_array_equal, ours, exported)
 
 
@@ -284,7 +283,7 @@ def test_a_base_that_is_gone_or_another_is_refused(world, base, finished, tmp_pa
         for attempt in (
             lambda: train(config),
             lambda: load_model(finished / "rpo", FLOAT32, make_mesh(MeshConfig())),
-            lambda: open_run(str(finished / "rpo")).stacked(),
+            lambda: stacked_weights(open_run(str(finished / "rpo"))),
         ):
             with pytest.raises(UserError, match="is not the model that the adapters were trained on: its step 0 has"):
                 attempt()

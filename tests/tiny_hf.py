@@ -119,13 +119,13 @@ def our_model(folder: str | Path, *, remat: str = "none") -> tuple[Any, Any, Any
     import jax
     import jax.numpy as jnp
     from flax import nnx
+    from flax.traverse_util import unflatten_dict
 
     from medllm_jax.model.qwen2 import Backend, Qwen2
-    from tools.convert_hf.from_hf import stacked_weights
     from tools.convert_hf.hf_weights import open_hf
-    from tools.convert_hf.names import unflatten
+    from tools.convert_hf.verify import stacked_weights
 
     model = open_hf(folder)
     structure, _ = nnx.split(nnx.eval_shape(lambda: Qwen2(model.config, Backend(remat=remat), rngs=nnx.Rngs(0))))
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), unflatten(stacked_weights(model, staging=None)))
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), unflatten_dict(stacked_weights(model), sep="/"))
     return model.config, structure, params

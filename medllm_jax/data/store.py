@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -26,7 +25,7 @@ from etils import epath
 
 from medllm_jax.data.batch import Kind
 from medllm_jax.errors import UserError
-from medllm_jax.remote import is_remote
+from medllm_jax.remote import kvstore_spec
 
 FORMAT_VERSION = 3
 METADATA_FILE = "store.json"
@@ -112,17 +111,6 @@ class StoreMetadata:
 
 def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def kvstore_spec(path: epath.Path) -> dict[str, str]:
-    """The TensorStore kvstore of a folder; UserError for a scheme other than a local path or gs://."""
-    text = str(path)
-    if text.startswith("gs://"):
-        bucket, _, key = text.removeprefix("gs://").partition("/")
-        return {"driver": "gcs", "bucket": bucket, "path": f"{key.rstrip('/')}/"}
-    if is_remote(path):
-        raise UserError(f"{text}: stores live in a local folder or under gs://")
-    return {"driver": "file", "path": f"{Path(text).resolve()}/"}
 
 
 class RowStore:

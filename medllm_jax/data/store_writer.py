@@ -21,10 +21,9 @@ from medllm_jax.data.store import (
     TOKENS_PER_ROW,
     CorpusRows,
     StoreMetadata,
-    kvstore_spec,
 )
 from medllm_jax.errors import UserError
-from medllm_jax.remote import is_remote, remove_folder
+from medllm_jax.remote import is_remote, kvstore_spec, remove_folder
 
 # Of uncompressed rows: what the writer holds in memory, once being filled and once being written.
 _SHARD_BYTES = 64 * 2**20

@@ -132,18 +132,29 @@ def as_frozen(weight: np.ndarray, adapter: AdapterConfig) -> np.ndarray:
     return weight if storage_of(adapter) else weight.astype(jnp.dtype(adapter.base))
 
 
-def merge(weight: np.ndarray, factors: tuple[np.ndarray, np.ndarray] | None, adapter: AdapterConfig) -> np.ndarray:
-    """float32 [out, in]: a projection's weight as training saw it (so first quantised, if it was), plus scale B A.
+def merge(
+    weight: np.ndarray,
+    factors: tuple[np.ndarray, np.ndarray] | None,
+    adapter: AdapterConfig,
+    *,
+    quantised: bool = False,
+) -> np.ndarray:
+    """float32 [rows, in]: rows of a projection's weight as training saw it (so first quantised), plus scale B A.
 
-    factors: lora_A [rank, in] and lora_B [out, rank], or None for a projection without an adapter.
+    factors: lora_A [rank, in] and the rows of lora_B [rows, rank], or None for a projection without an adapter.
+    quantised: the weight is already what the codes of a quantised base stand for.
     """
-    return np.asarray(_merge(weight, factors, adapter))
+    return np.asarray(_merge(weight, factors, adapter, quantised))
 
 
-@functools.partial(jax.jit, static_argnames="adapter")
-def _merge(weight: jax.Array, factors: tuple[jax.Array, jax.Array] | None, adapter: AdapterConfig) -> jax.Array:
-    storage = storage_of(adapter)
-    if storage is None:
+@functools.partial(jax.jit, static_argnames=("adapter", "quantised"))
+def _merge(
+    weight: jax.Array, factors: tuple[jax.Array, jax.Array] | None, adapter: AdapterConfig, quantised: bool
+) -> jax.Array:
+    storage = None if quantised else storage_of(adapter)
+    if quantised:
+        merged = weight
+    elif storage is None:
         merged = weight.astype(adapter.base).astype(jnp.float32)
     else:
         merged = dequantize(quantize(weight, storage), storage, jnp.float32)

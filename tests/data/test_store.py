@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from medllm_jax.data import store_writer as writer_module
-from medllm_jax.data.store import RowStore, StoreMetadata, check_compatible, kvstore_spec, verify
+from medllm_jax.data.store import RowStore, StoreMetadata, check_compatible, verify
 from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
 from medllm_jax.errors import UserError
+from medllm_jax.remote import kvstore_spec
 from tests.data.stores import ABOUT, numbered_rows, write_rows
 
 
@@ -307,5 +308,5 @@ def test_kvstore_specs(tmp_path):
 
     assert kvstore_spec(tmp_path / "a") == {"driver": "file", "path": f"{tmp_path}/a/"}
     assert kvstore_spec(epath.Path("gs://bucket/x/rows")) == {"driver": "gcs", "bucket": "bucket", "path": "x/rows/"}
-    with pytest.raises(UserError, match="local folder or under gs://"):
+    with pytest.raises(UserError, match="local folder, or one under gs://"):
         kvstore_spec("s3://bucket/rows")

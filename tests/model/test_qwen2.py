@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from medllm_jax.config import ModelConfig, ObjectiveConfig
 from medllm_jax.data.batch import Batch, batch_of
 from medllm_jax.losses import next_token, pair_log_probs
 from medllm_jax.model.qwen2 import REMAT_POLICIES, Backend, Qwen2, empty_cache, rotary, rotate
 from tests.tiny_hf import make_hf_folder, our_model
-from tools.convert_hf.names import tensors_of, unflatten
+from tools.convert_hf.names import tensors_of
 
 VOCAB = 96
 
@@ -289,7 +290,9 @@ def test_every_parameter_is_drawn_and_counted():
     )
     state = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Qwen2(config, rngs=nnx.Rngs(0)))))()
     shapes = jax.tree.map(lambda x: x.shape, state)
-    assert jax.tree.structure(state) == jax.tree.structure(unflatten({t.path: 0 for t in tensors_of(config)}))
+    assert jax.tree.structure(state) == jax.tree.structure(
+        unflatten_dict({t.path: 0 for t in tensors_of(config)}, sep="/")
+    )
     assert shapes["layers"]["self_attn"]["k_proj"]["weight"] == (3, 16, 32)
     q_proj = np.asarray(state["layers"]["self_attn"]["q_proj"]["weight"])
     assert abs(q_proj.std() - 0.1) < 0.01

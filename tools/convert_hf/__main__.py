@@ -5,19 +5,23 @@ Everything runs on the CPU. Exit codes: 0 done, 1 the checkpoints disagree, 2 th
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 
 from medllm_jax.errors import UserError
+from tools.convert_hf.memory import keep_freed_memory
 
 DTYPES = ("float32", "bfloat16", "float16")
+ADAPTER_BASES = ("float32", "bfloat16", "int8", "int4", "nf4")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
     options = _parser().parse_args(arguments)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the weights need the host's memory, not a device's
+    keep_freed_memory()
     try:
         return options.verb(options)
     except UserError as error:
@@ -31,26 +35,45 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser(
         "from-hf",
-        help="a Hugging Face checkpoint as a run folder",
+        help="a Hugging Face checkpoint, or an adapter of PEFT's, as a run folder",
         description="Converts a Hugging Face checkpoint (safetensors, one file or shards with their index) into a run "
-        "folder to start training, evaluation or generation from. The weights keep their dtype. The disk of DST "
-        "needs room for the model twice meanwhile.",
+        "folder to start training, evaluation or generation from, slice by slice. The weights keep their dtype. With "
+        "--base, SRC is an adapter that PEFT saved, and DST a run of that adapter.",
     )
-    verb.add_argument("source", metavar="SRC", help="local folder with config.json, *.safetensors, tokenizer files")
+    verb.add_argument("source", metavar="SRC", help="folder with config.json, *.safetensors, tokenizer; local or gs://")
     verb.add_argument("target", metavar="DST", help="new run folder, local or gs://")
+    verb.add_argument("--resume", action="store_true", help="go on with a conversion that was interrupted")
+    verb.add_argument(
+        "--mesh", metavar="fsdp=N,tensor=M", help="store weights in the parts that devices of such a mesh will read"
+    )
+    verb.add_argument("--quantize", choices=("int8", "int4", "nf4"), help="quantise the projections, for QLoRA")
+    verb.add_argument("--double-quantization", action="store_true", help="quantise their scales too")
+    verb.add_argument(
+        "--part", default="1/1", metavar="I/N", help="convert one of N shares; N processes share DST (default: 1/1)"
+    )
+    verb.add_argument("--base", metavar="RUN", help="run folder of the model that an adapter of PEFT's belongs to")
+    verb.add_argument(
+        "--base-storage", choices=ADAPTER_BASES, help="of --base in training (default: as it is stored, or bfloat16)"
+    )
     verb.set_defaults(verb=_from_hf)
 
     verb = verbs.add_parser(
         "to-hf",
-        help="a checkpoint of a run folder as a Hugging Face checkpoint",
-        description="Writes a checkpoint of a run folder in Hugging Face's format, with config and tokenizer. Holds "
-        "one weight, stacked over all blocks, in host memory at a time.",
+        help="a checkpoint of a run folder as a Hugging Face checkpoint, or as an adapter of PEFT's",
+        description="Writes a checkpoint of a run folder in Hugging Face's format, with config, tokenizer, model card, "
+        "notice and checksums, slice by slice. Adapters are merged into their base, unless they are exported alone.",
     )
     verb.add_argument("source", metavar="SRC", help="run folder, local or gs://")
-    verb.add_argument("target", metavar="DST", help="new local folder")
+    verb.add_argument("target", metavar="DST", help="new folder, local or gs://")
     verb.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
     verb.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored)")
     verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="size of a file (default: 5GB)")
+    verb.add_argument("--adapter", action="store_true", help="the adapter alone, as PEFT's files")
+    verb.add_argument("--base-name", metavar="NAME", help="what the card calls the base, such as Qwen/Qwen2.5-7B")
+    verb.add_argument(
+        "--evaluation", action="append", default=[], metavar="DIR", help="exam results for the card; repeatable"
+    )
+    verb.add_argument("--resume", action="store_true", help="go on with an export that was interrupted")
     verb.add_argument("--overwrite", action="store_true", help="replace DST if it is a Hugging Face folder")
     verb.set_defaults(verb=_to_hf)
 
@@ -72,10 +95,56 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _from_hf(options: argparse.Namespace) -> int:
-    from tools.convert_hf.from_hf import from_hf
+    from medllm_jax.model.quantize import Storage
+    from tools.convert_hf.from_hf import from_hf, from_peft
 
-    from_hf(options.source, options.target)
+    part = _part(options.part)
+    if options.base is not None:
+        for name in ("quantize", "mesh", "resume"):
+            if getattr(options, name):
+                raise UserError(f"--{name} has no meaning for an adapter, which is small: leave it out")
+        if part != (0, 1):
+            raise UserError("--part has no meaning for an adapter, which is small: leave it out")
+        from_peft(
+            options.source,
+            options.target,
+            base=options.base,
+            storage=options.base_storage,
+            double_quantization=options.double_quantization,
+        )
+        return 0
+    if options.base_storage is not None:
+        raise UserError("--base-storage says how the base of an adapter is stored: give --base too")
+    if options.double_quantization and not options.quantize:
+        raise UserError("--double-quantization is of quantised weights: give --quantize too")
+    from_hf(
+        options.source,
+        options.target,
+        storage=Storage(options.quantize, options.double_quantization) if options.quantize else None,
+        mesh=_mesh(options.mesh),
+        part=part,
+        resume=options.resume,
+    )
     return 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--part {text}: the number of a share and how many there are, such as 1/4, are expected")
+    return int(match[1]) - 1, int(match[2])
+
+
+def _mesh(text: str | None) -> dict[str, int] | None:
+    if text is None:
+        return None
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+    for entry in text.split(","):
+        axis, _, size = entry.partition("=")
+        if axis not in sizes or not size.isdecimal() or int(size) < 1:
+            raise UserError(f"--mesh {text}: sizes of axes are expected, such as fsdp=16,tensor=4")
+        sizes[axis] = int(size)
+    return sizes
 
 
 def _to_hf(options: argparse.Namespace) -> int:
@@ -87,6 +156,10 @@ def _to_hf(options: argparse.Namespace) -> int:
         step=options.step,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
+        adapter=options.adapter,
+        base_name=options.base_name,
+        evaluations=options.evaluation,
+        resume=options.resume,
         overwrite=options.overwrite,
     )
     return 0
@@ -109,7 +182,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 class _Terminated(BaseException):
-    """SIGTERM, as an exception that lets a conversion remove what it left unfinished."""
+    """SIGTERM, as an exception that lets a conversion note what is done."""
 
 
 def _terminate(*_: object) -> None:
@@ -121,8 +194,8 @@ def _run() -> int:
     try:
         return main()
     except (KeyboardInterrupt, _Terminated) as stop:
-        print("stopped; what was unfinished is removed", file=sys.stderr, flush=True)
-        # At once: threads that still write would bring back what was removed.
+        print("stopped", file=sys.stderr, flush=True)
+        # At once: threads that still work would be waited for.
         os._exit(130 if isinstance(stop, KeyboardInterrupt) else 143)
 
 

@@ -1,8 +1,9 @@
 """config.json and generation_config.json: a ModelConfig and a tokenizer in Hugging Face's terms, and back."""
 
 import json
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from medllm_jax.config import ModelConfig
 from medllm_jax.errors import UserError
@@ -28,7 +29,7 @@ _OPTIONAL = {
 }
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: epath.Path) -> ModelConfig:
     """The shape of the model in a folder, from a config.json that transformers 4 or 5 wrote.
 
     Raises UserError where the file is missing, or asks for something that the model here does not compute.
@@ -46,7 +47,7 @@ def read_config(folder: Path) -> ModelConfig:
     return build(ModelConfig, values | {"rope_theta": _rope_theta(config, path)}, where=str(path))
 
 
-def _check_supported(config: dict[str, Any], path: Path) -> None:
+def _check_supported(config: dict[str, Any], path: epath.Path) -> None:
     architectures = config.get("architectures") or [_ARCHITECTURE]
     if config.get("model_type") != "qwen2" or architectures != [_ARCHITECTURE]:
         raise UserError(
@@ -61,7 +62,7 @@ def _check_supported(config: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: quantised weights: convert the checkpoint they were made from")
 
 
-def _rope_theta(config: dict[str, Any], path: Path) -> float:
+def _rope_theta(config: dict[str, Any], path: epath.Path) -> float:
     # transformers 4: rope_theta and rope_scaling; transformers 5: both in rope_parameters.
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
@@ -100,7 +101,7 @@ def token_ids_of(tokenizer: Any, generation: dict[str, Any] | None) -> dict[str,
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: epath.Path) -> dict[str, Any]:
     """The mapping in a JSON file; UserError if it holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -111,5 +112,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def json_text(content: dict[str, Any]) -> str:
+    """As a file for people, too."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -66,15 +66,3 @@ def tensors_of(config: ModelConfig) -> list[Tensor]:
     ]
     around = [Tensor(name, shapes[path], path, None) for path, name in rows if "{layer}" not in name]
     return [around[0], *blocks, *around[1:]]
-
-
-def unflatten(weights: dict[str, object]) -> dict:
-    """``{"a/b": x}`` as the nested dictionary ``{"a": {"b": x}}``."""
-    tree: dict = {}
-    for path, value in weights.items():
-        *folders, last = path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = value
-    return tree

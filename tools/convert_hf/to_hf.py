@@ -1,28 +1,39 @@
 """From a run folder to a Hugging Face checkpoint that transformers, vLLM and their like load."""
 
+import hashlib
+import json
 import re
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from medllm_jax import checkpoint, runs
-from medllm_jax.config import ModelConfig
 from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.errors import UserError
-from medllm_jax.fingerprint import digest, lines_of
-from medllm_jax.metrics import Console
-from medllm_jax.model.lora import as_frozen, merge
-from medllm_jax.remote import is_remote
-from tools.convert_hf.folders import check_free, new_folder, replaced_folder
-from tools.convert_hf.hf_config import config_json, read_json, token_ids_of, write_json
-from tools.convert_hf.hf_weights import ShardWriter
-from tools.convert_hf.names import Tensor, tensors_of
+from medllm_jax.metrics import Console, size_in_words
+from medllm_jax.remote import is_remote, names_in, remove_folder
+from tools.convert_hf import peft
+from tools.convert_hf.card import documents
+from tools.convert_hf.folders import (
+    Filling,
+    ahead,
+    check_room,
+    clear_notes,
+    full_disk_is_reported,
+    holds_something,
+    unfinished_folder,
+)
+from tools.convert_hf.hf_config import config_json, json_text, token_ids_of
+from tools.convert_hf.hf_weights import DTYPES, INDEX, SINGLE
+from tools.convert_hf.names import Tensor
+from tools.convert_hf.run_weights import Run, open_run
+from tools.convert_hf.shards import Shard, index_of, shards_of, tensor_bytes, write_shard
 
+SUMS = "SHA256SUMS"
+_WORKERS = 2
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -33,34 +44,77 @@ def to_hf(
     step: int | None = None,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
+    adapter: bool = False,
+    base_name: str | None = None,
+    evaluations: Sequence[str] = (),
+    resume: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Writes a checkpoint of a run folder as a local Hugging Face folder.
+    """Writes a checkpoint of a run folder as a Hugging Face folder, local or gs://, slice by slice.
 
-    Weights are read one parameter (all its blocks) at a time into host memory, and written into their places. Adapters
-    are merged into their base as training saw it: of a quantised one, into what its codes stand for.
+    Adapters are merged into their base as training saw it: of a quantised one, into what its codes stand for.
 
-    step: default the newest. dtype: default as stored. overwrite: replaces a target that is a Hugging Face folder.
+    step: default the newest. dtype: default as stored. adapter: the adapter alone, as PEFT's files. base_name: what the
+    model card calls the base model. evaluations: folders of exam results that the card shows. resume: goes on with what
+    was begun. overwrite: replaces a target that is a Hugging Face folder.
     Raises UserError for a source without such a checkpoint, and a target that can't be written.
     """
     start = time.monotonic()
     max_bytes = parse_size(max_shard_size)
-    _check_target(target, overwrite)
+    if resume and not is_remote(target) and clear_notes(target):
+        print(f"{target} is whole already")  # it was stopped before the last of its steps
+        return
+    replace = _make_way(target, overwrite=overwrite, resume=resume)
     run = open_run(source, step)
-    stored = np.dtype(dtype) if dtype else run.dtype
-    with ExitStack() as stack:
-        replace = overwrite and Path(target).exists()
-        folder = Path(stack.enter_context((replaced_folder if replace else new_folder)(target)))
-        _write_weights(run, folder, stored, max_bytes)
-        has_tokenizer = _write_configs(run, folder, stored)
-    size = sum(int(np.prod(tensor.shape)) for tensor in run.tensors)
-    if run.adapted is not None:
+    weights = peft.AdapterOf(source, run.step) if adapter else run
+    stored = np.dtype(dtype) if dtype else weights.dtype
+    if stored not in DTYPES.values():
+        raise UserError(f"{source}: weights of dtype {stored.name} can't be exported: give --dtype float32 or bfloat16")
+    shards = shards_of(weights.tensors, stored, max_bytes, single=peft.WEIGHTS if adapter else SINGLE)
+    if adapter and len(shards) > 1:
+        raise UserError(f"--max-shard-size {max_shard_size}: adapters are one file, and these take more")
+    first, token_ids = _companions(weights, base_name, evaluations)
+    last = _last(weights, shards, stored, token_ids, base_name)
+    size = sum(tensor_bytes(tensor, stored) for tensor in weights.tensors)
+    check_room(target, size)
+    if not adapter:
+        run.check_base()
+
+    what = {
+        "source": checkpoint.identity(source, run.step),
+        "files": [[shard.name, shard.bytes, stored.name] for shard in shards],
+        "beside": hashlib.sha256(repr((first, last)).encode()).hexdigest(),
+    }
+    filling = Filling(target, what)
+    filling.open(resume=resume)
+    memory = size_in_words(memory_needed(weights, stored))
+    print(f"{source}: {size_in_words(size)} in {stored.name}; it takes at most {memory} of memory", flush=True)
+    try:
+        with full_disk_is_reported(target):
+            files = _fill(weights, shards, first, last, stored, filling)
+            filling.finish()
+            filling.settle(replace=replace)
+    except BaseException:
+        if filling.keep():
+            print(f"what is done is kept in {filling.folder}; --resume goes on with it", flush=True)
+        raise
+    if run.adapted is not None and not adapter:
         settings, base = run.adapted
         print(f"adapters of {source} merged into {base.checkpoint}, step {base.step}, in {settings.base}")
+    parameters = sum(int(np.prod(tensor.shape)) for tensor in weights.tensors)
     print(
-        f"{target}: step {run.step} of {source}, {size:,} parameters in {stored.name}, "
-        f"{'with' if has_tokenizer else 'WITHOUT'} tokenizer, {time.monotonic() - start:.1f} s"
+        f"{target}: step {run.step} of {source}, {parameters:,} parameters in {stored.name}, {files} files, "
+        f"{'with' if runs.find_tokenizer(source) else 'WITHOUT'} tokenizer, {time.monotonic() - start:.1f} s"
     )
+
+
+def memory_needed(weights: Run | peft.AdapterOf, dtype: np.dtype) -> int:
+    """Bytes of host memory that the slices at work take at most: those waiting, as stored and as written."""
+    if isinstance(weights, peft.AdapterOf):
+        return 2 * sum(tensor_bytes(tensor, weights.dtype) for tensor in weights.tensors)
+    widest = max(4 if weights.adapted or weights.storage else weights.dtype.itemsize, dtype.itemsize)
+    largest = max(min(weights.slice_rows(t), t.shape[0]) * int(np.prod(t.shape[1:])) for t in weights.tensors)
+    return 4 * _WORKERS * largest * widest + _WORKERS * weights.chunk_bytes()
 
 
 def parse_size(text: str) -> int:
@@ -72,101 +126,109 @@ def parse_size(text: str) -> int:
     return size
 
 
-class Run:
-    """A checkpoint of a run folder: shape, dtype, and weights tensor by tensor as Hugging Face names them.
-
-    Of a checkpoint of adapters these are the merged weights, and the dtype is that in which the base is stored.
-    """
-
-    def __init__(self, path: str, step: int):
-        self.path, self.step = path, step
-        self.config: ModelConfig = checkpoint.load_model_config(path, step)
-        self.adapted = checkpoint.load_adapted(path, step)
-        self._base = (path, step) if self.adapted is None else self.adapted.base[:2]
-        self.dtype = np.dtype(checkpoint.abstract_params(*self._base)["norm"]["weight"].dtype)
-        self.tensors: list[Tensor] = tensors_of(self.config)
-
-    def stream(self, dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and value of every tensor, merged ones in a dtype; holds one parameter with all its blocks at a time."""
-        return ((tensor.name, value) for tensor, value in self._values(dtype or self.dtype))
-
-    def stacked(self) -> dict[str, np.ndarray]:
-        """Path -> weight, the blocks' stacked on a first axis; holds all of them."""
-        weights: dict[str, list[np.ndarray]] = {}
-        for tensor, value in self._values(self.dtype):
-            weights.setdefault(tensor.path, []).append(value if tensor.layer is None else value[None])
-        return {path: np.concatenate(values) for path, values in weights.items()}
-
-    def _values(self, dtype: np.dtype) -> Iterator[tuple[Tensor, np.ndarray]]:
-        by_path: dict[str, list[Tensor]] = {}
-        for tensor in self.tensors:
-            by_path.setdefault(tensor.path, []).append(tensor)
-        factors = {} if self.adapted is None else dict(checkpoint.stream_params(self.path, self.step))
-        lines = []
-        for path, value in checkpoint.stream_params(*self._base):
-            if self.adapted is not None:
-                lines += lines_of({path: jnp.asarray(value)})
-            for tensor in by_path[path]:
-                block = value if tensor.layer is None else value[tensor.layer]
-                if self.adapted is not None:
-                    block = self._merged(tensor, block, factors).astype(dtype)
-                yield tensor, block
-        if self.adapted is not None:
-            checkpoint.check_base(self.adapted.base, digest(lines))
-
-    def _merged(self, tensor: Tensor, block: np.ndarray, factors: dict[str, np.ndarray]) -> np.ndarray:
-        layer, _, name = tensor.path.rpartition("/")
-        if name != "weight" or not layer.endswith("_proj"):
-            return as_frozen(block, self.adapted.settings)
-        pair = [factors.get(f"{layer}/lora_{matrix}") for matrix in "AB"]
-        pair = None if pair[0] is None else tuple(matrix[tensor.layer] for matrix in pair)
-        return merge(block, pair, self.adapted.settings)
+# --- the target --------------------------------------------------------------------------------------------------
 
 
-def open_run(source: str, step: int | None = None) -> Run:
-    """A checkpoint of a run folder, the newest by default; UserError if the folder has no such checkpoint."""
-    newest = checkpoint.latest_step(source)
-    if step is not None and step not in checkpoint.steps(source):
-        listed = ", ".join(map(str, checkpoint.steps(source)))
-        raise UserError(f"{source} has no checkpoint of step {step}: it has {listed}")
-    return Run(source, newest if step is None else step)
+def _make_way(target: str, *, overwrite: bool, resume: bool) -> bool:
+    """Shall a folder be replaced when the new one is whole? UserError where something stands there that must not be."""
+    if overwrite and not resume and not is_remote(target):
+        remove_folder(unfinished_folder(target))
+    if not holds_something(target):
+        return False
+    if not overwrite:
+        raise UserError(f"{target} exists and is not empty: choose another folder, remove it, or give --overwrite")
+    folder = epath.Path(target)
+    if not folder.is_dir() or not names_in(folder) & {"config.json", peft.CONFIG}:
+        raise UserError(f"{target} is not a Hugging Face folder: --overwrite replaces nothing else")
+    if not is_remote(target):
+        return True
+    for name in (INDEX, "config.json", peft.CONFIG):  # what makes it valid goes first
+        (folder / name).unlink(missing_ok=True)
+    remove_folder(folder)
+    return False
 
 
-def _check_target(target: str, overwrite: bool) -> None:
-    if is_remote(target):
-        raise UserError(f"{target}: a local folder is expected: copy it from there to where it shall go")
-    if overwrite and Path(target).exists():
-        if not (Path(target) / "config.json").exists() and any(Path(target).iterdir()):
-            raise UserError(f"{target} is not a Hugging Face folder: --overwrite replaces nothing else")
-        return
-    try:
-        check_free(target)
-    except UserError as error:
-        raise UserError(f"{error}, or give --overwrite") from None
+# --- what is written ---------------------------------------------------------------------------------------------
 
 
-def _write_weights(run: Run, folder: Path, dtype: np.dtype, max_bytes: int) -> None:
-    writer = ShardWriter(folder, run.tensors, dtype, max_bytes)
-    try:
-        with Console("writing", len(run.tensors), unit="tensor") as console:
-            for done, (name, value) in enumerate(run.stream(dtype), start=1):
-                writer.write(name, value)
-                console.update(done, name, every_seconds=10)
-        writer.close()
-    finally:
-        writer.abandon()
-
-
-def _write_configs(run: Run, folder: Path, dtype: np.dtype) -> bool:
-    """config.json, and the tokenizer with generation_config.json if the run carries one; was there one?"""
-    carried = runs.find_tokenizer(run.path)
-    token_ids = {}
+def _companions(
+    weights: Run | peft.AdapterOf, base_name: str | None, evaluations: Sequence[str]
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """File name -> content of what stands beside the weights (tokenizer, card, notice, licence); ids of tokens."""
+    files, token_ids = {}, {}
+    carried = runs.find_tokenizer(weights.path)
     if carried is not None:
-        for file in carried.iterdir():
-            file.copy(epath.Path(folder) / file.name)
-        path = folder / "generation_config.json"
-        token_ids = token_ids_of(load_tokenizer(folder), read_json(path) if path.exists() else None)
-        if not path.exists():
-            write_json(path, token_ids)
-    write_json(folder / "config.json", config_json(run.config, dtype.name, token_ids))
-    return carried is not None
+        files = {file.name: file.read_bytes() for file in sorted(carried.iterdir())}
+        generation = json.loads(files["generation_config.json"]) if "generation_config.json" in files else None
+        token_ids = token_ids_of(load_tokenizer(carried), generation)
+        files.setdefault("generation_config.json", json_text(token_ids).encode())
+    kind = "adapter" if isinstance(weights, peft.AdapterOf) else "model"
+    texts = documents(weights.path, weights.step, kind=kind, base_name=base_name, evaluations=evaluations)
+    return files | {name: text.encode() for name, text in texts.items()}, token_ids
+
+
+def _last(
+    weights: Run | peft.AdapterOf,
+    shards: Sequence[Shard],
+    dtype: np.dtype,
+    token_ids: dict[str, Any],
+    base_name: str | None,
+) -> dict[str, bytes]:
+    """File name -> content of what makes a folder loadable, in the order in which to write it."""
+    if isinstance(weights, peft.AdapterOf):
+        return {peft.CONFIG: json_text(peft.config_json(weights.settings, base_name)).encode()}
+    files = {"config.json": json_text(config_json(weights.config, dtype.name, token_ids)).encode()}
+    index = index_of(shards, dtype)
+    return files if index is None else files | {INDEX: json_text(index).encode()}
+
+
+def _fill(
+    weights: Run | peft.AdapterOf,
+    shards: Sequence[Shard],
+    first: dict[str, bytes],
+    last: dict[str, bytes],
+    dtype: np.dtype,
+    filling: Filling,
+) -> int:
+    """Writes all the files; how many?"""
+    for name, content in first.items():
+        (filling.folder / name).write_bytes(content)
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in (first | last).items()}
+    sums |= _write_weights(weights, shards, dtype, filling)
+    listed = "".join(f"{value}  {name}\n" for name, value in sorted(sums.items()))
+    for name, content in ({SUMS: listed.encode()} | last).items():
+        (filling.folder / name).write_bytes(content)
+    return len(sums) + 1
+
+
+def _write_weights(
+    weights: Run | peft.AdapterOf, shards: Sequence[Shard], dtype: np.dtype, filling: Filling
+) -> dict[str, str]:
+    """File name -> sha256 of the files with weights, those among them that were written before included."""
+    sums = {shard.name: filling.done[shard.name] for shard in shards if shard.name in filling.done}
+    sizes = {shard.name: sum(tensor_bytes(tensor, dtype) for tensor in shard.tensors) for shard in shards}
+    done = sum(sizes[name] for name in sums)
+    with Console("writing", sum(sizes.values()), done=done, unit="bytes") as console:
+
+        def pieces(shard: Shard) -> Iterator[np.ndarray]:
+            nonlocal done
+
+            def read(place: tuple[Tensor, int, int]) -> np.ndarray:
+                return weights.read(*place, dtype)
+
+            places = (place for tensor in shard.tensors for place in _slices(weights, tensor))
+            for piece in ahead(read, places, workers=_WORKERS):
+                yield piece
+                done += piece.nbytes
+                console.update(done, shard.name, every_seconds=10)
+
+        for shard in shards:
+            if shard.name not in sums:
+                sums[shard.name] = write_shard(filling.folder, shard, pieces(shard))
+                filling.note(shard.name, sums[shard.name])
+    return sums
+
+
+def _slices(weights: Run | peft.AdapterOf, tensor: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+    rows, size = weights.slice_rows(tensor), tensor.shape[0]
+    return ((tensor, first, min(first + rows, size)) for first in range(0, size, rows))

@@ -6,24 +6,27 @@ through transformers where torch is installed and the checkpoint is a Hugging Fa
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from medllm_jax import checkpoint, runs
 from medllm_jax.data.tokenizer import encode_plain, load_tokenizer
 from medllm_jax.errors import UserError
+from medllm_jax.metrics import Console
 from medllm_jax.model.qwen2 import Backend, Qwen2
+from medllm_jax.remote import is_remote
 from medllm_jax.settings import to_plain
-from tools.convert_hf.from_hf import stacked_weights
+from tools.convert_hf.folders import ahead
 from tools.convert_hf.hf_weights import HFFolder, open_hf
-from tools.convert_hf.names import unflatten
-from tools.convert_hf.to_hf import Run, open_run
+from tools.convert_hf.names import Tensor
+from tools.convert_hf.run_weights import SLICE_BYTES, Run, open_run
 
 _LISTED = 10  # differences that are printed
 
@@ -59,7 +62,7 @@ def verify(
 
 
 def _open(path: str) -> Side:
-    if (Path(path) / "config.json").exists():
+    if (epath.Path(path) / "config.json").exists():
         return open_hf(path)
     if checkpoint.checkpoints_of(path).exists():
         return open_run(path)
@@ -86,22 +89,32 @@ class _Print(NamedTuple):
     digest: str
 
 
-def _stream(side: Side) -> Iterator[tuple[str, np.ndarray]]:
-    if isinstance(side, Run):
-        return side.stream()
-    return ((tensor.name, side.read(tensor.name)) for tensor in side.tensors)
-
-
 def fingerprints(side: Side) -> dict[str, _Print]:
     """Tensor name -> dtype, shape, and sha256 of its bytes."""
-    return {
-        name: _Print(value.dtype.name, value.shape, hashlib.sha256(_bytes(value)).hexdigest())
-        for name, value in _stream(side)
-    }
+    if isinstance(side, Run):
+        side.check_base()
+    digests = {tensor.name: hashlib.sha256() for tensor in side.tensors}
+    dtypes: dict[str, str] = {}
+
+    def read(place: tuple[Tensor, int, int]) -> tuple[Tensor, np.ndarray]:
+        return place[0], side.read(*place)
+
+    places = [place for tensor in side.tensors for place in _slices(side, tensor)]
+    with Console("reading", len(places), unit="slice") as console:
+        for number, (tensor, rows) in enumerate(ahead(read, places, workers=2), start=1):
+            digests[tensor.name].update(memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8)))
+            dtypes[tensor.name] = rows.dtype.name
+            console.update(number, tensor.name, every_seconds=10)
+    return {t.name: _Print(dtypes[t.name], t.shape, digests[t.name].hexdigest()) for t in side.tensors}
 
 
-def _bytes(value: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(value).view(np.uint8).data
+def _slices(side: Side, tensor: Tensor) -> list[tuple[Tensor, int, int]]:
+    if isinstance(side, Run):
+        rows = side.slice_rows(tensor)
+    else:
+        rows = max(1, SLICE_BYTES // (side.dtype.itemsize * int(np.prod(tensor.shape[1:]))))
+    size = tensor.shape[0]
+    return [(tensor, first, min(first + rows, size)) for first in range(0, size, rows)]
 
 
 def _same_bytes(first: Side, second: Side) -> bool:
@@ -143,7 +156,9 @@ def _same_logits(sides: tuple[Side, Side], rows: list[list[int]], tolerance: flo
         print("logits: torch is not installed, so transformers is not compared")
     else:
         for name, side in zip(("first", "second"), sides, strict=True):
-            if isinstance(side, HFFolder):
+            if isinstance(side, HFFolder) and is_remote(side.path):
+                print(f"logits: {side.path} is in a bucket, where transformers can't read it: copy it here to compare")
+            elif isinstance(side, HFFolder):
                 others[f"{name}, transformers"] = logits_transformers(side, rows)
 
     print(f"logits: of {sum(map(len, rows))} tokens, in float32, against `first, here`; tolerance {tolerance:g}")
@@ -156,12 +171,27 @@ def _same_logits(sides: tuple[Side, Side], rows: list[list[int]], tolerance: flo
     return agreed
 
 
+def stacked_weights(side: Side) -> dict[str, np.ndarray]:
+    """Path -> weight, the blocks' stacked on a first axis; holds all of them."""
+    if isinstance(side, Run):
+        side.check_base()
+    weights: dict[str, np.ndarray] = {}
+    blocks = side.config.num_hidden_layers
+    for tensor in side.tensors:
+        value = side.read(tensor)
+        if tensor.layer is None:
+            weights[tensor.path] = value
+        else:
+            stacked = weights.setdefault(tensor.path, np.empty((blocks, *tensor.shape), value.dtype))
+            stacked[tensor.layer] = value
+    return weights
+
+
 def logits_here(side: Side, rows: list[list[int]]) -> list[np.ndarray]:
     """float32 [tokens, V] for each row, through the model here; holds all the weights."""
-    weights = side.stacked() if isinstance(side, Run) else stacked_weights(side, staging=None)
     backend = Backend(compute_dtype=jnp.float32, param_dtype=side.dtype)
     structure, _ = nnx.split(nnx.eval_shape(lambda: Qwen2(side.config, backend, rngs=nnx.Rngs(0))))
-    model = nnx.merge(structure, jax.tree.map(jnp.asarray, unflatten(weights)))
+    model = nnx.merge(structure, jax.tree.map(jnp.asarray, unflatten_dict(stacked_weights(side), sep="/")))
     with jax.default_matmul_precision("highest"):
         return [_forward(model, row) for row in rows]
 

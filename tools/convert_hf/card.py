@@ -1,0 +1,2 @@
+def documents(run, step, *, kind, base_name, evaluations=()):
+    return {}
