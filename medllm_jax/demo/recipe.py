@@ -74,12 +74,13 @@ def run_demo(workdir: str, seed: int) -> Path:
         output = str(work / "evaluation" / name)
         medllm("evaluate", "--run", place[name], *test_exam, *batch, "--output", output)
 
-    say("Back to Hugging Face format")
+    results = [str(work / "evaluation" / name) for _, name in MODELS]
+    say("Back to Hugging Face format, with a model card that shows these scores")
     if not (work / "export").exists():
-        _convert("to-hf", place["rpo"], place["export"])
+        shown = [word for folder in results for word in ("--evaluation", folder)]
+        _convert("to-hf", place["rpo"], place["export"], *shown)
 
     say("Curves and scores on one page")
-    results = [str(work / "evaluation" / name) for _, name in MODELS]
     medllm("report", *(place[name] for _, name in MODELS), *results, "--output", str(work / "report"))
 
     table = _table(work)

@@ -49,8 +49,8 @@ class Model:
             yield [Sample(text, "stop") for text in (given if isinstance(given, list) else [given] * samples)]
 
 
-def asked_of(model, name="tiny"):
-    return model and Sampler(name, "here", model)
+def asked_of(model, name="tiny", where="here"):
+    return model and Sampler(name, where, model)
 
 
 def lines(file):

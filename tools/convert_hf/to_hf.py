@@ -162,8 +162,14 @@ def _companions(
         generation = json.loads(files["generation_config.json"]) if "generation_config.json" in files else None
         token_ids = token_ids_of(load_tokenizer(carried), generation)
         files.setdefault("generation_config.json", json_text(token_ids).encode())
-    kind = "adapter" if isinstance(weights, peft.AdapterOf) else "model"
-    texts = documents(weights.path, weights.step, kind=kind, base_name=base_name, evaluations=evaluations)
+    texts = documents(
+        weights.path,
+        weights.step,
+        adapter=isinstance(weights, peft.AdapterOf),
+        parameters=sum(int(np.prod(tensor.shape)) for tensor in weights.tensors),
+        base_name=base_name,
+        evaluations=evaluations,
+    )
     return files | {name: text.encode() for name, text in texts.items()}, token_ids
 
 
