@@ -77,11 +77,19 @@ def be_impatient() -> None:
 
     import gcsfs.retry
     import tensorstore
+    from google.api_core.retry import retry_unary
 
     gcsfs.retry.asyncio = types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 100))
-    patient = tensorstore.open
+    retry_unary.time = types.SimpleNamespace(
+        sleep=lambda seconds: time.sleep(seconds / 100), monotonic=time.monotonic, time=time.time
+    )
     retries = {"context": {"gcs_request_retries": {"initial_delay": "10ms"}}}
-    tensorstore.open = lambda spec, **more: patient(spec | retries if isinstance(spec, dict) else spec, **more)
+    for module in (tensorstore, tensorstore.KvStore):
+        module.open = _with_spec(module.open, retries)
+
+
+def _with_spec(opening: Any, more: dict[str, Any]) -> Any:
+    return lambda spec, **options: opening(spec | more if isinstance(spec, dict) else spec, **options)
 
 
 class Request(NamedTuple):
