@@ -59,6 +59,8 @@ def from_hf(
     number, parts = part
     if holds_something(target):
         raise UserError(f"{target} exists and is not empty: choose another folder, or remove it first")
+    if is_adapter(source):
+        raise UserError(f"{source} is an adapter of PEFT's: give --base too, the run folder of the model it belongs to")
     model = open_hf(source)
     has_tokenizer = _check_tokenizer(model)
     places = [_placed(model, tensor, storage, mesh) for tensor in model.tensors]

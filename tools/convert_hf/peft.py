@@ -122,8 +122,11 @@ def _settings(path: epath.Path, storage: Mapping[str, Any]) -> AdapterConfig:
     targets = content.get("target_modules")
     if targets == "all-linear":
         targets = list(known)
-    if not isinstance(targets, list) or not targets or set(targets) - set(known):
-        raise UserError(f"{file}: target_modules {targets!r}: some of {', '.join(known)} are expected")
+    # PEFT writes names of projections, or of each module: those of all blocks, as the weights must then show.
+    parts = [str(t).rpartition(".")[2] for t in targets] if isinstance(targets, list) else [repr(targets)]
+    if not parts or set(parts) - set(known):
+        wrong = listed(sorted(set(parts) - set(known))) or "[]"
+        raise UserError(f"{file}: target_modules has {wrong}: some of {', '.join(known)} are expected")
     for key, kinds in (("r", int), ("lora_alpha", int | float)):
         if not isinstance(content.get(key), kinds) or isinstance(content[key], bool):
             raise UserError(f"{file}: {key} is {content.get(key)!r}: a number is expected")
@@ -132,7 +135,7 @@ def _settings(path: epath.Path, storage: Mapping[str, Any]) -> AdapterConfig:
         alpha=float(content["lora_alpha"]),
         dropout=float(content.get("lora_dropout") or 0.0),
         rslora=bool(content.get("use_rslora")),
-        projections=tuple(name for name in known if name in targets),
+        projections=tuple(name for name in known if name in parts),
         **storage,
     )
 
