@@ -53,7 +53,6 @@ def create(item: epath.Path, path: str, shape: tuple[int, ...], dtype: str, chun
     Each chunk is a file of its own, there whole or not at all, with a checksum that every reader checks. ValueError
     where another array is there.
     """
-    integers = "int" in dtype
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
     spec = {
         "driver": "zarr3",
@@ -63,9 +62,9 @@ def create(item: epath.Path, path: str, shape: tuple[int, ...], dtype: str, chun
             "data_type": dtype,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
             "codecs": [little_endian, {"name": "crc32c"}],
-            "fill_value": 0 if integers else "NaN",  # a chunk that was lost must not pass for weights of zero
+            "fill_value": 0 if "int" in dtype else "NaN",  # what Orbax reads of a chunk that was lost
         },
-        "store_data_equal_to_fill_value": integers,
+        "store_data_equal_to_fill_value": True,  # so that a chunk that is not there was lost
     }
     # What is written is lost when the machine is, not when the program is: as with `cp`.
     context = ts.Context({"file_io_sync": False})
@@ -89,11 +88,11 @@ def open_arrays(item: epath.Path) -> dict[str, ts.TensorStore]:
     opened = {}
     for entry in tree["tree_metadata"].values():
         path = "/".join(str(key["key"]) for key in entry["key_metadata"])
-        if tree.get("use_ocdbt", True):
-            kvstore = {"driver": "ocdbt", "base": kvstore_spec(item), "path": f"{_name(path)}/"}
+        if tree.get("use_ocdbt", True):  # Orbax leaves out chunks of zeros
+            where = {"kvstore": {"driver": "ocdbt", "base": kvstore_spec(item), "path": f"{_name(path)}/"}}
         else:
-            kvstore = kvstore_spec(item / _name(path))
-        spec = {"driver": driver, "kvstore": kvstore, "recheck_cached_data": "open"}
+            where = {"kvstore": kvstore_spec(item / _name(path)), "fill_missing_data_reads": False}
+        spec = {"driver": driver, "recheck_cached_data": "open", **where}
         opened[path] = ts.open(spec, open=True, read=True)
     arrays = {}
     for path, future in opened.items():

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -7,21 +8,26 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from medllm_jax import checkpoint
-from medllm_jax.config import MeshConfig, ModelConfig
+from medllm_jax.config import AdapterConfig, MeshConfig, ModelConfig, PrecisionConfig
 from medllm_jax.data.tokenizer import encode_plain, fingerprint, load_tokenizer
 from medllm_jax.errors import UserError
+from medllm_jax.loading import blueprint, load_base, load_model
 from medllm_jax.settings import to_plain
 from medllm_jax.sharding import make_mesh, parameter_shardings
+from medllm_jax.train import train
+from tests.test_train import config_of
 from tests.tiny_hf import make_hf_folder, write_weights
 from tools.convert_hf.__main__ import main
 from tools.convert_hf.hf_config import config_json, read_config
+from tools.convert_hf.hf_weights import open_hf
 from tools.convert_hf.names import WEIGHTS, parameter_shapes, tensors_of
 from tools.convert_hf.to_hf import parse_size
+from tools.convert_hf.verify import stacked_weights
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -177,6 +183,93 @@ def test_export_of_a_step_is_that_step(converted, tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {two} has no checkpoint of step 3: it has 0, 7\n"
 
 
+def test_a_run_on_a_mesh_of_eight_exports_on_one_cpu(world, tmp_path):
+    config = config_of(world, tmp_path / "run", steps=1, mesh=MeshConfig(fsdp=4, tensor=2))
+    train(config)
+    alone = os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    program = [sys.executable, "-m", "tools.convert_hf", "to-hf", str(tmp_path / "run"), str(tmp_path / "out")]
+    subprocess.run(program, env=alone, check=True, capture_output=True)
+    exported = stacked_weights(open_hf(tmp_path / "out"))
+    trained = dict(checkpoint.stream_params(tmp_path / "run"))
+    assert exported.keys() == trained.keys()
+    for path, value in trained.items():
+        np.testing.assert_array_equal(exported[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=2,tensor=4", "data=2,fsdp=2,tensor=2"])
+def test_models_stored_for_a_mesh_load_on_any(tmp_path, mesh):
+    source = make_hf_folder(tmp_path / "hf", hidden=64, heads=(8, 8), layers=2, vocab=96, tokenizer=False)
+    assert run("from-hf", source, tmp_path / "run", "--mesh", mesh) == 0
+    expected = stacked_weights(open_hf(source))
+    for sizes in ({"fsdp": 1}, {"fsdp": 4, "tensor": 2}, {"data": 8}):
+        there = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[: np.prod(list(sizes.values()))])
+        model = load_model(str(tmp_path / "run"), PrecisionConfig(compute="float32"), there)
+        for path, value in flatten_dict(model.params, sep="/").items():
+            np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp", "fsdp=0", "rows=2", "fsdp=2;tensor=2"])
+def test_meshes_that_are_none(source, tmp_path, capsys, mesh):
+    assert run("from-hf", source, tmp_path / "run", "--mesh", mesh) == 2
+    assert "sizes of axes are expected, such as fsdp=16,tensor=4" in capsys.readouterr().err
+
+
+def test_a_mesh_that_does_not_divide_says_what(source, tmp_path, capsys):
+    assert run("from-hf", source, tmp_path / "run", "--mesh", "tensor=5") == 2
+    assert "does not divide by mesh.tensor 5" in capsys.readouterr().err
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("options", [("int8",), ("int4",), ("nf4",), ("nf4", "--double-quantization")])
+@pytest.mark.parametrize("mesh", [(), ("--mesh", "fsdp=2")])
+def test_quantised_on_the_way_is_as_quantised_in_training(tmp_path, options, mesh):
+    source = make_hf_folder(tmp_path / "hf", hidden=128, layers=2, vocab=96, dtype="bfloat16", tokenizer=False)
+    assert run("from-hf", source, tmp_path / "whole") == 0
+    assert run("from-hf", source, tmp_path / "quantised", "--quantize", *options, *mesh) == 0
+    adapter = AdapterConfig(base=options[0], double_quantization=len(options) > 1)
+    config = checkpoint.load_model_config(tmp_path / "whole")
+    plan = blueprint(
+        config, PrecisionConfig(compute="bfloat16"), make_mesh(MeshConfig(fsdp=2, data=4)), adapter=adapter
+    )
+    first, second = (load_base(plan, str(tmp_path / name), 0)[0] for name in ("whole", "quantised"))
+    first, second = flatten_dict(first, sep="/"), flatten_dict(second, sep="/")
+    assert first.keys() == second.keys()
+    for path, value in first.items():
+        assert value.dtype == second[path].dtype
+        np.testing.assert_array_equal(value, second[path], err_msg=path)
+    stored = [checkpoint.open_arrays(tmp_path / name).values() for name in ("whole", "quantised")]
+    sizes = [sum(array.size * array.dtype.numpy_dtype.itemsize for array in arrays) for arrays in stored]
+    assert sizes[1] < 0.7 * sizes[0]
+
+
+def test_quantised_models_are_exported_as_what_they_stand_for(tmp_path):
+    source = make_hf_folder(tmp_path / "hf", hidden=64, layers=1, vocab=96, tokenizer=False)
+    assert run("from-hf", source, tmp_path / "run", "--quantize", "int8") == 0
+    assert run("to-hf", tmp_path / "run", tmp_path / "out") == 0
+    before, after = tensors_in(source), tensors_in(tmp_path / "out")
+    for name, value in before.items():
+        if name.endswith("_proj.weight"):
+            assert 0 < np.abs(after[name] - value).max() < 0.01 * np.abs(value).max()
+        else:
+            np.testing.assert_array_equal(after[name], value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--double-quantization",), "give --quantize too"),
+        (("--base-storage", "nf4"), "give --base too"),
+        (("--quantize", "nf4"), "blocks of 64 don't divide its rows"),
+        (("--part", "0/2"), "--part 0/2"),
+        (("--part", "half"), "--part half"),
+    ],
+)
+def test_options_that_make_no_sense(source, tmp_path, capsys, options, message):
+    assert run("from-hf", source, tmp_path / "run", *options) == 2
+    assert message in capsys.readouterr().err
+    assert names_in(tmp_path) == []
+
+
 def test_transformers_loads_the_export_with_the_same_logits(source, converted, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -302,6 +395,11 @@ def larger_tokenizer(folder: Path) -> None:
     rewrite(lambda w: w.update({"model.embed_tokens.weight": w["model.embed_tokens.weight"][:200].copy()}))(folder)
 
 
+def padded_vocabulary(folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"vocab_size": 284}))
+
+
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 SECOND = "model-00002-of-00002.safetensors"
 BROKEN = {
@@ -343,6 +441,7 @@ BROKEN = {
         reindex(lambda folder, _: save_file({"x": np.ones(1)}, folder / "model.safetensors")),
         "remove one of them",
     ),
+    "vocabulary padded otherwise": (padded_vocabulary, "padded to 288 rows there, and vocab_size is 284"),
     "tokenizer of another model": (larger_tokenizer, "they belong to different models"),
 }
 
