@@ -63,9 +63,7 @@ def from_hf(
         raise UserError(f"{source} is an adapter of PEFT's: give --base too, the run folder of the model it belongs to")
     model = open_hf(source)
     has_tokenizer = _check_tokenizer(model)
-    places = [_placed(model, tensor, storage, mesh) for tensor in model.tensors]
-    weights = {path: weight for place in places for path, weight in place.weights.items()}
-    slices = [each for place in places for each in _slices(place)]
+    weights, slices = plan_of(model, storage, mesh)
     size = sum(each.bytes for each in slices)
     stored = sum(int(np.prod(weight.shape)) * weight.dtype.itemsize for weight in weights.values())
     check_room(target, stored)
@@ -176,6 +174,15 @@ class Slice(NamedTuple):
     @property
     def bytes(self) -> int:
         return (self.last - self.first) * self.place.row_bytes
+
+
+def plan_of(
+    model: HFFolder, storage: Storage | None, mesh: Mapping[str, int] | None
+) -> tuple[dict[str, StoredWeight], list[Slice]]:
+    """Path -> how a weight will be stored, and the slices to convert in order; reads nothing."""
+    places = [_placed(model, tensor, storage, mesh) for tensor in model.tensors]
+    weights = {path: weight for place in places for path, weight in place.weights.items()}
+    return weights, [each for place in places for each in _slices(place)]
 
 
 def _placed(model: HFFolder, tensor: Tensor, storage: Storage | None, mesh: Mapping[str, int] | None) -> _Place:

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
 import re
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import numpy as np
@@ -33,7 +36,10 @@ from tools.convert_hf.run_weights import Run, open_run
 from tools.convert_hf.shards import Shard, index_of, shards_of, tensor_bytes, write_shard
 
 SUMS = "SHA256SUMS"
-_WORKERS = 2
+_SHARDS = min(
+    4, os.cpu_count() or 1
+)  # written side by side, each by a thread that reads, one that writes and one that takes checksums
+_READERS = 1
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -114,7 +120,7 @@ def memory_needed(weights: Run | peft.AdapterOf, dtype: np.dtype) -> int:
         return 2 * sum(tensor_bytes(tensor, weights.dtype) for tensor in weights.tensors)
     widest = max(4 if weights.adapted or weights.storage else weights.dtype.itemsize, dtype.itemsize)
     largest = max(min(weights.slice_rows(t), t.shape[0]) * int(np.prod(t.shape[1:])) for t in weights.tensors)
-    return 4 * _WORKERS * largest * widest + _WORKERS * weights.chunk_bytes()
+    return _SHARDS * (4 * _READERS * largest * widest + _READERS * weights.chunk_bytes())
 
 
 def parse_size(text: str) -> int:
@@ -213,26 +219,50 @@ def _write_weights(
     """File name -> sha256 of the files with weights, those among them that were written before included."""
     sums = {shard.name: filling.done[shard.name] for shard in shards if shard.name in filling.done}
     sizes = {shard.name: sum(tensor_bytes(tensor, dtype) for tensor in shard.tensors) for shard in shards}
-    done = sum(sizes[name] for name in sums)
-    with Console("writing", sum(sizes.values()), done=done, unit="bytes") as console:
+    progress = _Progress(sum(sizes.values()), sum(sizes[name] for name in sums))
 
-        def pieces(shard: Shard) -> Iterator[np.ndarray]:
-            nonlocal done
+    def write(shard: Shard) -> None:
+        def read(place: tuple[Tensor, int, int]) -> np.ndarray:
+            return weights.read(*place, dtype)
 
-            def read(place: tuple[Tensor, int, int]) -> np.ndarray:
-                return weights.read(*place, dtype)
+        places = (place for tensor in shard.tensors for place in _slices(weights, tensor))
+        pieces = progress.count(ahead(read, places, workers=_READERS), shard.name)
+        sums[shard.name] = write_shard(filling.folder, shard, pieces)
+        filling.note(shard.name, sums[shard.name])
 
-            places = (place for tensor in shard.tensors for place in _slices(weights, tensor))
-            for piece in ahead(read, places, workers=_WORKERS):
-                yield piece
-                done += piece.nbytes
-                console.update(done, shard.name, every_seconds=10)
-
-        for shard in shards:
-            if shard.name not in sums:
-                sums[shard.name] = write_shard(filling.folder, shard, pieces(shard))
-                filling.note(shard.name, sums[shard.name])
+    with progress, ThreadPoolExecutor(_SHARDS) as pool:
+        writing = [pool.submit(write, shard) for shard in shards if shard.name not in sums]
+        try:
+            for each in as_completed(writing):
+                each.result()
+        except BaseException:
+            progress.stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
     return sums
+
+
+class _Progress:
+    """Bytes written, of shards that are written side by side; and whether they are to stop."""
+
+    def __init__(self, total: int, done: int):
+        self._console, self._done = Console("writing", total, done=done, unit="bytes"), done
+        self._lock, self.stopped = threading.Lock(), threading.Event()
+
+    def __enter__(self) -> None:
+        self._console.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._console.__exit__(*error)
+
+    def count(self, pieces: Iterable[np.ndarray], name: str) -> Iterator[np.ndarray]:
+        for piece in pieces:
+            if self.stopped.is_set():
+                raise InterruptedError(f"{name} is not written to its end")
+            yield piece
+            with self._lock:
+                self._done += piece.nbytes
+                self._console.update(self._done, name, every_seconds=10)
 
 
 def _slices(weights: Run | peft.AdapterOf, tensor: Tensor) -> Iterator[tuple[Tensor, int, int]]:
