@@ -4,11 +4,16 @@ A folder of checkpoints holds one folder a step, each with up to three items: ``
 trained), ``training`` (optimizer state and random key) and ``meta`` (plain values: the model's shape, the data
 position, the run's config, and of adapters their settings and what base they belong to, which is not copied).
 A converted Hugging Face model is a step 0 that has no ``training``.
+
+Orbax reads a byte that has flipped in an array without noticing. So what is saved carries its own digests, in ``meta``,
+and what is read is compared with them.
 """
 
 import hashlib
+import itertools
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +30,7 @@ from orbax.checkpoint import v1 as ocp
 from medllm_jax import arrays
 from medllm_jax.config import AdapterConfig, ModelConfig
 from medllm_jax.errors import UserError
+from medllm_jax.fingerprint import line_of_each
 from medllm_jax.model.quantize import Storage
 from medllm_jax.remote import is_remote
 from medllm_jax.settings import build
@@ -38,6 +44,10 @@ _SAVE = "_CHECKPOINT_METADATA"
 
 # Orbax warns of checkpoints without its own key-value store, which is how models are written slice by slice.
 logging.getLogger("absl").addFilter(lambda record: "TensorStore data files not found" not in str(record.msg))
+
+
+class DamagedError(UserError):
+    """A checkpoint that can't be read, or does not hold what was written."""
 
 
 class StoredWeight(NamedTuple):
@@ -83,14 +93,25 @@ class CheckpointWriter:
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any], *, force: bool = False) -> None:
         """Starts writing a step; the next save, or the end of the context, waits for it."""
-        items = {"params": state.params, "training": _training_items(state), "meta": meta}
-        self._checkpointer.save_checkpointables_async(step, items, force=force)
+        items = {"params": state.params, "training": _training_items(state)}
+        self._checkpointer.save_checkpointables_async(step, items | {"meta": _sealed(meta, items)}, force=force)
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._checkpointer.close()  # waits for what is being written
+
+
+def _sealed(meta: dict[str, Any], items: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself, with digests of its arrays and of all it says."""
+    meta = meta | {"digests": line_of_each(items)}
+    return meta | {"digest": _digest(meta)}
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    content = {name: value for name, value in meta.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _training_items(state: TrainState) -> dict[str, Any]:
@@ -130,18 +151,64 @@ def latest_step(run: str | epath.Path) -> int:
 
 def _items(run: str | epath.Path, step: int | None, wanted: dict[str, Any]) -> dict[str, Any]:
     step = latest_step(run) if step is None else step
-    return ocp.load_checkpointables(checkpoints_of(run) / str(step), wanted)
+    try:
+        return ocp.load_checkpointables(checkpoints_of(run) / str(step), wanted)
+    except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+        raise  # these don't speak of what is stored
+    except Exception as error:  # Orbax has no error of its own, and says the cause in another one
+        raise _damaged(run, step, f"can't be read ({_first_cause(error)})") from error
+
+
+def _first_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
+
+
+def _damaged(run: str | epath.Path, step: int, what: str) -> DamagedError:
+    return DamagedError(f"checkpoint {step} of {os.fspath(run)} {what}: it is damaged; use another, or copy it again")
+
+
+def _check(run: str | epath.Path, step: int, items: dict[str, Any], meta: dict[str, Any]) -> None:
+    """DamagedError unless arrays that were read are those that were written, where that is known.
+
+    An array that is read in another dtype can't be told; nor can a model that was written without digests.
+    """
+    written = meta.get("digests", {})
+    known = {path: leaf for path, leaf in _leaves(items) if _same_dtype(written.get(path), leaf)}
+    found = line_of_each(known) if known else {}
+    wrong = [path for path in found if found[path] != written[path]]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise _damaged(run, step, f"holds other bytes in {wrong[0]}{more} than were written")
+
+
+def _leaves(items: dict[str, Any]) -> list[tuple[str, jax.Array]]:
+    return [(path_of(key_path), leaf) for key_path, leaf in jax.tree_util.tree_leaves_with_path(items)]
+
+
+def _same_dtype(line: str | None, leaf: jax.Array) -> bool:
+    return line is not None and line.split()[1] == leaf.dtype.name
 
 
 def load_state(run: str | epath.Path, step: int, abstract: TrainState) -> TrainState:
-    """The train state of a step, each array straight into the sharding of its ShapeDtypeStruct."""
+    """The train state of a step, each array straight into the sharding of its ShapeDtypeStruct; not checked yet."""
     items = _items(run, step, {"params": abstract.params, "training": _training_items(abstract)})
     return TrainState(params=items["params"], **items["training"])
 
 
+def check_state(run: str | epath.Path, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+    """DamagedError unless a state that was read is the one that was written. Every process must ask, or none."""
+    _check(run, step, {"params": state.params, "training": _training_items(state)}, meta)
+
+
 def load_meta(run: str | epath.Path, step: int | None = None) -> dict[str, Any]:
-    """The plain values saved with a checkpoint."""
-    return _items(run, step, {"meta": None})["meta"]
+    """The plain values saved with a checkpoint; DamagedError where they are not those that were written."""
+    step = latest_step(run) if step is None else step
+    meta = _items(run, step, {"meta": None})["meta"]
+    if "digest" in meta and meta["digest"] != _digest(meta):
+        raise _damaged(run, step, "says other things of itself than were written")
+    return meta
 
 
 def load_model_config(run: str | epath.Path, step: int | None = None) -> ModelConfig:
@@ -194,8 +261,14 @@ def check_base(base: Base, fingerprint: str) -> None:
 
 
 def load_params(run: str | epath.Path, abstract: Any, step: int | None = None) -> Any:
-    """The weights of a checkpoint, in the dtype and sharding of a tree of ShapeDtypeStructs."""
-    return _items(run, step, {"params": abstract})["params"]
+    """The weights of a checkpoint, in the dtype and sharding of a tree of ShapeDtypeStructs.
+
+    DamagedError where they are not those that were written.
+    """
+    step = latest_step(run) if step is None else step
+    items = _items(run, step, {"params": abstract})
+    _check(run, step, items, load_meta(run, step))
+    return items["params"]
 
 
 def abstract_params(run: str | epath.Path, step: int | None = None) -> Any:
@@ -215,11 +288,14 @@ def stream_params(
     step = latest_step(run) if step is None else step
     if abstract is None:
         abstract = jax.tree.map(lambda _: np.ndarray, abstract_params(run, step))
+    meta = load_meta(run, step)
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
     for place, (key_path, leaf) in enumerate(leaves):
         one = [leaf if i == place else ocp.PLACEHOLDER for i in range(len(leaves))]
         items = {"params": jax.tree.unflatten(structure, one)}
-        yield path_of(key_path), jax.tree.leaves(_items(run, step, items)["params"])[place]
+        path, value = path_of(key_path), jax.tree.leaves(_items(run, step, items)["params"])[place]
+        _check(run, step, {"params": {path: value}}, meta)
+        yield path, value
 
 
 def open_arrays(run: str | epath.Path, step: int | None = None) -> dict[str, ts.TensorStore]:
@@ -233,6 +309,22 @@ def identity(run: str | epath.Path, step: int) -> str:
     return hashlib.sha256((checkpoints_of(run) / str(step) / _SAVE).read_bytes()).hexdigest()
 
 
+def set_aside(run: str | epath.Path, step: int) -> str:
+    """Takes a damaged checkpoint out of the way, so that its step can be saved again; says what became of it.
+
+    In a bucket, where moving is copying, it loses the marker that makes it whole; the next writer removes the rest.
+    """
+    folder = checkpoints_of(run) / str(step)
+    if is_remote(folder):
+        (folder / _COMMITTED).unlink()
+        return "it is removed"
+    place = folder.parent.parent / "damaged"
+    place.mkdir(exist_ok=True)
+    target = next(path for n in itertools.count() if not (path := place / (f"{step}-{n}" if n else f"{step}")).exists())
+    folder.rename(target)
+    return f"it is kept in {target}"
+
+
 # --- models that don't come from training ------------------------------------------------------------------------
 
 
@@ -242,8 +334,8 @@ def write_model(run: str | epath.Path, params: Any, model: dict[str, Any], **met
     model: its shape, as plain values. meta: what else the checkpoint shall say of itself.
     """
     with _storage_context():
-        items = {"params": params, "meta": {"model": model, **meta}}
-        ocp.save_checkpointables(checkpoints_of(run) / "0", items)
+        items = {"params": params}
+        ocp.save_checkpointables(checkpoints_of(run) / "0", items | {"meta": _sealed({"model": model, **meta}, items)})
 
 
 def new_arrays(run: str | epath.Path, weights: Mapping[str, StoredWeight]) -> dict[str, ts.TensorStore]:

@@ -7,7 +7,7 @@ interrupted continues when it is asked for again, and any stage can be repeated 
 import shlex
 from collections.abc import Callable, Sequence
 
-from medllm_jax.errors import UserError
+from medllm_jax.errors import PREEMPTED, Preempted, UserError
 
 
 def medllm(*arguments: str) -> None:
@@ -20,7 +20,10 @@ def medllm(*arguments: str) -> None:
 def run_command(line: str, main: Callable[[list[str]], int | None], arguments: Sequence[str]) -> None:
     """Prints a command line and calls the function behind it."""
     print(f"\n$ {line}", flush=True)
-    if main(list(arguments)):
+    code = main(list(arguments))
+    if code == PREEMPTED:
+        raise Preempted(f"in: {line}")
+    if code:
         raise UserError(f"stopped at: {line}")
 
 

@@ -1,5 +1,6 @@
 """Everything a run can set, as frozen dataclasses. Reading them from YAML and the command line is in settings.py."""
 
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Literal
@@ -311,14 +312,57 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """Steps that must not change the model: those whose loss or gradient is no finite number, and spikes if asked for.
+
+    Such a step updates nothing. It is recorded in skipped.jsonl of the run folder, with its rows.
+
+    Attributes:
+        action: what then: `stop` ends the run, `skip` goes on with the next batch
+        limit: of steps that a run skips before it stops all the same
+        grad_norm: a gradient of a larger norm is a spike; 0 takes none for one
+    """
+
+    action: Literal["stop", "skip"] = "stop"
+    limit: int = 10
+    grad_norm: float = 0.0
+
+    def __post_init__(self):
+        _require(self.limit > 0, f"guard.limit is {self.limit}: it must be positive; to skip no step, set action: stop")
+        _require(self.grad_norm >= 0, f"guard.grad_norm is {self.grad_norm}: it must not be negative")
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """When a run that does not move is ended, with code 1, so that it can be started again.
+
+    Attributes:
+        seconds: that one stage may last: starting, a step (and compiling the first), a save; 0 lets it last for ever
+        heartbeat_seconds: a process of several that is silent for so long is taken for dead, and all end
+    """
+
+    seconds: float = 1800.0
+    heartbeat_seconds: int = 100
+
+    def __post_init__(self):
+        _require(self.seconds >= 0, f"watchdog.seconds is {self.seconds}: it must not be negative")
+        _require(
+            self.heartbeat_seconds > 0, f"watchdog.heartbeat_seconds is {self.heartbeat_seconds}: it must be positive"
+        )
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """What is written while the run goes on.
 
     Attributes:
-        every: steps between lines of progress and TensorBoard points; metrics.jsonl has every step
+        every: steps between fetches of the metrics, each with a line of progress; metrics.jsonl, TensorBoard and W&B
+            have every step
+        wandb: project of Weights & Biases to write to as well, with the package that the extra `wandb` installs
     """
 
     every: int = 10
+    wandb: str | None = None
 
     def __post_init__(self):
         _require(self.every > 0, f"logging.every is {self.every}: it must be positive")
@@ -342,6 +386,7 @@ class RunConfig:
             `attention_offload` the same, kept in the host's memory; `full` all. `dots` keeps all products with weights,
             adapters' too, and recomputes attention
         distributed: one process a host; JAX finds the others by itself on TPU pods, GKE and Slurm
+        profile: steps to trace for xprof, like steps=10:13; the trace is in profile/ of the run folder
     """
 
     run: str
@@ -357,10 +402,13 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     attention: Literal["auto", "splash", "xla", "cudnn"] = "auto"
     remat: Remat = "none"
     distributed: bool = False
+    profile: str | None = None
 
     def __post_init__(self):
         _require(self.steps > 0, f"steps is {self.steps}: it must be positive")
@@ -382,7 +430,17 @@ class RunConfig:
             f"objective.vocab_chunks {self.objective.vocab_chunks} does not divide the vocabulary of "
             f"{self.model and self.model.vocab_size}",
         )
+        _require(
+            self.profile is None or self.profiled[0] in range(1, self.profiled[1] + 1),
+            f"profile {self.profile!r}: steps=FIRST:LAST is expected, like steps=10:13",
+        )
         _require(self.checkpoint.every > 0 and self.checkpoint.keep > 0, "checkpoint.every and .keep must be positive")
+
+    @property
+    def profiled(self) -> tuple[int, int]:
+        """First and last step to trace; (0, 0), which are none, for what `profile` should not be."""
+        found = re.fullmatch(r"(?:steps=)?(\d+):(\d+)", self.profile or "")
+        return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def _require(condition: bool, message: str) -> None:

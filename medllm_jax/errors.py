@@ -7,3 +7,17 @@ class UserError(Exception):
     The message says what is wrong, where, and what would be right. It carries no traceback for the user, so it must
     be complete by itself.
     """
+
+
+class RunError(Exception):
+    """A run can't go on, and its input need not be wrong: the command line prints the message, and exits with 1."""
+
+
+PREEMPTED = 42  # exit code of a program that was told to end, and saved: start it again
+
+
+class Preempted(Exception):  # noqa: N818 (no error)
+    """A run was told to end and has saved what there was to save: exit code PREEMPTED, which asks for another start.
+
+    The message says where it ended.
+    """

@@ -26,19 +26,26 @@ def model_fingerprint(params: Any) -> str:
 
 def lines_of(params: Any) -> list[str]:
     """What the fingerprint is the hash of: a line for each parameter, in the order of the tree."""
+    return [f"{line}\n" for line in line_of_each(params).values()]
+
+
+def line_of_each(params: Any) -> dict[str, str]:
+    """Path -> its path, dtype, shape and checksum in words, for each array of a tree, in its order."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     arrays = [leaf for _, leaf in leaves]
-    everywhere = replicated(arrays[0].sharding.mesh) if isinstance(arrays[0].sharding, NamedSharding) else None
+    sharding = getattr(arrays[0], "sharding", None)  # none of an array in host memory
+    everywhere = replicated(sharding.mesh) if isinstance(sharding, NamedSharding) else None
     sums = jax.device_get(_checksums(everywhere)(arrays))
-    return [
-        _line(path_of(key_path), leaf.dtype, leaf.shape, checksum)
-        for (key_path, leaf), checksum in zip(leaves, sums, strict=True)
-    ]
+    paths = (path_of(key_path) for key_path, _ in leaves)
+    return {
+        path: _line(path, leaf.dtype, leaf.shape, checksum)
+        for path, leaf, checksum in zip(paths, arrays, sums, strict=True)
+    }
 
 
 def _line(path: str, dtype: np.dtype, shape: tuple[int, ...], checksum: np.ndarray) -> str:
     words = " ".join(f"{int(word):08x}" for word in checksum)
-    return f"{path} {dtype.name} {shape} {words}\n"
+    return f"{path} {dtype.name} {shape} {words}"
 
 
 class Slices:
@@ -57,7 +64,7 @@ class Slices:
         """`model_fingerprint` of the model, once every element was seen once."""
         # The order is that of a tree of dictionaries.
         paths = sorted(self._shapes, key=lambda path: path.split("/"))
-        return digest(_line(path, self._shapes[path][1], self._shapes[path][0], self._sums[path]) for path in paths)
+        return digest(f"{_line(path, *self._shapes[path][::-1], self._sums[path])}\n" for path in paths)
 
 
 def digest(lines: Iterable[str]) -> str:

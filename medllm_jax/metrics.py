@@ -1,52 +1,109 @@
-"""What a run writes while it goes on: metrics.jsonl, TensorBoard events, and lines or a bar on the terminal."""
+"""What a run writes while it goes on: metrics.jsonl, TensorBoard events, W&B, and lines or a bar on the terminal."""
 
+import hashlib
 import json
 import math
+import os
 import sys
+import tempfile
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 from etils import epath
 
+from medllm_jax.errors import UserError
 from medllm_jax.remote import is_remote, write_whole
 
 
 class MetricsLog:
-    """metrics.jsonl (every step, in order, each once) and TensorBoard events of a run folder.
+    """metrics.jsonl (every step, in order, each once), TensorBoard events and, if wanted, W&B, of a run folder.
 
     Opened at the step a run starts from: lines of later steps, which an interrupted run left, are dropped, since these
-    steps are made again.
+    steps are made again. lines: those that are there.
+
+    In a bucket nothing can be appended to: files are written anew, by a thread, so that nobody waits but `settle`.
     """
 
-    def __init__(self, run: epath.Path, *, after_step: int):
+    def __init__(self, run: epath.Path, *, after_step: int, wandb: str | None = None, config: Mapping[str, Any] = {}):
         from tensorboardX import SummaryWriter
 
-        self._path = run / "metrics.jsonl"
-        self._lines = [line for line in read_lines(self._path) if line["step"] <= after_step]
-        write_whole(self._path, "".join(_dump(line) for line in self._lines))
-        # What can't be appended to (an object in a bucket) is written anew at every flush.
-        self._file = None if is_remote(run) else self._path.open("a")
-        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=after_step + 1)
+        self._run, self._path = run, run / "metrics.jsonl"
+        self.lines = [line for line in read_lines(self._path) if line["step"] <= after_step]
+        write_whole(self._path, "".join(map(_dump, self.lines)))
+        self._wandb = _join_wandb(wandb, run, config) if wandb else None
+        self._file = self._thread = self._upload = None
+        if is_remote(run):
+            self._local = tempfile.TemporaryDirectory()
+            self._thread = ThreadPoolExecutor(1, "metrics")
+            self._text = "".join(map(_dump, self.lines))
+        else:
+            self._file = self._path.open("a")
+        self._events = SummaryWriter(
+            self._local.name if self._thread else str(run / "tensorboard"), purge_step=after_step + 1
+        )
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Adds one mapping a step (`step` and numbers) and flushes."""
+        """Adds one mapping a step (`step` and numbers)."""
+        self.lines += rows
         for row in rows:
-            for name, value in row.items():
-                if name != "step":
-                    self._events.add_scalar(name, value, row["step"])
+            numbers = {name: value for name, value in row.items() if name != "step"}
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, row["step"])
+            if self._wandb is not None:
+                self._wandb.log(numbers, step=row["step"])
+        self._events.flush()
         if self._file is not None:
             self._file.writelines(map(_dump, rows))
             self._file.flush()
-        else:
-            self._lines += rows
-            self._path.write_text("".join(map(_dump, self._lines)))
-        self._events.flush()
+            return
+        self._text += "".join(map(_dump, rows))
+        if self._upload is None or self._upload.done():  # else what is new goes with the next
+            self._start_upload()
+
+    def settle(self) -> None:
+        """Waits until all that was written is in its place."""
+        if self._thread is not None:
+            if self._upload is not None:
+                self._upload.result()
+            self._start_upload()
+            self._upload.result()
+
+    def _start_upload(self) -> None:
+        if self._upload is not None:
+            self._upload.result()  # raises what went wrong with the one before
+        self._upload = self._thread.submit(self._put, self._text)
+
+    def _put(self, text: str) -> None:
+        self._path.write_text(text)
+        for file in epath.Path(self._local.name).iterdir():
+            file.copy(self._run / "tensorboard" / file.name, overwrite=True)
 
     def close(self) -> None:
         self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
         if self._file is not None:
             self._file.close()
+            return
+        try:
+            self.settle()
+        finally:
+            self._thread.shutdown()
+            self._local.cleanup()
+
+
+def _join_wandb(project: str, run: epath.Path, config: Mapping[str, Any]) -> Any:
+    """A run of W&B's that goes on as this one does; UserError without the package."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('logging.wandb is set and wandb is not installed: pip install "medllm_jax[wandb]"') from None
+    identity = hashlib.sha256(os.fspath(run).encode()).hexdigest()[:16]
+    folder = None if is_remote(run) else os.fspath(run)
+    return wandb.init(project=project, name=run.name, id=identity, resume="allow", dir=folder, config=dict(config))
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
@@ -65,15 +122,25 @@ def _dump(row: dict[str, Any]) -> str:
 
 
 class Meter:
-    """Metrics of steps whose numbers are still on the device, fetched together so that the loop never waits for one."""
+    """Metrics of steps whose numbers are still on the device, fetched together so that the loop never waits for one.
+
+    The first `take` is of the first step alone: what it took was mostly starting and compiling, so it is given as
+    ``startup_seconds`` and says nothing of speed.
+    """
 
     def __init__(self):
         self._pending: list[tuple[int, dict[str, Any]]] = []
         self._since, self._waited = time.monotonic(), 0.0
+        self._started = False
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Adds a step: scalars of the device, and numbers of the host, which come back as they are."""
         self._pending.append((step, metrics))
+
+    @property
+    def first(self) -> bool:
+        """Whether nothing was taken yet."""
+        return not self._started
 
     def take(self, waited: float = 0.0) -> list[dict[str, Any]]:
         """Rows of all steps added since the last call; waits for the device. Speeds are means over these steps.
@@ -81,6 +148,8 @@ class Meter:
         waited: seconds that the device has waited for data so far (see `Ahead`). `data_wait` is their share of the time
         since the last call.
         """
+        if not self._pending:
+            return []
         values = jax.device_get([metrics for _, metrics in self._pending])
         now = time.monotonic()
         seconds = max(now - self._since, 1e-9)
@@ -90,9 +159,12 @@ class Meter:
         ]
         tokens = sum(row.get("tokens", 0.0) for row in rows)
         for row in rows:
-            row |= {"step_seconds": seconds / len(rows), "tokens_per_second": tokens / seconds}
-            row["data_wait"] = (waited - self._waited) / seconds
-        self._pending, self._since, self._waited = [], now, waited
+            if self._started:
+                row |= {"step_seconds": seconds / len(rows), "tokens_per_second": tokens / seconds}
+                row["data_wait"] = (waited - self._waited) / seconds
+            else:
+                row["startup_seconds"] = seconds
+        self._pending, self._since, self._waited, self._started = [], now, waited, True
         return rows
 
 

@@ -65,6 +65,7 @@ def train_program(config: RunConfig, mesh: Mesh) -> TrainProgram:
         loss=trained,
         optimizer=optimizer,
         accumulate=config.data.accumulate,
+        largest_norm=config.guard.grad_norm,
     )
     shardings = (jax.tree.map(lambda x: x.sharding, abstract), replicated(mesh))
     step = jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options(mesh))

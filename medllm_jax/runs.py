@@ -3,6 +3,10 @@
 config.yaml     the resolved config          metrics.jsonl   every step's numbers
 checkpoints/    model, optimizer, position   tensorboard/    the same numbers as events
 tokenizer/      the model's tokenizer, carried from checkpoint to checkpoint and into the export
+sessions.jsonl  each start of the run        skipped.jsonl   steps that changed nothing, and their rows
+logs/           what each process did        crashes/        how it failed, if it did
+profile/        traces for xprof             damaged/        checkpoints that did not hold what was written
+writer.json     which program writes now
 """
 
 import fnmatch
@@ -35,6 +39,7 @@ TOKENIZER_FILES = (
 # Where a tokenizer is before it is whole. In a bucket its files are moved one by one: as long as one is left here, what
 # stands in its place is not all.
 _UNFINISHED_TOKENIZER = ".tokenizer.tmp"
+_BEFORE_A_RUN = ("writer.json", "crashes")  # what a start leaves that died before there was a run
 _UNFINISHED_CONFIG = ".config.yaml."  # how the name of one begins that was not written to its end
 
 # Settings that may differ when a run goes on: they change speed, place or what is written, not what is computed
@@ -49,6 +54,11 @@ _MAY_CHANGE = (
     "data.threads",
     "data.prefetch",
     "distributed",
+    "guard.action",
+    "guard.limit",
+    "watchdog.*",
+    "profile",
+    "held_out*",
     "init.checkpoint",  # read at the first start only
     "objective.vocab_chunks",
     "attention",
@@ -56,18 +66,30 @@ _MAY_CHANGE = (
 )
 
 
-def open_run(config: RunConfig) -> epath.Path:
-    """The folder of a new run, or of one that goes on.
+# What the arrays of a checkpoint are, or what its position in the data means: no force makes another of it.
+_NEVER_CHANGES = (
+    "model.*",
+    "adapter*",
+    "precision.params",
+    "optimizer.state_dtype",
+    "objective.name",
+    "data.batch_size",
+)
 
-    UserError if the folder holds something else, or a run whose config differs in what it computes.
+
+def open_run(config: RunConfig, *, force: bool = False) -> tuple[epath.Path, dict[str, Any]]:
+    """The folder of a new run, or of one that goes on, and what was changed by force: setting -> what it was and is.
+
+    UserError if the folder holds something else, or a run whose config differs in what it computes; by force it may,
+    but for what the checkpoints hold.
     """
     folder = epath.Path(config.run)
     recorded = recorded_config(folder)
     if recorded is not None:
-        _check_same_run(config, recorded, folder)
-    elif not all(name.startswith(_UNFINISHED_CONFIG) for name in names_in(folder)):
+        return folder, _check_same_run(config, recorded, folder, force)
+    if not all(name.startswith(_UNFINISHED_CONFIG) or name in _BEFORE_A_RUN for name in names_in(folder)):
         raise UserError(f"run folder {folder} is not empty and holds no run: choose another folder, or empty this one")
-    return folder
+    return folder, {}
 
 
 def recorded_config(run: str | epath.Path) -> RunConfig | None:
@@ -76,26 +98,37 @@ def recorded_config(run: str | epath.Path) -> RunConfig | None:
     return build(RunConfig, read_yaml(file), where=str(file)) if file.exists() else None
 
 
-def record_config(folder: epath.Path, config: RunConfig) -> None:
-    """Writes config.yaml of a new run; that of a run that goes on stays as it was first written."""
+def record_config(folder: epath.Path, config: RunConfig, *, replaced_at: int | None = None) -> None:
+    """Writes config.yaml of a new run; that of a run that goes on stays as it was first written.
+
+    replaced_at: step from which on another config holds; the one before is kept under that number.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.yaml").exists():
-        write_whole(folder / "config.yaml", to_yaml(config))
+    file = folder / "config.yaml"
+    if replaced_at is not None:
+        write_whole(folder / f"config-until-{replaced_at}.yaml", file.read_text())
+    if replaced_at is not None or not file.exists():
+        write_whole(file, to_yaml(config))
 
 
-def _check_same_run(config: RunConfig, recorded: RunConfig, folder: epath.Path) -> None:
+def _check_same_run(config: RunConfig, recorded: RunConfig, folder: epath.Path, force: bool) -> dict[str, Any]:
     before, now = _flat(to_plain(recorded)), _flat(to_plain(config))
     free = _MAY_CHANGE + (("steps",) if config.optimizer.schedule == "constant" else ())
-    differing = [
-        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(fnmatch.fnmatchcase(key, pattern) for pattern in free)
-    ]
-    if differing:
+
+    def matches(key: str, patterns: tuple[str, ...]) -> bool:
+        return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+    keys = sorted(before.keys() | now.keys())
+    changed = {key: [before.get(key), now.get(key)] for key in keys if before.get(key) != now.get(key)}
+    changed = {key: values for key, values in changed.items() if not matches(key, free)}
+    refused = {key: values for key, values in changed.items() if not force or matches(key, _NEVER_CHANGES)}
+    if refused:
+        differing = "; ".join(f"{key} was {was!r} and is now {now!r}" for key, (was, now) in refused.items())
+        forced = "" if force or any(matches(key, _NEVER_CHANGES) for key in refused) else ", or give --force"
         raise UserError(
-            f"run {folder} can't go on with this config: {'; '.join(differing)}; "
-            "set it back, or choose another run folder"
+            f"run {folder} can't go on with this config: {differing}; set it back, or choose another run folder{forced}"
         )
+    return changed
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -59,10 +59,13 @@ def train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     accumulate: int,
+    largest_norm: float = 0.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update from a batch of rows, and its metrics (float32 scalars).
 
-    frozen: tree of the parameters that are not trained, if there are any; `structure` is of all.
+    frozen: tree of the parameters that are not trained, if there are any; `structure` is of all. largest_norm: of a
+    gradient that is no spike; 0 for any. Where loss or gradient are not finite, or there is a spike, nothing is updated
+    but the random key, and the metric `skipped` is 1.
     """
     next_key, key = jax.random.split(jax.random.wrap_key_data(state.key))
     how = {"structure": structure, "loss": loss, "accumulate": accumulate}
@@ -72,8 +75,12 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {name: total / jnp.maximum(count, 1e-8) for name, (total, count) in sums.means.items()}
-    metrics |= sums.counts | {"grad_norm": optax.global_norm(grads).astype(jnp.float32)}
-    return TrainState(state.step + 1, params, opt_state, jax.random.key_data(next_key)), metrics
+    norm = optax.global_norm(grads).astype(jnp.float32)
+    good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & (norm <= (largest_norm or jnp.inf))
+    metrics |= sums.counts | {"grad_norm": norm, "skipped": 1 - good.astype(jnp.float32)}
+    after, before = (state.step + 1, params, opt_state), (state.step, state.params, state.opt_state)
+    kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+    return TrainState(*kept, jax.random.key_data(next_key)), metrics
 
 
 def summed_gradients(

@@ -8,19 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from medllm_jax import runs
-from medllm_jax.checkpoint import (
-    Base,
-    CheckpointWriter,
-    load_adapted,
-    load_meta,
-    load_model_config,
-    load_state,
-    newest_step,
-)
+from medllm_jax import runs, sessions
+from medllm_jax.checkpoint import Base, CheckpointWriter, load_adapted, load_model_config
 from medllm_jax.config import RunConfig
 from medllm_jax.data.ahead import Ahead
 from medllm_jax.data.pipeline import BatchStream, check_mix
@@ -29,73 +20,114 @@ from medllm_jax.data.sources import Rows, Seen
 from medllm_jax.data.store import check_compatible
 from medllm_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from medllm_jax.data.tokenizer import load_tokenizer
-from medllm_jax.errors import UserError
+from medllm_jax.errors import Preempted, UserError
 from medllm_jax.evaluation.exam import load_exam
 from medllm_jax.evaluation.prompts import load_template
 from medllm_jax.fingerprint import model_fingerprint
+from medllm_jax.guard import Guard
 from medllm_jax.held_out import HeldOut
 from medllm_jax.likelihood import Likelihood
 from medllm_jax.loading import first_weights, load_frozen, whole
-from medllm_jax.metrics import Console, Meter, MetricsLog
-from medllm_jax.optimizer import make_schedule
+from medllm_jax.processes import together
+from medllm_jax.profiling import Profiler
 from medllm_jax.programs import TrainProgram, train_program
+from medllm_jax.progress import Progress
 from medllm_jax.settings import to_plain
 from medllm_jax.sharding import make_mesh, put_batch
+from medllm_jax.step import TrainState
+from medllm_jax.supervision import restore, supervised
+from medllm_jax.watchdog import Watchdog
 
 STORE_KINDS = {"cpt": ("cpt",), "sft": ("sft",), "rpo": ("pairs", "sft")}
 
 
-def train(config: RunConfig) -> epath.Path:
-    """Trains until `config.steps`, from the newest checkpoint of the run folder if it has one. Returns the folder."""
+def train(config: RunConfig, *, force: bool = False) -> epath.Path:
+    """Trains until `config.steps`, from the newest good checkpoint of the run folder if it has one. Returns the folder.
+
+    force: goes on with a config that computes something else than the one that the run was begun with.
+
+    Raises:
+      UserError: config and input don't fit the run, or each other.
+      Preempted: the process was told to end, and what there was to save is saved.
+      RunError: the run can't go on, and says why.
+    """
     config = with_model(config)
-    folder = runs.open_run(config)
+    folder, changes = together("opening the run folder", lambda: runs.open_run(config, force=force), UserError)
     rows = open_rows(config, config.data.stores)
     if config.data.mix is not None:
         check_mix(rows, config.data.mix)
     mesh = make_mesh(config.mesh)
     program = train_program(config, mesh)
 
-    start = newest_step(folder) or 0
-    if start:
-        meta = load_meta(folder, start)
-        check_same_data(folder, meta, rows)
-        frozen = load_frozen(program.plan, load_adapted(folder, start))
-        state = load_state(folder, start, program.abstract)
-    else:
-        check_reference(config)
-        params, frozen, base = first_weights(config, program.plan)
-        meta = first_meta(config, rows, base, params, frozen)
-        state = program.initialise(params)
-    reference = references_of(config, rows, meta["reference_model"])
-    held_out = open_held_out(config, program, mesh, meta["reference_model"]) if config.held_out else None
-    seen = Seen(rows, meta["seen"])
-    multihost_utils.sync_global_devices("every process has looked at the run folder")
-    if jax.process_index() == 0:
-        runs.record_config(folder, config)
-        runs.carry_tokenizer(config.init.checkpoint, folder)
+    with supervised(config, folder) as (lease, watch, notice):
+        start, state, meta, frozen = beginning(config, folder, rows, program, watch)
+        reference = references_of(config, rows, meta["reference_model"])
+        held_out = open_held_out(config, program, mesh, meta["reference_model"]) if config.held_out else None
+        seen, step = Seen(rows, meta["seen"]), start
+        guard = Guard(config.guard, meta["skipped"], folder)
+        began = together("writing to the run folder", lambda: open_session(config, folder, start, changes))
 
-    put = functools.partial(put_batch, mesh=mesh)
-    with (
-        open_stream(config, rows, meta["position"], reference) as stream,
-        Progress(config, folder, start, seen) as progress,
-        Ahead(stream, put, position=meta["position"], busy=progress.device_is_busy) as batches,
-        CheckpointWriter(folder, every=config.checkpoint.every, keep=config.checkpoint.keep) as checkpoints,
-    ):
-        for step in range(start + 1, config.steps + 1):
-            state, metrics = program.step(state, next(batches), frozen)
-            if held_out is not None and held_out.due(step):
-                metrics |= held_out.measure(state.params, frozen)
-            seen.add(stream.row_ids(batches.position - 1))
-            progress.add(step, metrics, batches.waited)
-            last = step == config.steps
-            if last or checkpoints.due(step):
-                progress.flush(step)  # before the save: a resumed run must find the lines of the steps that it skips
-                now = {"position": batches.position, "seen": seen.counts}
-                checkpoints.save(step, state, meta | now, force=last)
+        put = functools.partial(put_batch, mesh=mesh)
+        with (
+            open_stream(config, rows, meta["position"], reference) as stream,
+            Progress(config, folder, start, seen, guard, rows, began) as progress,
+            Ahead(stream, put, position=meta["position"], busy=progress.device_is_busy) as batches,
+            CheckpointWriter(folder, every=config.checkpoint.every, keep=config.checkpoint.keep) as checkpoints,
+            Profiler(config.profiled, folder) as profiler,
+        ):
+            notice.hold()
+            for step in range(start + 1, config.steps + 1):
+                watch.stage(f"reading the batch of step {step}")
+                batch = next(batches)
+                watch.stage(f"step {step}")
+                profiler.before(step)
+                state, metrics = program.step(state, batch, frozen)
+                profiler.after(step, state)
+                if held_out is not None and held_out.due(step):
+                    metrics |= held_out.measure(state.params, frozen)
+                progress.add(step, metrics, stream.row_ids(batches.position - 1), batches.waited)
+                lease.check()
+                last = notice.came(step) or step == config.steps
+                if last or checkpoints.due(step):
+                    watch.stage(f"saving step {step}")
+                    progress.settle(step)  # first: a run that goes on must find the lines of steps that it passes over
+                    now = {"position": batches.position, "seen": seen.counts, "skipped": progress.skipped}
+                    checkpoints.save(step, state, meta | now, force=last)
+                if last:
+                    break
+            watch.stage(f"writing what is left of step {step}")
+        progress.summarise()
+        if step < config.steps:
+            raise Preempted(f"after step {step} of {config.steps}, which is saved")
     return folder
 
 
 # --- the parts of the story --------------------------------------------------------------------------------------
+
+
+def beginning(
+    config: RunConfig, folder: epath.Path, rows: Rows, program: TrainProgram, watch: Watchdog
+) -> tuple[int, TrainState, dict[str, Any], Any]:
+    """Step, state, meta and frozen parameters that a run goes on from, or starts with."""
+    restored = restore(folder, program.abstract, watch)
+    if restored is not None:
+        check_same_data(folder, restored.meta, rows)
+        frozen = load_frozen(program.plan, load_adapted(folder, restored.step))
+        return restored.step, restored.state, restored.meta | {"config": to_plain(config)}, frozen
+    watch.stage("reading the model")
+    check_reference(config)
+    params, frozen, base = first_weights(config, program.plan)
+    meta = first_meta(config, rows, base, params, frozen)
+    return 0, program.initialise(params), meta, frozen
+
+
+def open_session(config: RunConfig, folder: epath.Path, start: int, changes: dict[str, Any]) -> float:
+    """Writes down that, and with what, the run goes on; returns when it was first started, seconds since the epoch."""
+    if jax.process_index() != 0:
+        return 0.0
+    runs.record_config(folder, config, replaced_at=start if changes else None)
+    runs.carry_tokenizer(config.init.checkpoint, folder)
+    return sessions.begin(folder, start, changes)[0]["time"]
 
 
 def with_model(config: RunConfig) -> RunConfig:
@@ -184,6 +216,7 @@ def first_meta(config: RunConfig, rows: Rows, base: Base | None, params: Any, fr
         "model": to_plain(config.model),
         "base": base and base._asdict(),
         "position": 0,
+        "skipped": 0,
         "reference_model": model_fingerprint(whole(params, frozen)) if config.objective.name == "rpo" else None,
         "seen": Seen(rows).counts,
         "rows_digest": rows.digest,
@@ -206,54 +239,3 @@ def check_same_data(folder: epath.Path, meta: dict[str, Any], rows: Rows) -> Non
             f"run {folder} was trained on other rows than there are now in {rows}: "
             "give what it began with, in the same order, or choose another run folder"
         )
-
-
-class Progress:
-    """Where a run's metrics go: to metrics.jsonl and TensorBoard every step, to the console now and then.
-
-    The numbers stay on the device until `logging.every` steps have gathered, so the loop does not wait for each.
-    """
-
-    def __init__(self, config: RunConfig, folder: epath.Path, start: int, seen: Seen):
-        writes = jax.process_index() == 0
-        self._every, self._schedule = config.logging.every, make_schedule(config.optimizer, config.steps)
-        self._seen, self._mixed = seen, config.data.mix is not None
-        self._newest: jax.Array | None = None
-        self._waited = 0.0
-        self._meter = Meter()
-        self._log = MetricsLog(folder, after_step=start) if writes else None
-        self._console = Console(f"{config.objective.name} {folder.name}", config.steps, done=start, enabled=writes)
-
-    def device_is_busy(self) -> bool:
-        """Whether a step is still being computed; does not wait for it."""
-        return self._newest is not None and not self._newest.is_ready()
-
-    def add(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
-        """Takes a step's numbers; waited: seconds that it and those before have waited for data."""
-        self._newest, self._waited = metrics["loss"], waited
-        seen = self._seen.counts
-        if not self._mixed:  # else each corpus has its own
-            seen["epoch"] = self._seen.epochs
-        self._meter.add(step, metrics | seen)
-        if step % self._every == 0:
-            self.flush(step)
-
-    def flush(self, step: int) -> None:
-        """Fetches and writes what has gathered."""
-        rows = self._meter.take(self._waited)
-        if not rows or self._log is None:
-            return
-        self._log.write([row | {"learning_rate": float(self._schedule(row["step"] - 1))} for row in rows])
-        last = rows[-1]
-        note = f"loss {last['loss']:.4f}  {last['tokens_per_second']:,.0f} tokens/s"
-        if last["data_wait"] > 0.01:
-            note += f"  data {100 * last['data_wait']:.1f} %"
-        self._console.update(step, note)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._console.close()
-        if self._log is not None:
-            self._log.close()

@@ -33,7 +33,7 @@ def metrics_of():
     def read(run):
         lines = (run / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
-        timings = {"step_seconds", "tokens_per_second", "data_wait"}
+        timings = {"step_seconds", "tokens_per_second", "data_wait", "startup_seconds", "goodput", "host_memory_gib"}
         return {row["step"]: {k: v for k, v in row.items() if k not in timings} for row in rows}
 
     return read

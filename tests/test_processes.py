@@ -13,21 +13,31 @@ from medllm_jax.settings import to_yaml
 from medllm_jax.train import train
 from tests.test_train import HALVES, config_of, parts_of
 
-WORKER = """
-import sys
-import jax
-config_file, port, number = sys.argv[1:]
-jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(number))
-from medllm_jax.settings import load_run_config
-from medllm_jax.train import train
-train(load_run_config(config_file))
-"""
-
 
 def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
+
+
+def start_processes(*arguments, processes=2, devices=4, **environment):
+    """The same Python program in several processes that find each other here; standard error goes with the output."""
+    env = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": str(processes),
+        **environment,
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [
+        subprocess.Popen([sys.executable, *arguments], env=env | {"JAX_PROCESS_ID": str(number)}, **pipes)
+        for number in range(processes)
+    ]
+
+
+def medllm_in_two(*arguments):
+    return start_processes("-m", "medllm_jax.cli", *map(str, arguments))
 
 
 @pytest.mark.parametrize("kind", ["cpt", "rpo"])
@@ -39,23 +49,14 @@ def test_two_processes_equal_one(world, tmp_path, metrics_of, kind):
     if kind == "rpo":
         cache_reference(alone)
     train(alone)
-    together = config_of(world, tmp_path / "together", kind, steps=4, **data)
+    together = config_of(world, tmp_path / "together", kind, steps=4, distributed=True, **data)
     (tmp_path / "run.yaml").write_text(to_yaml(together))
-    (tmp_path / "worker.py").write_text(WORKER)
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    command = [sys.executable, str(tmp_path / "worker.py"), str(tmp_path / "run.yaml"), str(free_port())]
-    workers = [
-        subprocess.Popen([*command, str(number)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for number in range(2)
-    ]
+    workers = medllm_in_two("train", "--config", tmp_path / "run.yaml")
     outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
     expected, found = metrics_of(tmp_path / "alone"), metrics_of(tmp_path / "together")
     assert list(found) == [1, 2, 3, 4]
     for step, row in found.items():
         assert row == pytest.approx(expected[step], abs=1e-4)
-    assert "step 4/4" in outputs[0] and "step" not in outputs[1], "only process 0 reports"
+    assert "step 4/4" in outputs[0] and "step 4/4" not in outputs[1], "only process 0 reports"
     train(together)  # and one process reads what two have written: the run is complete, nothing is left to do

@@ -1,18 +1,32 @@
 """`medllm`: one verb a subcommand. What a verb needs is imported inside it, so that `--help` is quick.
 
-Exit codes: 0 done; 1 failure; 2 the input or the config is wrong.
+Exit codes: 0 done; 1 failure; 2 the input or the config is wrong; 42 told to end (SIGTERM), and saved: start it again.
 """
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 from medllm_jax.cli import data, exams, training
 from medllm_jax.cli.parsing import Parser
-from medllm_jax.errors import UserError
+from medllm_jax.errors import PREEMPTED, Preempted, RunError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit code."""
+    try:
+        code = _run(arguments)
+    except Exception:
+        if not _one_of_several():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and _one_of_several():
+        sys.modules["medllm_jax.processes"].leave(code)
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         parser = make_parser()
         options, rest = parser.parse_known_args(arguments)
@@ -23,9 +37,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Preempted as ended:
+        print(f"told to end, {ended}; the same command goes on", file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _one_of_several() -> bool:
+    """Whether this process has joined others, which would wait for it; imports nothing to find out."""
+    processes = sys.modules.get("medllm_jax.processes")
+    return processes is not None and processes.several()
 
 
 def make_parser() -> Parser:

@@ -32,6 +32,9 @@ def add(verbs: Any) -> None:
         sub.format_help = lambda sub=sub: Parser.format_help(sub) + "\n" + settings + _settings_help()
         if name == "plan":
             _add_plan_arguments(sub)
+        if name == "train":
+            forced = "go on with a config that computes something else than the one that the run was begun with"
+            sub.add_argument("--force", action="store_true", help=forced)
 
     again = verb(verbs, "rounds", _rounds, "Iterative RPO: sample, pair, train and examine, round after round")
     again.add_argument("--config", required=True, help="YAML of rounds (see docs/rpo.md)")
@@ -43,9 +46,9 @@ def _run_config(options: argparse.Namespace) -> Any:
 
     config = load_run_config(options.config, options.settings)
     if config.distributed:
-        import jax
+        from medllm_jax.processes import join
 
-        jax.distributed.initialize()
+        join(config.watchdog.heartbeat_seconds)
     return config
 
 
@@ -53,7 +56,7 @@ def _train(options: argparse.Namespace) -> None:
     config = _run_config(options)
     from medllm_jax.train import train
 
-    folder = train(config)
+    folder = train(config, force=options.force)
     print(f"trained: {folder}")
 
 

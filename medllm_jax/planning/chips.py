@@ -47,6 +47,25 @@ CHIPS = {
 }
 
 
+# JAX's name of a device -> peak bfloat16 FLOP/s. Of GPUs by Nvidia's data sheets, without sparsity.
+_PEAKS = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU7x": CHIPS["tpu7x"].flops,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bfloat16 FLOP/s of a kind of device, as `jax.Device.device_kind` names it; None where it is not known."""
+    return next((_PEAKS[name] for name in sorted(_PEAKS, key=len, reverse=True) if device_kind.startswith(name)), None)
+
+
 @dataclass(frozen=True)
 class Topology:
     """Slices of one generation, as the compiler names them: ``v5p:4x4x4``."""

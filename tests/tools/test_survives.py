@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -159,21 +160,25 @@ def test_sigterm_keeps_what_is_done(place, tmp_path):
 
 @pytest.fixture
 def begun(place, tmp_path, monkeypatch):
-    """Both conversions, broken off after some slices."""
+    """Both conversions, broken off after some slices, when something is done that can be gone on from."""
 
-    def breaking_off(read, left=20):
+    def breaking_off(read, noted, left=20):
         def read_or_break(*arguments):
             nonlocal left
             left -= 1
             if left < 0:
+                assert noted.wait(60)
                 raise InterruptedError
             return read(*arguments)
 
         return read_or_break
 
     with monkeypatch.context() as patch:
+        note = folders.Filling.note
         for side, step in zip((HFFolder, run_weights.Run), steps_in(tmp_path, place), strict=True):
-            patch.setattr(side, "read", breaking_off(side.read))
+            noted = threading.Event()
+            patch.setattr(folders.Filling, "note", lambda *what, noted=noted: [note(*what), noted.set()])
+            patch.setattr(side, "read", breaking_off(side.read, noted))
             with pytest.raises(InterruptedError):
                 main(step)
     return tmp_path

@@ -1,0 +1,80 @@
+"""What is known of a run that failed, in a file of its run folder: for people and for programs that watch many runs."""
+
+import json
+import os
+import platform
+import re
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+from etils import epath
+
+_PACKAGES = ("medllm_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain")
+_HIDDEN = "[hidden]"
+# Words after which a secret stands, and what secrets look like by themselves: tokens of Google, Hugging Face, W&B and
+# AWS, signatures of URLs, and the user's part of an address.
+_SECRETS = (
+    re.compile(
+        r"(?i)((?:authorization|bearer|token|api[_-]?key|password|secret|credential)s?\b['\"]?\s*[:=]?\s*['\"]?"
+        r"(?:bearer\s+)?)([\w.~+/=-]{8,})"
+    ),
+    re.compile(r"()\b(ya29\.[\w.-]+|AIza[\w-]{20,}|hf_\w{16,}|AKIA\w{12,}|[0-9a-f]{40})\b"),
+    re.compile(r"((?:X-Goog-Signature|X-Amz-Signature|Signature|access_token|upload_id)=)([^&\s]+)"),
+    re.compile(r"(://)([^/\s:@]+:[^/\s@]+)(?=@)"),
+)
+_SECRET_NAMES = re.compile(r"(?i)token|secret|password|api_?key|credential")
+
+
+def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """A text without secrets: what looks like one, and what the environment holds under a name that says so."""
+    for name, value in environment.items():
+        if _SECRET_NAMES.search(name) and len(value) >= 8:
+            text = text.replace(value, _HIDDEN)
+    for pattern in _SECRETS:
+        text = pattern.sub(rf"\1{_HIDDEN}", text)
+    return text
+
+
+def write_report(run: epath.Path, stage: str, problem: BaseException | str) -> epath.Path:
+    """Writes ``crashes/TIME-process-N.json`` of a run folder, and returns its path.
+
+    It says when, where and in which stage it happened, the error with its traceback, and the versions of what ran; no
+    environment, no arguments, nothing of the data.
+    """
+    error = problem if isinstance(problem, BaseException) else None
+    report = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "process": jax.process_index(),
+        "processes": jax.process_count(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "stage": stage,
+        "error": None if error is None else type(error).__name__,
+        "message": redact(str(problem)),
+        "traceback": [] if error is None else redact("".join(traceback.format_exception(error))).splitlines(),
+        "versions": versions(),
+    }
+    folder = run / "crashes"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-process-{jax.process_index()}.json"
+    path.write_text(json.dumps(report, indent=1))
+    return path
+
+
+def versions() -> dict[str, Any]:
+    """Of Python and of the packages that what a run computes depends on; None for one that is not installed."""
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    system = {"python": platform.python_version(), "system": f"{sys.platform} {platform.machine()}"}
+    return system | {package: version(package) for package in _PACKAGES}
