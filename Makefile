@@ -11,7 +11,7 @@ JOBS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMPED := pyproject.toml constraints.txt
 
-.PHONY: demo test test-all lint format compiler harness clean
+.PHONY: demo test test-all lint format compiler harness xpk clean
 
 demo: $(VENV)/.installed
 	$(BIN)/medllm demo --workdir $(WORKDIR) --seed $(SEED)
@@ -38,6 +38,11 @@ compiler: $(VENV)/.installed
 harness: $(VENV)/.installed-test
 	$(INSTALL) -e ".[test,harness]"
 
+# xpk, whose manifests ours are compared with; its pinned versions contradict ours, so it lives by itself.
+xpk: $(VENV)/.installed
+	test -x $(VENV)-xpk/bin/python || $(BIN)/python -m venv $(VENV)-xpk
+	$(VENV)-xpk/bin/python -m pip install --quiet --disable-pip-version-check xpk==1.16.0
+
 # An installation is made anew only when what it is made of changes. Bytecode is compiled once, here: where Python is
 # told not to write it, every later start would be slow.
 $(VENV)/.installed: $(STAMPED)
@@ -57,4 +62,4 @@ $(VENV)/.installed-lint: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-xpk build *.egg-info .pytest_cache .ruff_cache .hypothesis

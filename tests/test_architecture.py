@@ -246,19 +246,23 @@ def test_help_imports_nothing_heavy(verb):
     assert done.stdout.strip() == "[]", done.stdout
 
 
+PROGRAMS = ("medllm ", "python -m tools.convert_hf ", "python -m launch ")
+
+
 def documented_commands():
-    """Every `medllm` and converter command in README and docs, continuation lines joined."""
+    """Every command of `medllm`, the converter and the launchers in README and docs, continuation lines joined."""
     for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = file.read_text(encoding="utf-8").replace("\\\n", " ")
         for line in text.splitlines():
             command = line.partition("#")[0].strip()
-            if line.startswith("    ") and command.startswith(("medllm ", "python -m tools.convert_hf ")):
+            if line.startswith("    ") and command.startswith(PROGRAMS):
                 yield command
 
 
-def test_documented_commands_are_understood():
+def test_documented_commands_are_understood(monkeypatch):
     import shlex
 
+    from launch.__main__ import prepare
     from medllm_jax.cli import make_parser
     from tools.convert_hf.__main__ import _parser as converter_parser
 
@@ -271,5 +275,8 @@ def test_documented_commands_are_understood():
             assert not rest or options.takes_settings, command
             if options.takes_settings:
                 load_run_config(ROOT / options.config, rest)
+        elif words[2] == "launch":
+            monkeypatch.chdir(ROOT)
+            prepare(words[3:])
         else:
             converter_parser().parse_args(words[3:])
