@@ -51,8 +51,8 @@ def supervised(config: RunConfig, folder: epath.Path) -> Iterator[Supervision]:
             if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
                 cause = str(error).splitlines()[0][:200]
                 raise RunError(
-                    f"in {watch.now} the processes of the run lost each other ({cause}): one has probably died, and its "
-                    "log says why; started again, the run goes on from its last checkpoint"
+                    f"in {watch.now} the processes of the run lost each other ({cause}): one has probably died, and "
+                    "its log says why; started again, the run goes on from its last checkpoint"
                 ) from error
             raise
 
@@ -80,27 +80,33 @@ def restore(folder: epath.Path, abstract: TrainState, watch: Watchdog) -> Restor
     One that does not is set aside, with a warning, and the steps from the one before it are made again. RunError where
     there are checkpoints and none is good: to begin again is not for a program to decide.
     """
-    found = steps(folder)
-    for step in reversed(found):
+    bad: dict[int, DamagedError] = {}
+    for step in reversed(steps(folder)):
         watch.stage(f"restoring step {step}")
-        problem = None
         for pause in (1.0, 0.0):
             try:
-                return _read(folder, step, abstract)
+                restored = _read(folder, step, abstract)
             except DamagedError as error:
-                problem = error
-            time.sleep(pause)  # once again: it may be the way there, and not what is there
+                bad[step] = error
+                time.sleep(pause)  # once again: it may be the way there, and not what is there
+            else:
+                _set_aside(folder, {other: error for other, error in bad.items() if other != step})
+                return restored
+    if bad:
+        raise RunError(
+            f"none of the checkpoints of {folder} ({', '.join(map(str, bad))}) can be read: copy one back, or start in "
+            f"another run folder ({next(iter(bad.values()))})"
+        )
+    return None
+
+
+def _set_aside(folder: epath.Path, bad: dict[int, DamagedError]) -> None:
+    for step, problem in bad.items():
         aside = functools.partial(set_aside, folder, step)
         became = together("setting it aside", aside if jax.process_index() == 0 else str)
         if jax.process_index() == 0:
             text = f"warning: {problem}; {became}, and the run goes on from the one before it"
             print(text, file=sys.stderr, flush=True)
-    if found:
-        raise RunError(
-            f"none of the checkpoints of {folder} ({', '.join(map(str, found))}) can be read: copy one back, or start "
-            "in another run folder"
-        )
-    return None
 
 
 def _read(folder: epath.Path, step: int, abstract: TrainState) -> Restored:

@@ -77,7 +77,7 @@ def test_a_spike_changes_nothing(world, tmp_path, metrics_of):
     train(dataclasses.replace(config, run=str(tmp_path / "run"), guard=guard))
     assert [row["skipped"] for row in metrics_of(tmp_path / "run").values()] == [1, 1]
     assert_equal_bits(params_of(tmp_path / "run"), params_of(world.model))
-    with pytest.raises(RunError, match="the gradient's norm .* is above guard.grad_norm"):
+    with pytest.raises(RunError, match=r"the gradient's norm .* is above guard\.grad_norm"):
         train(dataclasses.replace(config, run=str(tmp_path / "other"), guard=GuardConfig(grad_norm=1e-9)))
 
 
