@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from medllm_jax.planning.chips import Topology, ici_bandwidth
 from medllm_jax.planning.hlo import COLLECTIVES, Array, Instruction, Module, group_of, product_flops
+from medllm_jax.planning.kept import phase_of
 
 # Share of the links' sum that collectives reach: 270 GB/s of a v5p chip's six links of 90 GB/s.
 ICI_EFFICIENCY = 0.5
@@ -21,6 +22,10 @@ LATENCY = 1e-5
 # Share of the peak that attention kernels reach, forward and backward together: 0.40 s for a row of 4096 tokens through
 # 80 layers of 64 heads on v5p. With it the method gives a published step time within 3 % (see docs/plan.md).
 KERNEL_EFFICIENCY = 0.54
+# Bytes a second between a chip and its host's memory, over PCIe (jax-ml.github.io/scaling-book, "How to Think About
+# TPUs"), and the number that such memory has in the compiler's text.
+HOST_BANDWIDTH = 1.5e10
+_HOST = 5
 # Products that a kernel makes, by its name: so many over the width of q and k, so many over that of v, which is smaller
 # where branches ride in further columns. Half of each is skipped by the causal rule.
 _KERNEL_PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
@@ -153,7 +158,7 @@ class _Replay:
         clock, links = 0.0, _Links()
         local = {i.name: i for i in self._module.computations[name]}
         for i in local.values():
-            at = _phase(i.source, phase)
+            at = phase_of(i.source, phase)
             begins = i.opcode.removesuffix("-start")
             if i.opcode in ("while", "call", "conditional"):
                 clock += self._inner(i, times, at, in_loop)
@@ -287,9 +292,8 @@ class _Replay:
         inner = i
         if i.opcode == "async-start":
             found = [j for j in self._module.inside(i) if j.opcode in COLLECTIVES]
-            if not found:  # something else that runs beside the TensorCore: a gather from HBM, say
-                moved = sum(array.bytes for array in i.arrays[-2:])
-                return _Transfer(moved / self._machine.topology.chip.bandwidth, None, "hbm")
+            if not found:
+                return self._copy(i)
             inner = found[0]
         kind = inner.opcode.removesuffix("-start")
         group = group_of(inner) or list(range(len(self._machine.places)))
@@ -299,6 +303,13 @@ class _Replay:
         source = inner.source or i.source
         self.collectives.append(Collective(kind, axes, over, received, asynchronous, in_loop, source, times))
         return _Transfer(received / bandwidth, len(self.collectives) - 1, over)
+
+    def _copy(self, i: Instruction) -> _Transfer:
+        """Something else that runs beside the TensorCore: a slice on its way to or from the host, a gather from HBM."""
+        if any(array.space == _HOST for array in i.arrays):  # the slice, and the stack that it is one of
+            return _Transfer(min(array.bytes for array in i.arrays if array.shape) / HOST_BANDWIDTH, None, "host")
+        moved = sum(array.bytes for array in i.arrays[-2:])
+        return _Transfer(moved / self._machine.topology.chip.bandwidth, None, "hbm")
 
     def _between_slices(self, i: Instruction, times: int, in_loop: bool) -> _Transfer:
         """Notes a collective between slices, which the compiler writes as a send to the hosts and a recv from them."""
@@ -322,16 +333,6 @@ class _Replay:
 def _rendezvous(i: Instruction) -> str:
     """The name by which a send finds its recv: ``all-reduce.121_0``."""
     return re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes).group(1)
-
-
-def _phase(source: str, default: str) -> str:
-    if "rematted_computation" in source:
-        return "recomputation"
-    if "transpose(" in source:
-        return "backward"
-    if "jvp(" in source:
-        return "forward"
-    return default
 
 
 def _of(arrays: list[Array]) -> float:

@@ -3,7 +3,7 @@
 import pytest
 
 from medllm_jax.planning.chips import parse_topology
-from medllm_jax.planning.estimate import ICI_EFFICIENCY, LATENCY, Machine, estimate
+from medllm_jax.planning.estimate import HOST_BANDWIDTH, ICI_EFFICIENCY, LATENCY, Machine, estimate
 from medllm_jax.planning.hlo import parse
 
 V5P = parse_topology("v5p:4x4x4")
@@ -69,6 +69,15 @@ def test_slices_talk_over_the_network_of_the_data_centre():
     (reduce,) = estimate(program(lines), machine).collectives
     assert (reduce.kind, reduce.over, reduce.axes, reduce.bytes) == ("all-reduce", "dcn", ("data",), 4000)
     assert reduce.waited == pytest.approx(10 * 4000 / V5P.chip.dcn)
+
+
+def test_what_is_kept_on_the_host_comes_back_slowly():
+    """A slice out of a stack there: as the compiler writes what a remat policy offloads."""
+    types = "((bf16[80,4096,1024]{2,1,0:T(8,128)S(5)}, s32[], s32[]), bf16[1,4096,1024]{2,1,0:T(8,128)}, u32[])"
+    lines = f"  %s = {types} async-start(%x, %n), calls=%empty\n" + work("w", 1750)
+    done = "  %d = bf16[1,4096,1024]{2,1,0:T(8,128)} async-done(%s)\n"
+    waited = estimate(program(lines + done), MACHINE).waits
+    assert waited == pytest.approx(10 * (4096 * 1024 * 2 / HOST_BANDWIDTH - 1e-6))
 
 
 def test_phases_come_from_where_the_program_asked():
