@@ -176,14 +176,32 @@ class _Replay:
             elif i.opcode.endswith("-done") and i.operands and links.arrival(i.operands[0]):
                 clock = self._wait(clock, links.arrival(i.operands[0]), times)
             elif i.opcode in COLLECTIVES:
-                transfer = self._collective(i, times, in_loop, asynchronous=False)
-                links.share(transfer, clock)
-                clock = self._wait(clock, (clock + transfer.seconds + LATENCY, transfer.number), times)
+                clock = self._synchronous(i, clock, links, times, in_loop)
+            elif i.name.startswith("async-collective-start") and (inner := self._fused(i)):
+                links.prepare(i.name, self._collective(inner, times, in_loop, asynchronous=True))
+                links.begin(i.name, i.name, clock)
+            elif i.name.startswith("async-collective-done"):
+                clock = self._wait(clock, links.arrival(i.name.replace("done", "start")), times)
+            elif i.cycles is None and (inner := self._fused(i)):
+                clock = self._synchronous(inner, clock, links, times, in_loop)
             elif i.opcode not in _FREE and "AllocateBuffer" not in i.attributes:
                 kind, seconds = self._work(i, local, times, in_loop)
                 self.busy[at, kind] += seconds * times
                 clock += seconds
         return clock
+
+    def _fused(self, i: Instruction) -> Instruction | None:
+        """The collective in a fusion, if there is one. A fusion without cycles does nothing else; one with cycles is a
+        step, beside a product, of a collective that has started."""
+        if i.opcode != "fusion":
+            return None
+        return next((inner for inner in self._module.inside(i) if inner.opcode in COLLECTIVES), None)
+
+    def _synchronous(self, i: Instruction, clock: float, links: _Links, times: int, in_loop: bool) -> float:
+        """The clock after a collective that is waited for."""
+        transfer = self._collective(i, times, in_loop, asynchronous=False)
+        links.share(transfer, clock)
+        return self._wait(clock, (clock + transfer.seconds + LATENCY, transfer.number), times)
 
     def _wait(self, clock: float, arrival: tuple[float, int | None] | None, times: int) -> float:
         """The clock once something is there; the wait is added to all waits, and to the collective's own."""
@@ -217,9 +235,6 @@ class _Replay:
                 return "kernels", moved / chip.bandwidth
             self.kernel_flops += flops * times
             return "kernels", max(flops / (chip.flops * KERNEL_EFFICIENCY), moved / chip.bandwidth)
-        for inner in self._module.inside(i):
-            if inner.opcode in COLLECTIVES:  # travels inside the fusion, beside its products
-                self._collective(inner, times, in_loop, asynchronous=True)
         flops = self._product_flops(i, local)
         self.flops += flops * times
         kind = "matrix products" if flops else "everything else"

@@ -58,6 +58,26 @@ def test_what_is_synchronous_is_waited_for():
     assert not estimated.collectives[0].asynchronous
 
 
+def fused(name, cycles=None):
+    config = f', backend_config={{"estimated_cycles":"{cycles}"}}' if cycles else ""
+    return f"  %{name} = bf16[8]{{0:T(8)S(1)}} fusion(%x), kind=kLoop, calls=%gather{config}\n"
+
+
+def test_a_collective_in_steps_of_fusions_is_one():
+    """As on v5e: it starts in one fusion, goes on in others, and is done in a last one."""
+    steps = fused("async-collective-start.2") + fused("f.1", 875_000) + fused("f.2", 875_000)
+    estimated = estimate(program(steps + fused("async-collective-done.2")), MACHINE)
+    (gather,) = estimated.collectives
+    assert (gather.times, gather.asynchronous) == (10, True)
+    assert estimated.waits == pytest.approx(10 * (GATHER - 1e-3))
+
+
+def test_a_collective_that_a_fusion_does_alone_is_waited_for():
+    estimated = estimate(program(work("w", 1750) + fused("f")), MACHINE)
+    assert estimated.waits == pytest.approx(10 * (GATHER + LATENCY))
+    assert not estimated.collectives[0].asynchronous
+
+
 def test_slices_talk_over_the_network_of_the_data_centre():
     machine = Machine(parse_topology("v5p:2x2x2", 2), {"data": 2, "fsdp": 8}, [[0, 0, 0, n // 8] for n in range(16)])
     name = '_xla_host_transfer_rendezvous="all-reduce.1_0"'
