@@ -56,7 +56,24 @@ def plan(config: RunConfig, question: Question, *, memory_only: bool = False) ->
     memory_only: seconds instead of minutes, and no estimate of time.
     """
     config = with_model(config)
-    compiled = compile_programs(request_of(config, question), memory_only=memory_only)
+    return report_of(config, question, compile_programs(request_of(config, question), memory_only=memory_only))
+
+
+def request_of(config: RunConfig, question: Question) -> dict[str, Any]:
+    """What the compiling process is asked for (planning/child.py)."""
+    return {
+        "config": to_plain(config),
+        "topology": question.topology.name,
+        "slices": question.topology.slices,
+        "program": question.program,
+        "sequence_length": question.sequence_length,
+        "pairs_per_row": question.pairs_per_row,
+        "new_tokens": question.new_tokens,
+    }
+
+
+def report_of(config: RunConfig, question: Question, compiled: list[Compiled]) -> dict[str, Any]:
+    """What `plan` reports of its compiled programs."""
     devices = len(compiled[0].places)
     report = {
         "topology": question.topology.name,
@@ -76,19 +93,6 @@ def plan(config: RunConfig, question: Question, *, memory_only: bool = False) ->
         "programs": [_program(config, question, program) for program in compiled],
     }
     return report | {"advice": advice(config, report)}
-
-
-def request_of(config: RunConfig, question: Question) -> dict[str, Any]:
-    """What the compiling process is asked for (planning/child.py)."""
-    return {
-        "config": to_plain(config),
-        "topology": question.topology.name,
-        "slices": question.topology.slices,
-        "program": question.program,
-        "sequence_length": question.sequence_length,
-        "pairs_per_row": question.pairs_per_row,
-        "new_tokens": question.new_tokens,
-    }
 
 
 def search(config: RunConfig, question: Question, show: Callable[[str], None]) -> dict[str, Any]:

@@ -181,6 +181,17 @@ def test_a_tiny_run_is_planned(file, capsys):
 
 @pytest.mark.slow
 @needs_libtpu
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:4x4", "v6e:4x4", "tpu7x:2x2x1"])
+def test_other_generations_are_planned(file, capsys, topology):
+    """With their options of the compiler, which refuses what it does not know."""
+    mesh = ["--mesh.fsdp", "-1", "--mesh.tensor", "1", "--data.batch_size", "32"]
+    assert run(file, "--json", "--topology", topology, *mesh) == 0
+    (program,) = json.loads(capsys.readouterr().out)["programs"]
+    assert program["memory"]["fits"] and 0 < program["time"]["mfu_estimate"] < 1
+
+
+@pytest.mark.slow
+@needs_libtpu
 @pytest.mark.parametrize("program", ["reference", "generate"])
 def test_other_programs_are_planned(file, capsys, program):
     assert run(file, "--json", "--program", program, "--new-tokens", "32", "--objective.name", "rpo") == 0

@@ -34,13 +34,21 @@ def kept(module: Module) -> Kept:
     found = {"forward": 0.0, "backward": 0.0, "rest": 0.0}
     loops = [i for instructions in module.computations.values() for i in instructions if i.opcode == "while"]
     for loop in loops:
-        phase, trips = phase_of(loop.source, "rest"), module.trips(loop)
+        phase, trips = _phase_of_loop(module, loop), module.trips(loop)
         for array in _changed(module, loop):
             if phase == "rest" or array.shape[:1] == (trips,):
                 found[phase] += array.bytes
     if not found["backward"]:
         return Kept(0.0, 0.0)
     return Kept(found["forward"], found["backward"] + found["rest"])
+
+
+def _phase_of_loop(module: Module, loop: Instruction) -> str:
+    if loop.source:
+        return phase_of(loop.source, "rest")
+    # Where the compiler takes a loop apart and puts it together again, only what is in it knows where it came from.
+    inside = {phase_of(i.source, "rest") for i in module.computations[loop.called("body")[0]]}
+    return next((phase for phase in ("backward", "forward") if phase in inside), "rest")
 
 
 def _changed(module: Module, loop: Instruction) -> list[Array]:

@@ -1,5 +1,7 @@
 """What loops carry, of a program as the compiler writes it."""
 
+import pytest
+
 from medllm_jax.planning.hlo import parse
 from medllm_jax.planning.kept import Kept, kept
 
@@ -14,7 +16,7 @@ TEXT = """
 %layer (c: (f32[2,8], bf16[4], bf16[2,4])) -> (f32[2,8], bf16[4], bf16[2,4]) {{
   %c = (f32[2,8], bf16[4], bf16[2,4]) parameter(0)
   %weights = f32[2,8] get-tuple-element(%c), index=0
-  %x = bf16[4] fusion(%c), calls=%none
+  %x = bf16[4] fusion(%c), calls=%none, metadata={{op_name="transpose(jvp())/add"}}
   %stacked = bf16[2,4] fusion(%c), calls=%none
   ROOT %out = (f32[2,8], bf16[4], bf16[2,4]) tuple(%weights, %x, %stacked)
 }}
@@ -30,13 +32,13 @@ ENTRY %main (x: f32[2,8]) -> f32[2,8] {{
   %m = (f32[2,8], f32[2,8]) while(%x), condition=%three, body=%micro, metadata={{op_name="jit(f)/while"}}
 }}
 """
-BACKWARD = (
-    '%g = (f32[2,8], bf16[4], f32[2,8]) while(%d), condition=%two, body=%layer, metadata={op_name="transpose(jvp())"}'
-)
+BACKWARD = "%g = (f32[2,8], bf16[4], f32[2,8]) while(%d), condition=%two, body=%layer"
+NAMED = BACKWARD + ', metadata={op_name="transpose(jvp())"}'
 
 
-def test_stacks_are_activations_and_gradients_and_the_rest_of_a_loop_is_neither():
-    found = kept(parse(TEXT.format(space="", backward=BACKWARD)))
+@pytest.mark.parametrize("backward", [NAMED, BACKWARD], ids=["named", "by what is in it"])
+def test_stacks_are_activations_and_gradients_and_the_rest_of_a_loop_is_neither(backward):
+    found = kept(parse(TEXT.format(space="", backward=backward)))
     assert found == Kept(activations=2 * 2 * 4, gradients=4 * 2 * 8 + 4 * 2 * 8)
 
 
