@@ -47,7 +47,7 @@ def _sentences(config: RunConfig, report: dict[str, Any], program: dict[str, Any
     excess = peak - (1 - MARGIN) * hbm
     if excess <= 0:
         return
-    changes = list(_changes(config, report, program))
+    changes = [change for change in _changes(config, report, program) if change.saves > hbm / 100]
     for saves, text in changes:
         yield f"{text} saves about {saves / GIB:.1f} GiB{', which is enough' if saves >= excess else ''}"
     if not any(saves >= excess for saves, _ in changes):
