@@ -11,7 +11,7 @@ JOBS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMPED := pyproject.toml constraints.txt
 
-.PHONY: demo test test-all lint format compiler harness xpk clean
+.PHONY: demo test test-all lint format compiler plans harness xpk clean
 
 demo: $(VENV)/.installed
 	$(BIN)/medllm demo --workdir $(WORKDIR) --seed $(SEED)
@@ -33,6 +33,12 @@ format: $(VENV)/.installed-lint
 # The compiler for TPUs, which `medllm plan` and its tests need. Where it is installed and no TPU is, set JAX_PLATFORMS=cpu.
 compiler: $(VENV)/.installed
 	$(INSTALL) -e ".[plan]"
+
+# What can be known of TPUs without one: that the shipped configs fit, that kernels compile, and that they compute what
+# they should. `.ci/run` has it among the slow tests.
+plans: $(VENV)/.installed-test compiler
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal \
+		tests/planning tests/test_plan.py tests/model/test_splash.py
 
 # lm-evaluation-harness, which one slow test asks.
 harness: $(VENV)/.installed-test

@@ -12,8 +12,8 @@ from medllm_jax.checkpoint import load_model_config
 from medllm_jax.config import RunConfig
 from medllm_jax.errors import UserError
 from medllm_jax.planning.advice import advice
-from medllm_jax.planning.chips import Chip, Topology, chips_of, ici_bandwidth
-from medllm_jax.planning.compiling import Compiled, compile_programs
+from medllm_jax.planning.chips import MARGIN, Chip, Topology, chips_of, ici_bandwidth
+from medllm_jax.planning.compiling import Compiled, compile_programs, require_compiler
 from medllm_jax.planning.estimate import (
     ICI_EFFICIENCY,
     KERNEL_EFFICIENCY,
@@ -24,10 +24,10 @@ from medllm_jax.planning.estimate import (
 )
 from medllm_jax.planning.flops import decode_flops, forward_flops, prefill_flops, train_flops
 from medllm_jax.planning.hlo import parse
+from medllm_jax.planning.kept import Kept, kept
 from medllm_jax.planning.search import search as search_settings
 from medllm_jax.settings import to_plain
 
-MARGIN = 0.08  # of HBM that is better left free: fragments, and what the runtime itself holds
 DECODE_CHUNK = 16  # tokens that one call of the decoding program adds
 
 
@@ -56,7 +56,12 @@ def plan(config: RunConfig, question: Question, *, memory_only: bool = False) ->
     memory_only: seconds instead of minutes, and no estimate of time.
     """
     config = with_model(config)
-    request = {
+    return report_of(config, question, compile_programs(request_of(config, question), memory_only=memory_only))
+
+
+def request_of(config: RunConfig, question: Question) -> dict[str, Any]:
+    """What the compiling process is asked for (planning/child.py)."""
+    return {
         "config": to_plain(config),
         "topology": question.topology.name,
         "slices": question.topology.slices,
@@ -65,7 +70,10 @@ def plan(config: RunConfig, question: Question, *, memory_only: bool = False) ->
         "pairs_per_row": question.pairs_per_row,
         "new_tokens": question.new_tokens,
     }
-    compiled = compile_programs(request, memory_only=memory_only)
+
+
+def report_of(config: RunConfig, question: Question, compiled: list[Compiled]) -> dict[str, Any]:
+    """What `plan` reports of its compiled programs."""
     devices = len(compiled[0].places)
     report = {
         "topology": question.topology.name,
@@ -92,6 +100,7 @@ def search(config: RunConfig, question: Question, show: Callable[[str], None]) -
     if question.program != "train":
         raise UserError(f"--search is for training: --program {question.program} has no settings to try")
     config = with_model(config)
+    require_compiler()  # else each of what is tried would fail for want of it
     topology = question.topology
     devices = chips_of(topology) * topology.chip.devices
     attempt = functools.partial(plan, question=question)
@@ -126,11 +135,12 @@ def _assumed(topology: Topology) -> dict[str, float]:
 
 def _program(config: RunConfig, question: Question, compiled: Compiled) -> dict[str, Any]:
     machine = Machine(question.topology, compiled.mesh, compiled.places)
-    estimated = estimate(parse(compiled.hlo), machine)
+    module = parse(compiled.hlo)
+    estimated = estimate(module, machine)
     return {
         "name": compiled.name,
         "refused": compiled.refused,
-        "memory": _memory(question, compiled),
+        "memory": _memory(question, compiled, kept(module)),
         "flops": _flops(config, question, compiled, estimated),
         "collectives": [c._asdict() for c in estimated.collectives],
         "time": _time(config, question, compiled, estimated) if compiled.finished else None,
@@ -138,13 +148,15 @@ def _program(config: RunConfig, question: Question, compiled: Compiled) -> dict[
     }
 
 
-def _memory(question: Question, compiled: Compiled) -> dict[str, Any]:
+def _memory(question: Question, compiled: Compiled, held: Kept) -> dict[str, Any]:
     """Bytes on one device."""
     memory, hbm = compiled.memory, question.topology.chip.hbm
     known = sum(compiled.bytes.values())
     return compiled.bytes | {
         "other_arguments": memory.arguments - known,
         "temporaries": memory.temporaries,
+        "gradients": round(held.gradients),
+        "activations": round(held.activations),
         "peak": memory.peak,
         "hbm": round(hbm),
         "share": memory.peak / hbm,

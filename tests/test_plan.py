@@ -9,6 +9,7 @@ import pytest
 from medllm_jax.cli import main
 from medllm_jax.compiler import OPTIONS, compiler_options
 from medllm_jax.config import MeshConfig
+from medllm_jax.errors import UserError
 from medllm_jax.planning.advice import advice
 from medllm_jax.planning.report import as_text
 from medllm_jax.planning.search import REMATS, search
@@ -40,6 +41,25 @@ def test_without_libtpu_it_says_what_to_install(file, capsys, monkeypatch):
     assert "pip install 'medllm_jax[plan]'" in capsys.readouterr().err
 
 
+def test_a_search_without_libtpu_tries_nothing(file, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run(file, "--search") == 2
+    assert "pip install 'medllm_jax[plan]'" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_a_search_has_times(file, capsys):
+    assert run(file, "--search", "--memory-only") == 2
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_a_search_in_which_all_is_refused_says_why(file):
+    def plan(candidate, *, memory_only):
+        raise UserError("the compiler knows no such topology")
+
+    with pytest.raises(UserError, match="knows no such topology"):
+        search(load_run_config(file), plan, devices=4, slices=1, show=lambda line: None)
+
+
 def test_an_unknown_topology_is_one_line(file, capsys):
     assert run(file, "--topology", "trillium:4x4") == 2
     assert "v6e:4x4" in (error := capsys.readouterr().err) and error.count("\n") == 1
@@ -56,9 +76,10 @@ def test_programs_for_other_devices_have_no_options():
     assert jax.devices()[0].device_kind not in OPTIONS
 
 
-def report_of(config, peak):
+def report_of(config, peak, name="train"):
     memory = {"peak": peak, "temporaries": peak // 2, "hbm": HBM, "parameters": peak // 6, "optimizer": peak // 3}
     memory |= {"share": peak / HBM, "fits": peak <= HBM, "comfortable": peak <= 0.92 * HBM}
+    memory |= {"gradients": peak // 6, "activations": peak // 4, "frozen": peak // 4}
     return {
         "slices": 1,
         "mesh": {"data": 1, "fsdp": 4, "tensor": 1},
@@ -66,7 +87,7 @@ def report_of(config, peak):
         "rows": config.data.batch_size,
         "accumulate": config.data.accumulate,
         "sequence_length": 256,
-        "programs": [{"name": "train", "memory": memory, "roofline_seconds": 1.0, "refused": None}],
+        "programs": [{"name": name, "memory": memory, "roofline_seconds": 1.0, "refused": None}],
     }
 
 
@@ -82,8 +103,36 @@ def test_advice_names_what_would_make_it_fit(file):
         "data.accumulate",
         "remat full",
         "vocab_chunks",
+        "adapters on a base in nf4",
     ):
         assert any(setting in line for line in more), setting
+    *_, alone, where = advice(config, report_of(config, 3 * HBM))
+    assert alone.startswith("208.0 GiB less would fit with room") and "--search" in where
+
+
+def test_advice_says_what_is_enough(file):
+    """10 GiB too many, of which 2 + 8 are the margin: half of 25 GiB of activations is enough, a half of 17 is not."""
+    config = load_run_config(file, ["--remat", "attention", "--data.accumulate", "1"])
+    verdict, *more = advice(config, report_of(config, 102 * 2**30))
+    assert "does not fit" in verdict
+    (rows,) = (line for line in more if "twice the data.accumulate" in line)
+    (moments,) = (line for line in more if "precision.params" in line)
+    assert rows.endswith("saves about 12.8 GiB, which is enough") and moments.endswith("saves about 8.5 GiB")
+    tight, *_ = advice(config, report_of(config, 95 * 2**30))
+    assert tight.startswith("train fits, but only 5.0 GiB are left on each device: 8% or more are safer")
+
+
+def test_advice_is_for_adapters_and_other_programs_too(file):
+    config = load_run_config(file, ["--adapter.base", "bfloat16", "--init.checkpoint", "base"])
+    lines = advice(config, report_of(config, 110 * 2**30))
+    assert any(line.startswith("adapter.base int8 saves about 12.9 GiB") for line in lines)
+    assert any(line.startswith("adapter.base nf4 saves about 19.8 GiB, which is enough") for line in lines)
+    assert not any("moments" in line or "instead" in line for line in lines)
+    config = load_run_config(file)
+    for name, half in (("reference", "precision.params bfloat16"), ("decode", "twice the data.accumulate")):
+        verdict, *more = advice(config, report_of(config, 110 * 2**30, name))
+        assert verdict.startswith(f"{name} does not fit") and any(line.startswith(half) for line in more)
+        assert not any("remat" in line or "--search" in line for line in more)
 
 
 def test_the_search_takes_the_fastest_of_what_fits(file):
@@ -128,6 +177,17 @@ def test_a_tiny_run_is_planned(file, capsys):
     assert time["mfu_if_products_reach"]["0.8"] <= time["mfu_if_products_reach"]["0.9"] <= time["mfu_estimate"]
     assert {"fsdp", "tensor"} <= {axis for c in program["collectives"] for axis in c["axes"]}
     assert "train fits" in as_text(report)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:4x4", "v6e:4x4", "tpu7x:2x2x1"])
+def test_other_generations_are_planned(file, capsys, topology):
+    """With their options of the compiler, which refuses what it does not know."""
+    mesh = ["--mesh.fsdp", "-1", "--mesh.tensor", "1", "--data.batch_size", "32"]
+    assert run(file, "--json", "--topology", topology, *mesh) == 0
+    (program,) = json.loads(capsys.readouterr().out)["programs"]
+    assert program["memory"]["fits"] and 0 < program["time"]["mfu_estimate"] < 1
 
 
 @pytest.mark.slow

@@ -109,8 +109,9 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs-per-row", type=int, default=2, help="of preference rows (default 2)")
     parser.add_argument("--new-tokens", type=int, default=512, help="of a completion (default 512)")
     parser.add_argument("--tokens", type=int, help="of the whole run: adds hours and chip-hours")
-    parser.add_argument("--search", action="store_true", help="try remat, rows at a time, mesh and vocab_chunks")
-    parser.add_argument("--memory-only", action="store_true", help="seconds instead of minutes, and no times")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--search", action="store_true", help="try remat, rows at a time, mesh and vocab_chunks")
+    how.add_argument("--memory-only", action="store_true", help="seconds instead of minutes, and no times")
     parser.add_argument("--json", action="store_true", help="the report as JSON")
 
 

@@ -2,10 +2,20 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from medllm_jax.config import RunConfig
-from medllm_jax.planning.chips import GIB
+from medllm_jax.planning.chips import GIB, MARGIN
+
+# Bits of a weight that its format takes, with the scales of its blocks.
+_BITS = {"float32": 32, "bfloat16": 16, "int8": 8.5, "int4": 4.5, "nf4": 4.5}
+
+
+class _Change(NamedTuple):
+    """Of a setting. saves: bytes of a device, about."""
+
+    saves: float
+    text: str
 
 
 def advice(config: RunConfig, report: dict[str, Any]) -> list[str]:
@@ -21,51 +31,75 @@ def advice(config: RunConfig, report: dict[str, Any]) -> list[str]:
 
 def _sentences(config: RunConfig, report: dict[str, Any], program: dict[str, Any]) -> Iterator[str]:
     memory, name = program["memory"], program["name"]
-    hbm, peak, temporaries = memory["hbm"], memory["peak"], memory["temporaries"]
-    state = peak - temporaries
+    hbm, peak = memory["hbm"], memory["peak"]
     if memory["comfortable"]:
         yield f"{name} fits: {(hbm - peak) / GIB:.1f} of {hbm / GIB:.1f} GiB are left on each device"
-    elif memory["fits"]:
-        yield f"{name} fits, but only {(hbm - peak) / GIB:.1f} GiB are left on each device: 8 % or more are safer"
+        if name == "train" and memory["share"] < 0.6 and config.remat in ("full", "attention", "dots"):
+            yield "there is room to recompute less: a lighter remat is faster (--search tries them)"
+        return
+    if memory["fits"]:
+        left = f"{(hbm - peak) / GIB:.1f} GiB are left on each device"
+        yield f"{name} fits, but only {left}: {MARGIN:.0%} or more are safer"
     elif peak <= hbm:
         yield f"{name} can't be compiled for these devices: see what the compiler says"
     else:
         yield f"{name} does not fit: it needs {(peak - hbm) / GIB:.1f} GiB more than a device has"
-    if name != "train":
+    excess = peak - (1 - MARGIN) * hbm
+    if excess <= 0:
         return
-    if memory["share"] < 0.6 and config.remat in ("full", "attention", "dots"):
-        yield "there is room to recompute less: a lighter remat is faster (--search tries them)"
-    if memory["comfortable"]:
-        return
-    yield from _smaller(config, report, program, state)
+    changes = [change for change in _changes(config, report, program) if change.saves > hbm / 100]
+    for saves, text in changes:
+        yield f"{text} saves about {saves / GIB:.1f} GiB{', which is enough' if saves >= excess else ''}"
+    if not any(saves >= excess for saves, _ in changes):
+        yield f"{excess / GIB:.1f} GiB less would fit with room, for which none of these is enough alone"
+    if name == "train":
+        yield "--search tries remat, rows at a time, mesh and vocab_chunks, and prints the fastest that fit"
 
 
-def _smaller(config: RunConfig, report: dict[str, Any], program: dict[str, Any], state: int) -> Iterator[str]:
-    """What makes a training step smaller, each with what it saves by a count of bytes."""
-    memory, mesh, model = program["memory"], report["mesh"], config.model
-    hbm, devices = memory["hbm"], report["devices"]
-    split = mesh["fsdp"] * mesh["tensor"]
-    rows = report["rows"] // report["accumulate"] // (mesh["data"] * mesh["fsdp"])
+def _changes(config: RunConfig, report: dict[str, Any], program: dict[str, Any]) -> Iterator[_Change]:
+    """What makes a program smaller, by a count of bytes; first what leaves the result of a run as it is."""
+    memory, mesh, training = program["memory"], report["mesh"], program["name"] == "train"
+    at_once = report["rows"] // (report["accumulate"] if training else 1)
+    rows = at_once // (mesh["data"] * mesh["fsdp"])
     tokens = rows * report["sequence_length"]
-    if state > hbm / 2:
-        needed = math.ceil(state * split / (hbm / 2))
-        yield (
-            f"weights and optimizer alone take {state / GIB:.1f} GiB of a device: half of one is enough if they are "
-            f"split over {needed} devices or more (mesh.fsdp; now {split} of {devices})"
-        )
-    if config.adapter is None and config.optimizer.state_dtype == "float32":
-        yield f"optimizer.state_dtype bfloat16 saves {memory['optimizer'] / 2 / GIB:.1f} GiB, with coarser moments"
-    if config.adapter is None and config.precision.params == "float32":
-        yield f"precision.params bfloat16 saves {memory['parameters'] / 2 / GIB:.1f} GiB, and loses small updates"
+    held = memory["activations"] if training else memory["temporaries"] + memory.get("cache", 0)
     if rows > 1:
-        yield f"a device computes {rows} rows at a time: twice the data.accumulate halves what they hold"
+        yield _Change(held / 2, f"twice the data.accumulate (a device computes {rows} rows at a time)")
     elif mesh["tensor"] == 1:
-        yield "a device computes one row at a time: mesh.tensor 2 halves what it holds, and costs time"
-    if config.remat != "full":
-        kept = model.num_hidden_layers * tokens * model.hidden_size * 2 / mesh["tensor"]
-        yield f"remat full keeps {kept / GIB:.1f} GiB of the layers' activations and nothing else of them"
-    if config.objective.vocab_chunks == 1:
-        logits = tokens * model.vocab_size * 4 / mesh["tensor"]
-        yield f"logits and their gradient take {2 * logits / GIB:.1f} GiB: objective.vocab_chunks 16 makes them a 16th"
+        yield _Change(held / 2, "mesh.tensor 2 with twice the data.accumulate (slower)")
+    if program["name"] in ("train", "reference") and config.objective.vocab_chunks == 1:
+        logits = (1 + training) * tokens * config.model.vocab_size * 4 / mesh["tensor"]
+        yield _Change(logits * 15 / 16, "objective.vocab_chunks 16")
+    if training and config.remat != "full":
+        inputs = config.model.num_hidden_layers * tokens * config.model.hidden_size * 2
+        yield _Change(held - inputs, "remat full (slower)")
+    state, half = memory["peak"] - memory["temporaries"], memory["hbm"] / 2
+    if state > half:
+        split = mesh["fsdp"] * mesh["tensor"]
+        yield _Change(
+            state - half,
+            f"mesh.fsdp over {math.ceil(state * split / half)} devices (all that stays, {state / GIB:.1f} GiB of each, "
+            f"is split over {split} of {report['devices']} now)",
+        )
+    if training:
+        yield from _of_what_is_trained(config, memory)
+    elif config.adapter is None and program["name"] == "reference" and config.precision.params == "float32":
+        yield _Change(memory["parameters"] / 2, "precision.params bfloat16")
+
+
+def _of_what_is_trained(config: RunConfig, memory: dict[str, Any]) -> Iterator[_Change]:
+    adapter, batch = config.adapter, config.data.batch_size // config.data.accumulate
+    if adapter is not None:
+        for base in ("int8", "nf4"):
+            if _BITS[base] < _BITS[adapter.base]:
+                yield _Change(memory["frozen"] * (1 - _BITS[base] / _BITS[adapter.base]), f"adapter.base {base}")
+        return
     if config.data.accumulate > 1:
-        yield f"sums of gradients take {memory['parameters'] / GIB:.1f} GiB: data.accumulate 1 needs none"
+        yield _Change(memory["gradients"] / 2, f"data.accumulate 1 and data.batch_size {batch} (no sums of gradients)")
+    if config.optimizer.state_dtype == "float32":
+        yield _Change(memory["optimizer"] / 2, "optimizer.state_dtype bfloat16 (coarser moments)")
+    if config.precision.params == "float32":
+        yield _Change(memory["parameters"] / 2, "precision.params bfloat16 (loses small updates)")
+    whole = memory["parameters"] + memory["optimizer"] + memory["gradients"]
+    base = memory["parameters"] * _BITS["nf4"] / _BITS[config.precision.params]
+    yield _Change(whole - base, "training adapters on a base in nf4 instead (docs/adapters.md)")

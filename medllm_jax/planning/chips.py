@@ -9,6 +9,7 @@ from typing import Any
 from medllm_jax.errors import UserError
 
 GIB = 2**30
+MARGIN = 0.08  # of HBM that is better left free: fragments, and what the runtime itself holds
 
 
 @dataclass(frozen=True)

@@ -43,14 +43,19 @@ class Compiled(NamedTuple):
     seconds: float
 
 
+def require_compiler() -> None:
+    """UserError where libtpu is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("plan needs libtpu, the compiler for TPUs: pip install 'medllm_jax[plan]'")
+
+
 def compile_programs(request: dict[str, Any], *, memory_only: bool = False) -> list[Compiled]:
     """Compiles a run's programs in a process of their own; see child.py for the request.
 
     memory_only: ends the process as soon as the last program's memory is known, long before its code is there.
     Raises UserError for what the process says is wrong with the input, and without libtpu.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("plan needs libtpu, the compiler for TPUs: pip install 'medllm_jax[plan]'")
+    require_compiler()
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="medllm-plan-") as name:
         folder = Path(name)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from medllm_jax.planning.chips import Topology, ici_bandwidth
 from medllm_jax.planning.hlo import COLLECTIVES, Array, Instruction, Module, group_of, product_flops
+from medllm_jax.planning.kept import phase_of
 
 # Share of the links' sum that collectives reach: 270 GB/s of a v5p chip's six links of 90 GB/s.
 ICI_EFFICIENCY = 0.5
@@ -21,6 +22,10 @@ LATENCY = 1e-5
 # Share of the peak that attention kernels reach, forward and backward together: 0.40 s for a row of 4096 tokens through
 # 80 layers of 64 heads on v5p. With it the method gives a published step time within 3 % (see docs/plan.md).
 KERNEL_EFFICIENCY = 0.54
+# Bytes a second between a chip and its host's memory, over PCIe (jax-ml.github.io/scaling-book, "How to Think About
+# TPUs"), and the number that such memory has in the compiler's text.
+HOST_BANDWIDTH = 1.5e10
+_HOST = 5
 # Products that a kernel makes, by its name: so many over the width of q and k, so many over that of v, which is smaller
 # where branches ride in further columns. Half of each is skipped by the causal rule.
 _KERNEL_PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
@@ -153,7 +158,7 @@ class _Replay:
         clock, links = 0.0, _Links()
         local = {i.name: i for i in self._module.computations[name]}
         for i in local.values():
-            at = _phase(i.source, phase)
+            at = phase_of(i.source, phase)
             begins = i.opcode.removesuffix("-start")
             if i.opcode in ("while", "call", "conditional"):
                 clock += self._inner(i, times, at, in_loop)
@@ -171,14 +176,32 @@ class _Replay:
             elif i.opcode.endswith("-done") and i.operands and links.arrival(i.operands[0]):
                 clock = self._wait(clock, links.arrival(i.operands[0]), times)
             elif i.opcode in COLLECTIVES:
-                transfer = self._collective(i, times, in_loop, asynchronous=False)
-                links.share(transfer, clock)
-                clock = self._wait(clock, (clock + transfer.seconds + LATENCY, transfer.number), times)
+                clock = self._synchronous(i, clock, links, times, in_loop)
+            elif i.name.startswith("async-collective-start") and (inner := self._fused(i)):
+                links.prepare(i.name, self._collective(inner, times, in_loop, asynchronous=True))
+                links.begin(i.name, i.name, clock)
+            elif i.name.startswith("async-collective-done"):
+                clock = self._wait(clock, links.arrival(i.name.replace("done", "start")), times)
+            elif i.cycles is None and (inner := self._fused(i)):
+                clock = self._synchronous(inner, clock, links, times, in_loop)
             elif i.opcode not in _FREE and "AllocateBuffer" not in i.attributes:
                 kind, seconds = self._work(i, local, times, in_loop)
                 self.busy[at, kind] += seconds * times
                 clock += seconds
         return clock
+
+    def _fused(self, i: Instruction) -> Instruction | None:
+        """The collective in a fusion, if there is one. A fusion without cycles does nothing else; one with cycles is a
+        step, beside a product, of a collective that has started."""
+        if i.opcode != "fusion":
+            return None
+        return next((inner for inner in self._module.inside(i) if inner.opcode in COLLECTIVES), None)
+
+    def _synchronous(self, i: Instruction, clock: float, links: _Links, times: int, in_loop: bool) -> float:
+        """The clock after a collective that is waited for."""
+        transfer = self._collective(i, times, in_loop, asynchronous=False)
+        links.share(transfer, clock)
+        return self._wait(clock, (clock + transfer.seconds + LATENCY, transfer.number), times)
 
     def _wait(self, clock: float, arrival: tuple[float, int | None] | None, times: int) -> float:
         """The clock once something is there; the wait is added to all waits, and to the collective's own."""
@@ -212,9 +235,6 @@ class _Replay:
                 return "kernels", moved / chip.bandwidth
             self.kernel_flops += flops * times
             return "kernels", max(flops / (chip.flops * KERNEL_EFFICIENCY), moved / chip.bandwidth)
-        for inner in self._module.inside(i):
-            if inner.opcode in COLLECTIVES:  # travels inside the fusion, beside its products
-                self._collective(inner, times, in_loop, asynchronous=True)
         flops = self._product_flops(i, local)
         self.flops += flops * times
         kind = "matrix products" if flops else "everything else"
@@ -287,9 +307,8 @@ class _Replay:
         inner = i
         if i.opcode == "async-start":
             found = [j for j in self._module.inside(i) if j.opcode in COLLECTIVES]
-            if not found:  # something else that runs beside the TensorCore: a gather from HBM, say
-                moved = sum(array.bytes for array in i.arrays[-2:])
-                return _Transfer(moved / self._machine.topology.chip.bandwidth, None, "hbm")
+            if not found:
+                return self._copy(i)
             inner = found[0]
         kind = inner.opcode.removesuffix("-start")
         group = group_of(inner) or list(range(len(self._machine.places)))
@@ -299,6 +318,13 @@ class _Replay:
         source = inner.source or i.source
         self.collectives.append(Collective(kind, axes, over, received, asynchronous, in_loop, source, times))
         return _Transfer(received / bandwidth, len(self.collectives) - 1, over)
+
+    def _copy(self, i: Instruction) -> _Transfer:
+        """Something else that runs beside the TensorCore: a slice on its way to or from the host, a gather from HBM."""
+        if any(array.space == _HOST for array in i.arrays):  # the slice, and the stack that it is one of
+            return _Transfer(min(array.bytes for array in i.arrays if array.shape) / HOST_BANDWIDTH, None, "host")
+        moved = sum(array.bytes for array in i.arrays[-2:])
+        return _Transfer(moved / self._machine.topology.chip.bandwidth, None, "hbm")
 
     def _between_slices(self, i: Instruction, times: int, in_loop: bool) -> _Transfer:
         """Notes a collective between slices, which the compiler writes as a send to the hosts and a recv from them."""
@@ -322,16 +348,6 @@ class _Replay:
 def _rendezvous(i: Instruction) -> str:
     """The name by which a send finds its recv: ``all-reduce.121_0``."""
     return re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes).group(1)
-
-
-def _phase(source: str, default: str) -> str:
-    if "rematted_computation" in source:
-        return "recomputation"
-    if "transpose(" in source:
-        return "backward"
-    if "jvp(" in source:
-        return "forward"
-    return default
 
 
 def _of(arrays: list[Array]) -> float:

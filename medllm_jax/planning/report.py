@@ -80,7 +80,7 @@ def _memory(program: dict[str, Any]) -> Iterator[str]:
         (f"memory of {program['name']}", "GiB a device"),
         [
             *((name.replace("_", " "), gib(memory[name])) for name in groups),
-            ("gradients, activations, gathered weights", gib(memory["temporaries"])),
+            *_temporaries(memory),
             ("together", gib(memory["peak"])),
             ("of its HBM", f"{gib(memory['hbm'])}  ({memory['share']:.1%})"),
         ],
@@ -90,6 +90,12 @@ def _memory(program: dict[str, Any]) -> Iterator[str]:
         yield f"  {gib(entry['bytes'])}  {entry['arrays']}"
     if program["refused"]:
         yield f"the compiler: {program['refused'].splitlines()[0]}"
+
+
+def _temporaries(memory: dict[str, Any]) -> list[tuple[str, str]]:
+    known = [(name, memory[name]) for name in ("gradients", "activations") if memory[name]]
+    rest = max(memory["temporaries"] - sum(size for _, size in known), 0)
+    return [(name, gib(size)) for name, size in (*known, ("temporaries", rest))]
 
 
 def _time(program: dict[str, Any]) -> Iterator[str]:

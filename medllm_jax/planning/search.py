@@ -27,6 +27,7 @@ class Found(NamedTuple):
 def search(config: RunConfig, plan: Plan, devices: int, slices: int, show: Callable[[str], None]) -> Found:
     """Tries remat, rows at a time, mesh and vocab_chunks around a config; UserError where nothing fits."""
     tried: list[dict[str, Any]] = []
+    refusals: list[UserError] = []
 
     def look(candidate: RunConfig) -> dict[str, Any] | None:
         settings = settings_of(candidate)
@@ -34,6 +35,7 @@ def search(config: RunConfig, plan: Plan, devices: int, slices: int, show: Calla
             report = plan(candidate, memory_only=True)
         except UserError as error:
             show(f"{_text(settings)}: {error}")
+            refusals.append(error)
             return None
         program = report["programs"][0]
         row = {
@@ -49,6 +51,8 @@ def search(config: RunConfig, plan: Plan, devices: int, slices: int, show: Calla
         return row | {"config": candidate}
 
     fitting = list(_lightest_that_fit(config, devices, slices, look))
+    if refusals and not tried:
+        raise refusals[0]
     if not fitting:
         raise UserError("nothing that was tried fits: a larger topology is needed, or bfloat16 precision.params")
     fitting.sort(key=lambda row: -row["tokens_per_second_at_most"])

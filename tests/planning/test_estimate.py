@@ -3,7 +3,7 @@
 import pytest
 
 from medllm_jax.planning.chips import parse_topology
-from medllm_jax.planning.estimate import ICI_EFFICIENCY, LATENCY, Machine, estimate
+from medllm_jax.planning.estimate import HOST_BANDWIDTH, ICI_EFFICIENCY, LATENCY, Machine, estimate
 from medllm_jax.planning.hlo import parse
 
 V5P = parse_topology("v5p:4x4x4")
@@ -58,6 +58,26 @@ def test_what_is_synchronous_is_waited_for():
     assert not estimated.collectives[0].asynchronous
 
 
+def fused(name, cycles=None):
+    config = f', backend_config={{"estimated_cycles":"{cycles}"}}' if cycles else ""
+    return f"  %{name} = bf16[8]{{0:T(8)S(1)}} fusion(%x), kind=kLoop, calls=%gather{config}\n"
+
+
+def test_a_collective_in_steps_of_fusions_is_one():
+    """As on v5e: it starts in one fusion, goes on in others, and is done in a last one."""
+    steps = fused("async-collective-start.2") + fused("f.1", 875_000) + fused("f.2", 875_000)
+    estimated = estimate(program(steps + fused("async-collective-done.2")), MACHINE)
+    (gather,) = estimated.collectives
+    assert (gather.times, gather.asynchronous) == (10, True)
+    assert estimated.waits == pytest.approx(10 * (GATHER - 1e-3))
+
+
+def test_a_collective_that_a_fusion_does_alone_is_waited_for():
+    estimated = estimate(program(work("w", 1750) + fused("f")), MACHINE)
+    assert estimated.waits == pytest.approx(10 * (GATHER + LATENCY))
+    assert not estimated.collectives[0].asynchronous
+
+
 def test_slices_talk_over_the_network_of_the_data_centre():
     machine = Machine(parse_topology("v5p:2x2x2", 2), {"data": 2, "fsdp": 8}, [[0, 0, 0, n // 8] for n in range(16)])
     name = '_xla_host_transfer_rendezvous="all-reduce.1_0"'
@@ -69,6 +89,15 @@ def test_slices_talk_over_the_network_of_the_data_centre():
     (reduce,) = estimate(program(lines), machine).collectives
     assert (reduce.kind, reduce.over, reduce.axes, reduce.bytes) == ("all-reduce", "dcn", ("data",), 4000)
     assert reduce.waited == pytest.approx(10 * 4000 / V5P.chip.dcn)
+
+
+def test_what_is_kept_on_the_host_comes_back_slowly():
+    """A slice out of a stack there: as the compiler writes what a remat policy offloads."""
+    types = "((bf16[80,4096,1024]{2,1,0:T(8,128)S(5)}, s32[], s32[]), bf16[1,4096,1024]{2,1,0:T(8,128)}, u32[])"
+    lines = f"  %s = {types} async-start(%x, %n), calls=%empty\n" + work("w", 1750)
+    done = "  %d = bf16[1,4096,1024]{2,1,0:T(8,128)} async-done(%s)\n"
+    waited = estimate(program(lines + done), MACHINE).waits
+    assert waited == pytest.approx(10 * (4096 * 1024 * 2 / HOST_BANDWIDTH - 1e-6))
 
 
 def test_phases_come_from_where_the_program_asked():
