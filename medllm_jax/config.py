@@ -378,7 +378,7 @@ class RunConfig:
         seed: of random weights, of the data order and of the step's random numbers
         model: shape, or the path of a model file beside the config; null takes it from init.checkpoint
         adapter: trains adapters on the frozen weights of init.checkpoint; null trains all weights
-        attention: of whole rows: `splash` is TPU's kernel; `xla` runs anywhere and holds float32 scores of a quarter of
+        attention: of whole rows: `splash` is TPU's kernel; `xla` runs anywhere and holds float32 scores of an eighth of
             the queries; `cudnn` is Nvidia's kernel, with a mask of 2 S S bytes a row; `auto` is splash on TPU, else xla
         remat: what the backward pass recomputes of a block. From the most memory to the least: `none` nothing;
             `elementwise` all but matrix products and attention; `attention_mlp` the output projection too;

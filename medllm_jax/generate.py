@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -263,7 +264,30 @@ def choose(logits: jax.Array, keys: jax.Array, temperature: float, top_p: float)
         kept = jnp.sum(jnp.cumsum(probs, axis=-1) - probs < top_p, axis=-1, keepdims=True)
         threshold = jnp.take_along_axis(ordered, kept - 1, axis=-1)
         logits = jnp.where(logits < threshold, -jnp.inf, logits)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    return _draw(logits, jax.vmap(jax.random.uniform)(keys))
+
+
+def _draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The token int32 [B] at which the running sum of probabilities passes a number [B] from [0, 1).
+
+    One random number a token instead of one for each of the vocabulary's entries. Sums run over groups of tokens first,
+    and then inside a group: fewer to add up, and less to round.
+    """
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    size = math.isqrt(weights.shape[-1])
+    groups = jnp.pad(weights, ((0, 0), (0, -weights.shape[-1] % size))).reshape(len(weights), -1, size)
+    sums = jnp.sum(groups, axis=-1)
+    running = jnp.cumsum(sums, axis=-1)
+    target = uniform * running[:, -1]
+    group = _first_beyond(sums, running, target)[:, None]
+    before = jnp.take_along_axis(running - sums, group, axis=-1)[:, 0]
+    inside = jnp.take_along_axis(groups, group[..., None], axis=1)[:, 0]
+    return group[:, 0] * size + _first_beyond(inside, jnp.cumsum(inside, axis=-1), target - before)
+
+
+def _first_beyond(weights: jax.Array, running: jax.Array, target: jax.Array) -> jax.Array:
+    """int32 [B]: where the running sum [B, N] first passes the target; whatever rounding does, a place with weight."""
+    return jnp.argmax(jnp.where(weights > 0, running > target[:, None], -1), axis=-1).astype(jnp.int32)
 
 
 def eos_token_ids(folder: epath.Path, tokenizer: Any) -> list[int]:

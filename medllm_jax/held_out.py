@@ -56,4 +56,5 @@ class HeldOut:
         for batch, _ in batches:
             found = jax.device_get(self._program.measure(params, put_batch(batch, self._mesh), frozen))
             sums = found if sums is None else jax.tree.map(np.add, sums, found)
-        return {name: float(total / max(count, 1e-8)) for name, (total, count) in sums.means.items()}
+        means = {name: float(total / max(count, 1e-8)) for name, (total, count) in sums.means.items()}
+        return means | {name: float(count) for name, count in sums.counts.items()}

@@ -15,7 +15,10 @@ from etils import epath
 from medllm_jax.commands import medllm, say
 from medllm_jax.config import RunConfig
 from medllm_jax.errors import UserError
+from medllm_jax.evaluation.samples import SampleOptions
+from medllm_jax.pairs import PairOptions
 from medllm_jax.remote import write_whole
+from medllm_jax.runs import recorded_config
 from medllm_jax.settings import build, load_run_config, read_yaml, to_plain
 
 
@@ -64,6 +67,10 @@ class RoundsConfig:
             raise UserError(f"rounds is {self.rounds}: it must be at least 1")
         if not isinstance(self.temperature, float) and len(self.temperature) < self.rounds:
             raise UserError(f"temperature has {len(self.temperature)} numbers and there are {self.rounds} rounds")
+        # What can't be sampled or paired is known now, and not after the start has been examined.
+        for number in range(1, self.rounds + 1):
+            SampleOptions(self.samples, self.temperature_of(number), self.top_p, self.seed)
+        PairOptions(self.strategy, self.most)
 
     def temperature_of(self, number: int) -> float:
         return self.temperature if isinstance(self.temperature, float) else self.temperature[number - 1]
@@ -152,7 +159,8 @@ def _make_pairs(config: RoundsConfig, place: epath.Path, model: str, number: int
 def _train(config: RoundsConfig, place: epath.Path, before: str) -> None:
     paths = ("--run", place / "run", "--init.checkpoint", before, "--data.store", place / "store")
     run = ("--config", config.train, *paths)
-    if load_run_config(config.train).objective.reference == "cached" and not (place / "store" / "reference").exists():
+    # A run that has begun has read its references, of held-out pairs too; before that, they may be half written.
+    if load_run_config(config.train).objective.reference == "cached" and recorded_config(place / "run") is None:
         _medllm("reference", *run)
     _medllm("train", *run)
 

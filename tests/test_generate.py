@@ -8,7 +8,7 @@ import pytest
 from medllm_jax.config import MeshConfig, PrecisionConfig
 from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.errors import UserError
-from medllm_jax.generate import Generator, Sampling, choose
+from medllm_jax.generate import Generator, Sampling, _draw, choose
 from medllm_jax.loading import LoadedModel, blueprint, random_params
 from medllm_jax.sharding import make_mesh
 from tests.world import tiny_config
@@ -137,6 +137,21 @@ def test_temperature_sharpens():
     keys = jax.random.split(jax.random.key(1), 4000)
     drawn = np.bincount(np.asarray(choose(logits, keys, 0.5, 1.0)), minlength=2) / 4000
     np.testing.assert_allclose(drawn, [0.04 / 0.68, 0.64 / 0.68], atol=0.02)
+
+
+@pytest.mark.parametrize("size", [1, 7, 384, 5000])
+def test_tokens_are_drawn_as_often_as_they_are_likely(size):
+    """Numbers spread evenly over [0, 1) find each token by its share; one of no probability is never found."""
+    rng = np.random.default_rng(size)
+    logits = 2 * rng.standard_normal(size).astype(np.float32)
+    logits[rng.random(size) < 0.3] = -np.inf
+    logits[size // 2] = 0.0
+    draws = 4_000
+    uniform = jnp.arange(draws, dtype=jnp.float32) / draws
+    found = np.bincount(jax.jit(_draw)(jnp.tile(logits, (draws, 1)), uniform), minlength=size)
+    probabilities = np.exp(np.float64(logits)) / np.exp(np.float64(logits)).sum()
+    assert found.shape == (size,) and not found[probabilities == 0].any()
+    np.testing.assert_allclose(found, draws * probabilities, atol=1.1)
 
 
 def test_a_prompt_without_room_is_refused(generator):

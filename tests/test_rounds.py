@@ -69,6 +69,9 @@ def test_rounds_follow_each_other_go_on_and_end(file, tmp_path, monkeypatch, wor
     def killed_in_round_2(verb, *arguments):
         commands.append(verb)
         if verb == "train" and len(commands) > 4:
+            # As if it had been the command before that was killed, between the files that it writes.
+            (description,) = (tmp_path / "rounds" / "round-2" / "store" / "reference").glob("*/reference.json")
+            description.unlink()
             raise KilledError
         run(verb, *arguments)
 
@@ -82,7 +85,7 @@ def test_rounds_follow_each_other_go_on_and_end(file, tmp_path, monkeypatch, wor
     again = []
     monkeypatch.setattr(rounds_module, "medllm", lambda verb, *rest: (again.append(verb), run(verb, *rest)))
     table = run_rounds(config)
-    assert again == ["train", "train"], "the first round's training has nothing left to do"
+    assert again == ["train", "reference", "train"], "the first round's training has nothing left to do"
     assert table.read_text().splitlines()[3].split("|")[1:5] == [" 1 ", " 0.300 ", " 0.300 ", " best "]
     assert "| 2 | 0.200 |" in table.read_text() and "| 3 |" not in table.read_text()
 
@@ -112,6 +115,8 @@ def test_without_pairs_it_ends_and_says_so(file, capsys):
     [
         ("rounds: 3", "rounds: 4", "temperature has 3 numbers and there are 4 rounds"),
         ("samples: 3", "sample: 3", "did you mean samples?"),
+        ("samples: 3", "samples: 0", "samples is 0"),
+        ("samples: 3", "samples: 3\nmost: 0", "most is 0"),
         ("train: rpo.yaml", "train: nowhere.yaml", "nowhere.yaml"),
     ],
 )

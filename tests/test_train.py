@@ -401,25 +401,33 @@ def test_held_out_rows_are_measured_as_trained_ones_are(world, tmp_path, metrics
         cache_reference(config)
     train(config)
     found = metrics_of(tmp_path / "run")
+    measured = {name.removeprefix("held_out/") for name in found[1] if name.startswith("held_out/")}
+    expected = {"loss", "tokens"}
+    if kind == "rpo":
+        expected |= {"dpo", "nll", "pairs", "entropy", "logps/chosen", "logps/rejected"}
+        expected |= {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
+    assert measured == expected
     for step in (1, 2):
-        for name in ("loss", *(("nll", "rewards/margins") if kind == "rpo" else ())):
-            assert found[step][f"held_out/{name}"] == pytest.approx(found[step + 1][name], abs=1e-4)
+        for name in measured:
+            times = 8 if name in ("tokens", "pairs") else 1  # a step reads the rows eight times
+            assert found[step + 1][name] == pytest.approx(times * found[step][f"held_out/{name}"], abs=2e-4), name
 
 
-def test_a_repeated_prompt_is_the_same_to_learn_from(world, tmp_path):
-    """Losses and gradients, with references computed by either layout."""
-    results = []
+@pytest.mark.parametrize("layout", [{"prompts": "repeated"}, {"pairs_per_row": 1}], ids=["repeated", "one pair a row"])
+def test_every_layout_of_pairs_is_the_same_to_learn_from(world, tmp_path, layout):
+    """Losses and gradients beside those of packed rows with shared prompts, to 1e-5 of what is largest."""
+    results, row_counts = [], []
     mesh, config = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), config_of(world, tmp_path / "run", "rpo")
     plan = blueprint(tiny_config(), PrecisionConfig(compute="float32"), mesh)
     params = random_params(plan, seed=0)
-    for prompts in ("shared", "repeated"):
-        store = tmp_path / prompts
-        prepare_pairs(str(world.pairs), world.tokenizer, store, 2 * SEQUENCE_LENGTH, prompts=prompts)
-        rows = Rows.open([store])
+    run = functools.partial(summed_gradients, structure=plan.structure, loss=objective(config.objective), accumulate=1)
+    for name, how in (("packed", {}), ("other", layout)):
+        prepare_pairs(str(world.pairs), world.tokenizer, tmp_path / name, 2 * SEQUENCE_LENGTH, **how)
+        rows = Rows.open([tmp_path / name])
         (batch, real), *_ = in_order(rows, len(rows), reference=no_references(rows))
-        run = functools.partial(summed_gradients, structure=plan.structure, loss=objective(config.objective))
-        gradients, sums = jax.jit(run, static_argnames="accumulate")(params, batch, jax.random.key(0), accumulate=1)
-        results.append((jax.device_get((gradients, sums.total, sums.means)), int(batch.loss_weights.sum()), real))
-    (shared, targets, few), (repeated, as_many, more) = results
-    assert targets == as_many and few <= more
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), repeated, shared)
+        gradients, sums = jax.jit(run)(params, batch, jax.random.key(0))
+        results.append(jax.device_get((gradients, sums.total, sums.weight, sums.means)))
+        row_counts.append(real)
+    packed, other = results
+    assert row_counts[0] < row_counts[1] and packed[2] == 24
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()), other, packed)

@@ -74,7 +74,8 @@ def _pairs(options: argparse.Namespace) -> None:
     wanted = PairOptions(**{name: getattr(options, name) for name in names})
     template = load_template(options.template)
     exam = load_exam(options.exam, years=options.years, text_only=options.text_only)
-    exam, left_out = choose_questions(exam, list(map(load_exam, options.evaluation_exam)), options.on_overlap)
+    judged_by = list(map(load_exam, options.evaluation_exam))
+    exam, left_out = choose_questions(exam, judged_by, options.on_overlap)
     output = epath.Path(options.output)
     if output.exists() and not options.overwrite:
         raise UserError(f"{output} exists: give another output, or --overwrite (which keeps the samples)")
@@ -88,11 +89,14 @@ def _pairs(options: argparse.Namespace) -> None:
         )
     rows, report = make_pairs(exam, template, options.conditions, samples, wanted, examples=options.show_examples)
     made_of = {"exam": exam.name, "template": template.name, "questions": len(exam.questions)}
-    made_of |= {"questions_left_out": left_out, "options": dataclasses.asdict(wanted)}
+    made_of |= {"evaluation_exams": [judge.name for judge in judged_by], "questions_left_out": left_out}
+    made_of["options"] = dataclasses.asdict(wanted)
     made_of |= {"samples_of": {"file": str(kept), "where": samples.where, **samples.settings}}
     output.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps(made_of | report.as_dict(), ensure_ascii=False, indent=2)
     write_whole(output.with_name(f"{output.name}.report.json"), content + "\n")
+    if not judged_by:
+        print("no --evaluation-exam is given: questions that the model will be judged by may be among these")
     for reason, entry in left_out.items():
         print(f"questions left out: {entry['count']} {reason}")
     for line in report.lines():

@@ -64,7 +64,7 @@ def run_demo(workdir: str, seed: int) -> Path:
         medllm("data", "pairs", "--input", str(rows), *_store_arguments(place["tokenizer"], stores["pairs"]))
 
     say("Reasoning Preference Optimization; the reference is the CPT model, scored once")
-    if not Path(stores["pairs"], "reference").exists():
+    if not (work / "rpo" / "config.yaml").exists():  # a run that has begun has read them
         medllm("reference", *_run_arguments("rpo", place, stores["pairs"], seed))
     _train("rpo", place, stores["pairs"], seed)
 

@@ -111,9 +111,10 @@ def test_blocks_are_taken(monkeypatch):
 
     seen = []
     monkeypatch.setattr(attention, "attend", lambda q, k, v, *_: seen.append((q.shape[1], k.shape[1])) or q)
-    where = place(repeat=16)
-    attention.attend_in_blocks(*arrays(1, 256, 2, 2, 4), where, where)
-    assert seen == [(64, 64), (64, 128), (64, 192), (64, 256)]
+    for repeat, sizes in ((16, [64] * 4), (24, [64] * 6), (48, [96] * 8), (3, [48])):
+        where, seen[:] = place(repeat=repeat), []
+        attention.attend_in_blocks(*arrays(1, repeat * len(SEGMENTS), 2, 2, 4), where, where)
+        assert seen == [(size, size * n) for n, size in enumerate(sizes, 1)]
 
 
 def test_a_choice_that_the_devices_cannot_run_is_refused():
