@@ -29,7 +29,9 @@ _METRICS = {
     "grad_norm": ("gradient norm", True),
     "learning_rate": ("learning rate", False),
     "tokens_per_second": ("tokens a second", False),
+    "mfu": ("MFU: share of the chips' peak that the model's FLOPs take", False),
     "data_wait": ("share of time spent waiting for data", False),
+    "goodput": ("goodput: share of the time since the first start that went into steps", False),
     "likelihood_weighted_accuracy": ("likeliest letters right, by points (no exam score)", False),
 }
 
