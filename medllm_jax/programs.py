@@ -16,7 +16,7 @@ from medllm_jax.data.batch import Batch
 from medllm_jax.loading import Blueprint, blueprint
 from medllm_jax.losses import LossSum, compared_with, objective, pair_log_probs
 from medllm_jax.model.lora import with_dropout, without_adapters
-from medllm_jax.optimizer import make_optimizer
+from medllm_jax.optimizer import make_optimizer, make_schedule
 from medllm_jax.sharding import check_divisible, replicated, rows_over
 from medllm_jax.step import TrainState, new_state, state_shardings, train_step
 
@@ -59,7 +59,7 @@ def train_program(config: RunConfig, mesh: Mesh) -> TrainProgram:
         return loss(nnx.merge(plan.structure, params, frozen or {}), batch, None, batch)
 
     trained = with_dropout(loss) if config.adapter is not None and config.adapter.dropout else loss
-    step = functools.partial(
+    update = functools.partial(
         train_step,
         structure=plan.structure,
         loss=trained,
@@ -67,6 +67,12 @@ def train_program(config: RunConfig, mesh: Mesh) -> TrainProgram:
         accumulate=config.data.accumulate,
         largest_norm=config.guard.grad_norm,
     )
+    schedule = make_schedule(config.optimizer, config.steps)
+
+    def step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        after, metrics = update(state, batch, frozen)
+        return after, metrics | {"learning_rate": jnp.asarray(schedule(state.step), jnp.float32)}
+
     shardings = (jax.tree.map(lambda x: x.sharding, abstract), replicated(mesh))
     step = jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options(mesh))
     return TrainProgram(plan, abstract, initialise, step, measure)

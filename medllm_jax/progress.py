@@ -13,7 +13,6 @@ from medllm_jax.data.sources import Rows, Seen
 from medllm_jax.guard import Guard
 from medllm_jax.host_log import HostLog
 from medllm_jax.metrics import Console, Meter, MetricsLog
-from medllm_jax.optimizer import make_schedule
 from medllm_jax.planning.chips import peak_flops
 from medllm_jax.planning.flops import train_flops
 from medllm_jax.sessions import Goodput
@@ -35,7 +34,7 @@ class Progress:
         self, config: RunConfig, folder: epath.Path, start: int, seen: Seen, guard: Guard, rows: Rows, began: float
     ):
         writes = jax.process_index() == 0
-        self._every, self._schedule = config.logging.every, make_schedule(config.optimizer, config.steps)
+        self._every = config.logging.every
         self._seen, self._mixed, self._guard = seen, config.data.mix is not None, guard
         self._newest: jax.Array | None = None
         self._waited = 0.0
@@ -77,11 +76,6 @@ class Progress:
         rows = self._meter.take(self._waited)
         if not rows:
             return
-        skipped = self._guard.skipped
-        for row in rows:
-            # A step that was skipped did not move the schedule.
-            row["learning_rate"] = float(self._schedule(row["step"] - 1 - skipped))
-            skipped += int(row["skipped"])
         memory = memory_in_use()
         last = rows[-1]
         for row in rows:
