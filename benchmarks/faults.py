@@ -50,7 +50,7 @@ from medllm_jax.cli import main
 add, put, made = progress.Progress.add, train.put_batch, []
 
 def slowly(self, step, *rest):
-    time.sleep(0.06)
+    time.sleep(float(os.environ.get("STEP_SECONDS", 0.06)))
     add(self, step, *rest)
 
 def poisoned(batch, mesh):
@@ -270,8 +270,8 @@ def full_disk(run: Run, step: int, rng: random.Random) -> Start:
 
 def second_writer(run: Run, step: int, rng: random.Random) -> Start:
     """Is refused, and the first goes on (until it is told to end)."""
-    start = Start(run)
-    start.wait_for(lambda: start.step >= step - 1)
+    start = Start(run, STEP_SECONDS="1.0")  # the second takes a while to start
+    start.wait_for(lambda: start.step > 0)
     second = Start(run)
     codes = second.end()
     if codes != (1,) or "is being written by" not in second.text:

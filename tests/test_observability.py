@@ -36,7 +36,9 @@ def test_wandb_gets_every_step_and_goes_on(world, tmp_path, monkeypatch):
     logged = []
     log = wandb.sdk.wandb_run.Run.log
     monkeypatch.setattr(
-        wandb.sdk.wandb_run.Run, "log", lambda self, row, step: [logged.append((step, row)), log(self, row, step=step)][1]
+        wandb.sdk.wandb_run.Run,
+        "log",
+        lambda self, row, step: [logged.append((step, row)), log(self, row, step=step)][1],
     )
     config = dataclasses.replace(config_of(world, tmp_path / "run", steps=4), logging=LoggingConfig(2, wandb="tests"))
     train(config)
