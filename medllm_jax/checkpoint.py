@@ -176,8 +176,11 @@ def _check(run: str | epath.Path, step: int, items: dict[str, Any], meta: dict[s
     """
     written = meta.get("digests", {})
     known = {path: leaf for path, leaf in _leaves(items) if _same_dtype(written.get(path), leaf)}
-    found = line_of_each(known) if known else {}
-    wrong = [path for path in found if found[path] != written[path]]
+    _compare(run, step, line_of_each(known) if known else {}, written)
+
+
+def _compare(run: str | epath.Path, step: int, found: Mapping[str, str], written: Mapping[str, str]) -> None:
+    wrong = [path for path in found if found[path] != written.get(path)]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise _damaged(run, step, f"holds other bytes in {wrong[0]}{more} than were written")
@@ -200,6 +203,16 @@ def load_state(run: str | epath.Path, step: int, abstract: TrainState) -> TrainS
 def check_state(run: str | epath.Path, step: int, state: TrainState, meta: dict[str, Any]) -> None:
     """DamagedError unless a state that was read is the one that was written. Every process must ask, or none."""
     _check(run, step, {"params": state.params, "training": _training_items(state)}, meta)
+
+
+def has_digests(run: str | epath.Path, step: int) -> bool:
+    """Whether a checkpoint says what its arrays are; one that was converted does not."""
+    return "digests" in load_meta(run, step)
+
+
+def check_lines(run: str | epath.Path, step: int, found: Mapping[str, str]) -> None:
+    """DamagedError unless arrays, read by other ways and summed up in lines, are those that were written."""
+    _compare(run, step, found, load_meta(run, step)["digests"])
 
 
 def load_meta(run: str | epath.Path, step: int | None = None) -> dict[str, Any]:

@@ -60,11 +60,15 @@ class Slices:
         offset = np.uint32(first % 2**32)
         self._sums[path] += np.asarray(_slice_checksum(values, offset))  # modulo 2^32, like the whole's
 
-    def digest(self) -> str:
-        """`model_fingerprint` of the model, once every element was seen once."""
+    def line_of_each(self, below: str = "") -> dict[str, str]:
+        """`line_of_each` of the model, once every element was seen once; below: what stands before its paths."""
         # The order is that of a tree of dictionaries.
         paths = sorted(self._shapes, key=lambda path: path.split("/"))
-        return digest(f"{_line(path, *self._shapes[path][::-1], self._sums[path])}\n" for path in paths)
+        return {f"{below}{p}": _line(f"{below}{p}", *self._shapes[p][::-1], self._sums[p]) for p in paths}
+
+    def digest(self) -> str:
+        """`model_fingerprint` of the model, once every element was seen once."""
+        return digest(f"{line}\n" for line in self.line_of_each().values())
 
 
 def digest(lines: Iterable[str]) -> str:

@@ -22,77 +22,77 @@ class MetricsLog:
     """metrics.jsonl (every step, in order, each once), TensorBoard events and, if wanted, W&B, of a run folder.
 
     Opened at the step a run starts from: lines of later steps, which an interrupted run left, are dropped, since these
-    steps are made again. lines: those that are there.
+    steps are made again. seconds_before: that the steps took whose lines are kept.
 
-    In a bucket nothing can be appended to: files are written anew, by a thread, so that nobody waits but `settle`.
+    A thread writes, so that the loop waits in `settle` only; each write takes with it what has gathered meanwhile. In a
+    bucket nothing can be appended to: there it is of the whole files.
     """
 
     def __init__(self, run: epath.Path, *, after_step: int, wandb: str | None = None, config: Mapping[str, Any] = {}):
         from tensorboardX import SummaryWriter
 
         self._run, self._path = run, run / "metrics.jsonl"
-        self.lines = [line for line in read_lines(self._path) if line["step"] <= after_step]
-        write_whole(self._path, "".join(map(_dump, self.lines)))
+        kept = [line for line in read_lines(self._path) if line["step"] <= after_step]
+        self.seconds_before = sum(line.get("step_seconds", 0.0) for line in kept)
+        text = "".join(map(_dump, kept))
+        write_whole(self._path, text)
+        self._text, self._pending = text if is_remote(run) else "", []
         self._wandb = _join_wandb(wandb, run, config) if wandb else None
-        self._file = self._thread = self._upload = None
-        if is_remote(run):
-            self._local = tempfile.TemporaryDirectory()
-            self._thread = ThreadPoolExecutor(1, "metrics")
-            self._text = "".join(map(_dump, self.lines))
-        else:
-            self._file = self._path.open("a")
-        self._events = SummaryWriter(
-            self._local.name if self._thread else str(run / "tensorboard"), purge_step=after_step + 1
-        )
+        self._local = tempfile.TemporaryDirectory() if is_remote(run) else None
+        place = str(run / "tensorboard") if self._local is None else self._local.name
+        self._events = SummaryWriter(place, purge_step=after_step + 1)
+        self._thread = ThreadPoolExecutor(1, "metrics")
+        self._writing = self._thread.submit(lambda: None)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Adds one mapping a step (`step` and numbers)."""
-        self.lines += rows
+        self._pending += rows
+        if self._writing.done():  # else what is new goes with the next
+            self._start()
+
+    def settle(self) -> None:
+        """Waits until all that was added is in its place."""
+        self._start()
+        self._writing.result()
+
+    def _start(self) -> None:
+        self._writing.result()  # raises what went wrong with the one before
+        rows, self._pending = self._pending, []
+        self._writing = self._thread.submit(self._write, rows)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             numbers = {name: value for name, value in row.items() if name != "step"}
-            for name, value in numbers.items():
-                self._events.add_scalar(name, value, row["step"])
+            self._events.file_writer.add_summary(_summary(numbers), row["step"])
             if self._wandb is not None:
                 self._wandb.log(numbers, step=row["step"])
         self._events.flush()
-        if self._file is not None:
-            self._file.writelines(map(_dump, rows))
-            self._file.flush()
+        if self._local is None:
+            with self._path.open("a") as file:
+                file.writelines(map(_dump, rows))
             return
         self._text += "".join(map(_dump, rows))
-        if self._upload is None or self._upload.done():  # else what is new goes with the next
-            self._start_upload()
-
-    def settle(self) -> None:
-        """Waits until all that was written is in its place."""
-        if self._thread is not None:
-            if self._upload is not None:
-                self._upload.result()
-            self._start_upload()
-            self._upload.result()
-
-    def _start_upload(self) -> None:
-        if self._upload is not None:
-            self._upload.result()  # raises what went wrong with the one before
-        self._upload = self._thread.submit(self._put, self._text)
-
-    def _put(self, text: str) -> None:
-        self._path.write_text(text)
+        self._path.write_text(self._text)
         for file in epath.Path(self._local.name).iterdir():
             file.copy(self._run / "tensorboard" / file.name, overwrite=True)
 
     def close(self) -> None:
-        self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        if self._file is not None:
-            self._file.close()
-            return
         try:
             self.settle()
         finally:
             self._thread.shutdown()
-            self._local.cleanup()
+            self._events.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+            if self._local is not None:
+                self._local.cleanup()
+
+
+def _summary(numbers: Mapping[str, float]) -> Any:
+    """All numbers of a step as one event of TensorBoard's."""
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    return Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()])
 
 
 def _join_wandb(project: str, run: epath.Path, config: Mapping[str, Any]) -> Any:

@@ -41,11 +41,11 @@ class Progress:
         self._row_ids: dict[int, np.ndarray] = {}
         self._meter = Meter()
         self._mfu = _share_of_peak(config, rows.sequence_length)
-        self._start, self._steps = start, config.steps
+        self._seconds: list[float] = []  # of each step of this session, but the first
         self._log = None
         if writes:
             self._log = MetricsLog(folder, after_step=start, wandb=config.logging.wandb, config=to_plain(config))
-            self._goodput = Goodput(began, sum(line.get("step_seconds", 0.0) for line in self._log.lines))
+            self._goodput = Goodput(began, self._log.seconds_before)
         self._host = HostLog(folder)
         self._host.say(f"from step {start} on, of {config.steps}; {len(jax.local_devices())} devices here")
         self._console = Console(f"{config.objective.name} {folder.name}", config.steps, done=start, enabled=writes)
@@ -89,7 +89,9 @@ class Progress:
         )
         self._host.note(f"step {last['step']}: {speed}, {100 * last.get('data_wait', 0):.1f} % of it waiting for data")
         if self._log is not None:
-            self._goodput.add(sum(row.get("step_seconds", 0.0) for row in rows))
+            seconds = [row["step_seconds"] for row in rows if "step_seconds" in row]
+            self._seconds += seconds
+            self._goodput.add(sum(seconds))
             for row in rows:
                 row["goodput"] = self._goodput.share
             self._log.write(rows)
@@ -105,13 +107,12 @@ class Progress:
 
     def summarise(self) -> None:
         """What came of this session, on the first process."""
-        lines = [line for line in self._log.lines if line["step"] > self._start] if self._log is not None else []
-        timed = [line["step_seconds"] for line in lines if "step_seconds" in line]
-        if not timed:
+        if self._log is None or not self._seconds:
             return
-        text = f"{len(lines)} steps, {np.median(timed):.3g} s each (median); goodput {self._goodput.share:.1%}"
+        median = float(np.median(self._seconds))
+        text = f"{len(self._seconds) + 1} steps, {median:.3g} s each (median); goodput {self._goodput.share:.1%}"
         if self._mfu:
-            text += f"; MFU {self._mfu / float(np.median(timed)):.1%}"
+            text += f"; MFU {self._mfu / median:.1%}"
         if self._guard.skipped:
             text += f"; {self._guard.skipped} steps skipped"
         print(text, flush=True)

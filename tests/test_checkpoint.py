@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from medllm_jax.checkpoint import DamagedError, load_meta, load_params, load_state, steps
-from medllm_jax.cli import main
 from medllm_jax.config import MeshConfig, PrecisionConfig
 from medllm_jax.errors import RunError
 from medllm_jax.loading import blueprint
@@ -20,6 +19,7 @@ from medllm_jax.train import train, with_model
 from medllm_jax.watchdog import Watchdog
 from tests.test_train import assert_equal_bits, config_of, params_of
 from tests.world import tiny_config
+from tools.convert_hf.__main__ import main as convert
 
 # Orbax leaves coroutines behind where it fails.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -119,7 +119,8 @@ def test_nobody_else_takes_a_damaged_model(finished, tmp_path, capsys):
     plan = blueprint(tiny_config(), PrecisionConfig(), make_mesh(MeshConfig()))
     with pytest.raises(DamagedError, match=f"checkpoint 6 of .* holds other bytes in params/{wrong} than were written"):
         load_params(copy, plan.abstract)
-    assert main(["evaluate", "--run", str(copy), "--exam", "none.jsonl", "--output", str(tmp_path / "out")]) == 2
+    assert convert(["to-hf", str(copy), str(tmp_path / "export")]) == 2
+    assert f"other bytes in params/{wrong}" in capsys.readouterr().err and not (tmp_path / "export").exists()
 
 
 def changed_weights(run):

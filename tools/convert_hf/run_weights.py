@@ -89,10 +89,16 @@ class Run:
             for array in self.arrays.values()
         )
 
-    def check_base(self) -> None:
-        """UserError where the base is not the model that the adapters were trained on; reads all of it."""
+    def check(self) -> None:
+        """UserError where what is stored is not what was written, or not the base that adapters were trained on.
+
+        Reads all of it, where that is known: not of a converted model, every chunk of which has its own checksum.
+        """
         if self.adapted is not None:
             checkpoint.check_base(self.adapted.base, fingerprint_of(self.arrays, "checking the base"))
+        elif checkpoint.has_digests(self.path, self.step):
+            found = _sums(self.arrays, "checking the checkpoint").line_of_each("params/")
+            checkpoint.check_lines(self.path, self.step, found)
 
 
 def open_run(source: str, step: int | None = None) -> Run:
@@ -111,6 +117,10 @@ def _dequantizer(storage: Storage) -> Callable[[dict[str, np.ndarray]], jax.Arra
 
 def fingerprint_of(arrays: dict[str, ts.TensorStore], title: str) -> str:
     """`model_fingerprint` of the weights in some arrays, which are read slice by slice."""
+    return _sums(arrays, title).digest()
+
+
+def _sums(arrays: dict[str, ts.TensorStore], title: str) -> Slices:
     sums = Slices({path: (tuple(array.shape), array.dtype.numpy_dtype) for path, array in arrays.items()})
     total = sum(array.size * array.dtype.numpy_dtype.itemsize for array in arrays.values())
     done = 0
@@ -121,7 +131,7 @@ def fingerprint_of(arrays: dict[str, ts.TensorStore], title: str) -> str:
                 sums.add(path, first, values)
                 done += values.nbytes
                 console.update(done, path, every_seconds=10)
-    return sums.digest()
+    return sums
 
 
 def _parts(array: ts.TensorStore) -> Iterator[tuple[tuple, int]]:

@@ -84,7 +84,7 @@ def to_hf(
     size = sum(tensor_bytes(tensor, stored) for tensor in weights.tensors)
     check_room(target, size)
     if not adapter:
-        run.check_base()
+        run.check()
 
     what = {
         "source": checkpoint.identity(source, run.step),

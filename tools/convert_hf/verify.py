@@ -92,7 +92,7 @@ class _Print(NamedTuple):
 def fingerprints(side: Side) -> dict[str, _Print]:
     """Tensor name -> dtype, shape, and sha256 of its bytes."""
     if isinstance(side, Run):
-        side.check_base()
+        side.check()
     digests = {tensor.name: hashlib.sha256() for tensor in side.tensors}
     dtypes: dict[str, str] = {}
 
@@ -174,7 +174,7 @@ def _same_logits(sides: tuple[Side, Side], rows: list[list[int]], tolerance: flo
 def stacked_weights(side: Side) -> dict[str, np.ndarray]:
     """Path -> weight, the blocks' stacked on a first axis; holds all of them."""
     if isinstance(side, Run):
-        side.check_base()
+        side.check()
     weights: dict[str, np.ndarray] = {}
     blocks = side.config.num_hidden_layers
     for tensor in side.tensors:
