@@ -4,8 +4,8 @@
 
 Trains once for each interval of checkpoints, and once bare: no checkpoint but the last and metrics fetched once, at the
 end. Prints for each the time a step took, and the share of all steps' time in which the loop stood still for metrics
-and for saves, without what it would have waited for the device anyway. What threads do meanwhile takes time from the steps
-on a CPU, whose cores they share, and shows in the time a step took; beside a TPU it takes none.
+and for saves, without what it would have waited for the device anyway. What threads do meanwhile takes time from the
+steps on a CPU, whose cores they share, and shows in the time a step took; beside a TPU it takes none.
 """
 
 import argparse

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from launch.workload import PREEMPTED, WRONG_INPUT, Workload
+from launch.workload import WRONG_INPUT, Workload
+from medllm_jax.errors import PREEMPTED
 from medllm_jax.settings import to_yaml
 
 CONTAINER = "medllm"

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from launch.commands import Command
 from launch.jobset import manifest, to_manifest_file
-from launch.workload import FAILED, KILLED, PREEMPTED, Workload
+from launch.workload import FAILED, KILLED, Workload
+from medllm_jax.errors import PREEMPTED
 
 _LOOP = Path(__file__).parent / "run_on_host.sh"
 

@@ -14,7 +14,7 @@ from medllm_jax.planning.chips import parse_topology
 from medllm_jax.settings import load_run_config, to_plain
 
 # What medllm's exit codes ask for (the table is in docs/launch.md).
-FAILED, WRONG_INPUT, PREEMPTED = 1, 2, 42
+FAILED, WRONG_INPUT = 1, 2
 KILLED = range(128, 256)  # by signal n: 128 + n
 
 # Without a TPU, JAX would train on the host's CPU; so it ends with an error.
