@@ -321,15 +321,18 @@ class GuardConfig:
         action: what then: `stop` ends the run, `skip` goes on with the next batch
         limit: of steps that a run skips before it stops all the same
         grad_norm: a gradient of a larger norm is a spike; 0 takes none for one
+        loss: a larger loss is a spike; 0 takes none for one
     """
 
     action: Literal["stop", "skip"] = "stop"
     limit: int = 10
     grad_norm: float = 0.0
+    loss: float = 0.0
 
     def __post_init__(self):
         _require(self.limit > 0, f"guard.limit is {self.limit}: it must be positive; to skip no step, set action: stop")
-        _require(self.grad_norm >= 0, f"guard.grad_norm is {self.grad_norm}: it must not be negative")
+        for name in ("grad_norm", "loss"):
+            _require(getattr(self, name) >= 0, f"guard.{name} is {getattr(self, name)}: it must not be negative")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ class Guard:
 
     def _cause(self, row: dict[str, Any]) -> str:
         if np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]):
+            if self._config.loss and row["loss"] > self._config.loss:
+                return f"the loss {row['loss']:.4g} is above guard.loss {self._config.loss:g}"
             return f"the gradient's norm {row['grad_norm']:.4g} is above guard.grad_norm {self._config.grad_norm:g}"
         return f"loss {row['loss']} and gradient norm {row['grad_norm']}: not finite numbers"
 

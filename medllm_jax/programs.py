@@ -66,6 +66,7 @@ def train_program(config: RunConfig, mesh: Mesh) -> TrainProgram:
         optimizer=optimizer,
         accumulate=config.data.accumulate,
         largest_norm=config.guard.grad_norm,
+        largest_loss=config.guard.loss,
     )
     schedule = make_schedule(config.optimizer, config.steps)
 

@@ -60,12 +60,13 @@ def train_step(
     optimizer: optax.GradientTransformation,
     accumulate: int,
     largest_norm: float = 0.0,
+    largest_loss: float = 0.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update from a batch of rows, and its metrics (float32 scalars).
 
-    frozen: tree of the parameters that are not trained, if there are any; `structure` is of all. largest_norm: of a
-    gradient that is no spike; 0 for any. Where loss or gradient are not finite, or there is a spike, nothing is updated
-    but the random key, and the metric `skipped` is 1.
+    frozen: tree of the parameters that are not trained, if there are any; `structure` is of all. largest_norm,
+    largest_loss: of a gradient, and a loss, that are no spike; 0 for any. Where either is not finite, or a spike,
+    nothing is updated but the random key, and the metric `skipped` is 1.
     """
     next_key, key = jax.random.split(jax.random.wrap_key_data(state.key))
     how = {"structure": structure, "loss": loss, "accumulate": accumulate}
@@ -76,7 +77,8 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     metrics = {name: total / jnp.maximum(count, 1e-8) for name, (total, count) in sums.means.items()}
     norm = optax.global_norm(grads).astype(jnp.float32)
-    good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & (norm <= (largest_norm or jnp.inf))
+    good = jnp.isfinite(norm) & (norm <= (largest_norm or jnp.inf))
+    good &= jnp.isfinite(metrics["loss"]) & (metrics["loss"] <= (largest_loss or jnp.inf))
     metrics |= sums.counts | {"grad_norm": norm, "skipped": 1 - good.astype(jnp.float32)}
     after, before = (state.step + 1, params, opt_state), (state.step, state.params, state.opt_state)
     kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)

@@ -19,6 +19,7 @@ from medllm_jax.errors import Preempted, RunError, UserError
 from medllm_jax.lock import Lease
 from medllm_jax.preemption import Notice
 from medllm_jax.processes import together
+from medllm_jax.remote import storage_problem
 from medllm_jax.step import TrainState
 from medllm_jax.watchdog import Watchdog
 
@@ -53,6 +54,12 @@ def supervised(config: RunConfig, folder: epath.Path) -> Iterator[Supervision]:
                 raise RunError(
                     f"in {watch.now} the processes of the run lost each other ({cause}): one has probably died, and "
                     "its log says why; started again, the run goes on from its last checkpoint"
+                ) from error
+            problem = storage_problem(error)
+            if problem is not None:
+                raise RunError(
+                    f"{folder} can't be written ({problem}): make it writable and start again; the run goes on from "
+                    "its last checkpoint"
                 ) from error
             raise
 

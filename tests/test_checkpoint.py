@@ -2,6 +2,8 @@
 
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +15,7 @@ from medllm_jax.config import MeshConfig, PrecisionConfig
 from medllm_jax.errors import RunError
 from medllm_jax.loading import blueprint
 from medllm_jax.programs import train_program
+from medllm_jax.settings import to_yaml
 from medllm_jax.sharding import make_mesh
 from medllm_jax.supervision import restore
 from medllm_jax.train import train, with_model
@@ -136,3 +139,24 @@ def changed_weights(run):
     shutil.rmtree(folder)
     ocp.save_checkpointables(folder, items)
     return "norm/weight"
+
+
+WITH_LITTLE_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+from medllm_jax.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_spoils_nothing(world, finished, tmp_path, metrics_of):
+    config = config_of(world, tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-c", WITH_LITTLE_DISK, "train", "--config", str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    last = done.stderr.strip().splitlines()[-1]  # what comes before it is Orbax's
+    assert done.returncode == 1 and last.startswith("error: ")
+    assert "can't be written (File too large): make it writable" in last
+    train(config)
+    assert metrics_of(tmp_path / "run") == metrics_of(finished[0])

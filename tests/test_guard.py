@@ -79,9 +79,11 @@ def test_a_spike_changes_nothing(world, tmp_path, metrics_of):
     assert_equal_bits(params_of(tmp_path / "run"), params_of(world.model))
     with pytest.raises(RunError, match=r"the gradient's norm .* is above guard\.grad_norm"):
         train(dataclasses.replace(config, run=str(tmp_path / "other"), guard=GuardConfig(grad_norm=1e-9)))
+    with pytest.raises(RunError, match=r"the loss .* is above guard\.loss 0\.01"):
+        train(dataclasses.replace(config, run=str(tmp_path / "third"), guard=GuardConfig(loss=0.01)))
 
 
-@pytest.mark.parametrize("wrong", [{"limit": 0}, {"grad_norm": -1.0}])
+@pytest.mark.parametrize("wrong", [{"limit": 0}, {"grad_norm": -1.0}, {"loss": -1.0}])
 def test_settings_without_sense_are_refused(wrong):
     with pytest.raises(UserError, match="must"):
         GuardConfig(**wrong)

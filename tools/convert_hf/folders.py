@@ -22,7 +22,7 @@ from etils import epath
 
 from medllm_jax.errors import UserError
 from medllm_jax.metrics import size_in_words
-from medllm_jax.remote import is_remote, names_in, remove_folder, write_whole
+from medllm_jax.remote import is_remote, names_in, remove_folder, storage_problem, write_whole
 
 _PROGRESS = ".conversion-"
 _SECONDS = 2  # between writes of what is done: buckets refuse more than one a second
@@ -162,8 +162,7 @@ def full_disk_is_reported(target: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # of TensorStore, ValueError
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full and not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        if storage_problem(error) not in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
             raise
         raise UserError(
             f"{target}: the disk is full: make room and go on with --resume, or remove {unfinished_folder(target)}"
