@@ -36,9 +36,10 @@ from tools.convert_hf.run_weights import Run, open_run
 from tools.convert_hf.shards import Shard, holds_shard, index_of, shards_of, tensor_bytes, write_shard
 
 SUMS = "SHA256SUMS"
-_SHARDS = min(
-    4, os.cpu_count() or 1
-)  # written side by side, each by a thread that reads, one that writes and one that takes checksums
+# Shards written side by side, each by a thread that reads, one that writes and one that takes checksums. One more would
+# take more than 2 GiB of memory for a quantised model of 72B.
+_MOST_SHARDS = 3
+_SHARDS = min(_MOST_SHARDS, os.cpu_count() or 1)
 _READERS = 1
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
