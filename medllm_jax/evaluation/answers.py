@@ -30,17 +30,19 @@ from medllm_jax.evaluation.letters import QUOTES, LetterReader, Reading
 PROBLEMS = ("empty", "refusal", "placeholder", "truncated", "conflict", "wrong_count", "unparseable")
 
 _QUOTE = f"[{re.escape(QUOTES)}]"
+# As the questions themselves ask (最も考えられるのはどれか).
+_LIKELIEST = r"(?:最も|もっとも)(?:考えられる|疑われる|適切な|可能性が高い)の"
 # What is called wrong is no answer (不正解, 誤答).
 _CUE = re.compile(
     r"(?<![不誤])(?<!不正)(?<!誤った)(?<!間違った)(?<!incorrect )(?<!wrong )"
     r"(?:最終(?:的な?)?(?:答え|解答|回答|結論|判断|選択|診断)?|正解|正答|答え|答|解答|回答"
-    r"|(?<![a-z])(?:final )?answers?)"
+    rf"|(?<![a-z])(?:final )?answers?|{_LIKELIEST})"
     r"(?:の?(?:選択肢|番号|記号)|(?: choices?| options?| letters?)\b)?"
     r"[ \]】」』)\"']{0,4}(?:は|が|:|=|->|→|is\b|are\b|\n|(?<=[】\]]))"
     rf"(?:{_QUOTE}|[、,:=]|選択肢の?|番号|記号|options?\b|choices?\b){{0,12}}"
 )
 _CUE_WORDS = re.compile(
-    rf"最終(?:的な?)?|結論|判断|選択|診断|正解|正答|答え?|解答|回答|final|answers?|is|are|です|である|{_QUOTE}|[。.、,:;=はが]"
+    rf"{_LIKELIEST}|最終(?:的な?)?|結論|判断|選択|診断|正解|正答|答え?|解答|回答|final|answers?|is|are|です|である|{_QUOTE}|[。.、,:;=はが]"
 )
 # A sentence that asks, or a list of choices: the model has begun a question of its own.
 _NEW_QUESTION = re.compile(r"(?:どれか|選べ|求めよ|選んでください)。|\na[:.)]\s?\S[^\n]{0,200}\n{1,2}b[:.)]")

@@ -6,7 +6,9 @@ import unicodedata
 
 # Answers stand at the start or at the end; what lies between the two is not looked at.
 HEAD, TAIL = 4_000, 6_000
+_FAR = 200_000  # from either end: no think block begins or ends farther in
 _CHUNK = 256
+_LONGEST_SPELLING = 4  # of one character, that NFKC makes longer: ㌘ is three, but ﷺ would be eighteen
 
 _OPEN_THINK, _CLOSE_THINK = ("<think>", "<thinking>"), ("</think>", "</thinking>")
 # The end of the model's own turn: what follows is another turn.
@@ -37,16 +39,16 @@ class Cleaned:
 
 def clean(raw: str, *, keep_circled: bool = False) -> Cleaned:
     """The model's own answer turn. `keep_circled` keeps ①-⑨ apart from 1-9, as U+E001-U+E009."""
-    # Found without a regular expression, which takes too long over megabytes; most outputs have no such block.
+    raw = _ends(raw, _FAR, _FAR)
+    # Found without a regular expression, which takes too long; most outputs have no such block.
     thinks = "think" in raw
     closed = max((raw.rfind(tag) + len(tag) for tag in _CLOSE_THINK if thinks and tag in raw), default=0)
     raw = raw[closed:]
     opened = [at for tag in _OPEN_THINK if thinks and (at := raw.find(tag)) >= 0]
     unclosed = bool(opened)
     raw = raw[: min(opened, default=len(raw))]
-    if keep_circled:
-        raw = _ends(raw).translate(_CIRCLED)
-    text = normalize(_ends(raw))
+    raw = _ends(raw)
+    text = _ends(normalize(raw.translate(_CIRCLED) if keep_circled else raw))
     text = text[_LEADING.match(text).end() :]
     end = _END_OF_TURN.search(text)
     turn = _NEXT_TURN.search(text, 0, end.start() if end else len(text))
@@ -58,10 +60,12 @@ def clean(raw: str, *, keep_circled: bool = False) -> Cleaned:
 
 def normalize(text: str) -> str:
     """NFKC and lower case, with the many kinds of line end, dash and wave as one."""
-    # In pieces, since reordering a long run of combining marks takes quadratic time; and a piece that becomes many
-    # times as long (one Arabic ligature is 18 letters) is left as it is.
+    # Character by character, and NFC of that: the same, and far faster where much changes, since few of them differ.
+    spelled = {ord(c): n for c in set(text) if c != (n := unicodedata.normalize("NFKC", c))}
+    text = text.translate({c: n for c, n in spelled.items() if len(n) <= _LONGEST_SPELLING})
+    # In pieces, since reordering a long run of combining marks takes quadratic time.
     pieces = (text[i : i + _CHUNK] for i in range(0, len(text), _CHUNK))
-    text = "".join(n if len(n := unicodedata.normalize("NFKC", p)) <= 4 * _CHUNK else p for p in pieces).lower()
+    text = "".join(unicodedata.normalize("NFC", p) for p in pieces).lower()
     return re.sub(r"\r\n?|[\u2028\u2029\u0085\v\f]", "\n", text).translate(_ONE_SPELLING)
 
 
@@ -73,5 +77,5 @@ def bare(text: str) -> str:
 _ONE_SPELLING = {ord(c): "~" for c in "〜～∼"} | {ord(c): "-" for c in "‐‑–—−―"} | {ord("．"): ".", ord("｡"): "。"}
 
 
-def _ends(text: str) -> str:
-    return text if len(text) <= HEAD + TAIL else f"{text[:HEAD]}\n\n{text[-TAIL:]}"
+def _ends(text: str, head: int = HEAD, tail: int = TAIL) -> str:
+    return text if len(text) <= head + tail else f"{text[:head]}\n\n{text[-tail:]}"

@@ -13,6 +13,7 @@ from etils import epath
 
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.jsonl import Row, read_rows
+from medllm_jax.remote import names_in
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _YEAR_OF_EXAM_ZERO = 1906  # the 112th exam was held in 2018, and there is one a year
@@ -93,7 +94,7 @@ def load_exam(
     of IgakuQA (`problem_id`, `problem_text`, ...), or `id`, `question`, `choices` (a list; empty for a number),
     `answer` (a letter, a list of letters, a number as a string, or "any" if everyone is credited), and optionally
     `points` (default 1), `explanation`, `category`, `year`, `exam`, `section`, `text_only`, `case` (equal for questions
-    about one case).
+    about one case), `contraindicated` (letters).
 
     Args:
       path: local, or gs://.
@@ -142,15 +143,14 @@ def load_exam(
 
 
 def _sections_of(year: epath.Path) -> list[epath.Path]:
-    """The files of one year of IgakuQA, all six."""
-    found = {match[2]: file for file in year.iterdir() if (match := _EXAM_FILE.fullmatch(file.name))}
-    if missing := [section for section in _SECTIONS if section not in found]:
-        number = int(year.name) - _YEAR_OF_EXAM_ZERO
+    """The files of one year of IgakuQA, all six, whose metadata (contraindicated choices) are there too."""
+    names, held = [f"{int(year.name) - _YEAR_OF_EXAM_ZERO}-{section}" for section in _SECTIONS], names_in(year)
+    if missing := [f"{n}{end}.jsonl" for n in names for end in ("", "_metadata") if f"{n}{end}.jsonl" not in held]:
         raise UserError(
-            f"{year}: {_listed(f'{number}-{section}.jsonl' for section in missing)} missing; "
-            f"an exam has sections {_SECTIONS[0]} to {_SECTIONS[-1]}: fetch the folder again, or choose other years"
+            f"{year}: {_listed(missing)} missing; an exam has sections {_SECTIONS[0]} to {_SECTIONS[-1]}, "
+            "each with its metadata: fetch the folder again, or choose other years"
         )
-    return list(found.values())
+    return [year / f"{name}.jsonl" for name in names]
 
 
 def _exam_files(root: epath.Path, years: set[int] | None) -> list[epath.Path]:
@@ -196,7 +196,15 @@ def _generic(row: Row) -> Question:
         case=row.get("case", str, ""),
         explanation=row.get("explanation", str, ""),
         text_only=row.get("text_only", bool, True),
+        contraindicated=_contraindicated(row),
     )
+
+
+def _contraindicated(row: Row) -> frozenset[str]:
+    letters, known = row.get("contraindicated", list, []), LETTERS[: len(row.get("choices", list))]
+    if not all(isinstance(letter, str) and letter in tuple(known) for letter in letters):
+        raise row.error(f"'contraindicated' is {letters}; letters of its choices were expected")
+    return frozenset(letters)
 
 
 def _igakuqa(row: Row, place: dict) -> Question:

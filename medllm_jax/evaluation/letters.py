@@ -24,6 +24,7 @@ _AFTER_CUE = re.compile(_AFTER + r"|が|を(?!除))")
 _OPENING = re.compile(r"[ \t\"'“”‘’「『(\[]*")
 _CALLED = re.compile(r"[ \t\"'“”‘’「『(\[]*(?:(?:選択肢の?|(?:choice|option)\b)[ \t\"'“”‘’「『(\[]*)?")
 _NOT_BUT = re.compile(r"(?:では|じゃ)なくて?[、, ]{0,2}")
+_MOST_DENIED = 8  # answers before the one that stands instead of them
 _CLOSING = re.compile(r"[\"'“”‘’」』)\]]*")
 _LABEL = r"[-・]?\s?(?:\((?P<in>{span})\)\s?|(?P<out>{span})(?:\s?[:.)]\s?|[ \t]?))"
 _SPACE = re.compile(r"\s*")
@@ -79,7 +80,7 @@ class LetterReader:
 
     def at(self, text: str, start: int, *, after_cue: bool) -> Reading | None:
         """The answer that begins at a position, whatever follows it."""
-        start = _CALLED.match(text, start).end()
+        start = self._past_denied(text, start)
         if lines := self._labelled_lines(text, start):
             return lines
         words = self._choice_words(text, start, across_lines=False)
@@ -94,6 +95,23 @@ class LetterReader:
         """Every letter that stands by itself anywhere in a text: prose included, so only for the lenient tier."""
         return frozenset(self._patterns.mention.findall(text))
 
+    def _past_denied(self, text: str, start: int) -> int:
+        """Where the answer begins that stands instead of others: aではなくb, aでもbでもなくc, 胃癌ではなく胃."""
+        start = _CALLED.match(text, start).end()
+        for _ in range(_MOST_DENIED):
+            denied = self._patterns.neither.match(text, start)
+            if not denied:
+                plain, words = (
+                    self._patterns.list.match(text, start),
+                    self._choice_words(text, start, across_lines=False),
+                )
+                ends = [*([plain.end()] if plain else []), *([words.end] if words else [])]
+                denied = next(filter(None, (_NOT_BUT.match(text, end) for end in ends)), None)
+            if not denied:
+                break
+            start = _CALLED.match(text, denied.end()).end()
+        return start
+
     def _plain(self, text: str, start: int, after_cue: bool) -> Reading | None:
         patterns = self._patterns
         joined = patterns.joined.match(text, start)
@@ -105,8 +123,6 @@ class LetterReader:
         if not match:
             return None
         letters, end = patterns.letters_of(match[0]), match.end()
-        if instead := _NOT_BUT.match(text, end):
-            return self._plain(text, instead.end(), after_cue)
         if not self._ends_well(text, end, after_cue):
             # 答えはbの糖尿病です
             named = self._choice_at(text, _OPENING.match(text, end + 1).end()) if text[end : end + 1] == "の" else None
@@ -186,6 +202,7 @@ def _same_words(text: str, position: int, words: str) -> int | None:
 class _Patterns:
     list: re.Pattern
     whole: re.Pattern
+    neither: re.Pattern
     joined: re.Pattern
     label: re.Pattern
     line: re.Pattern
@@ -207,6 +224,7 @@ def _patterns(last: str) -> _Patterns:
     return _Patterns(
         list=re.compile(rf"{one}(?:{gap}{one}){{0,25}}+"),
         whole=re.compile(rf"{one}(?:{any_gap}{one}){{0,25}}+(?:です|である|だ)?"),
+        neither=re.compile(rf"(?:{one}でも[、, ]{{0,2}}){{1,6}}なくて?[、, ]{{0,2}}"),
         joined=re.compile(rf"{span}{{2,26}}(?![a-z0-9])"),
         label=re.compile(label),
         line=re.compile(rf"[-・]?\s?(?:\((?P<in>{span})\)|(?P<out>{span})\s?[:.)])[ \t]*(?=[^\s])"),

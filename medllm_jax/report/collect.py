@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -57,27 +58,29 @@ def collect(paths: Iterable[str]) -> tuple[list[Run], list[Results]]:
       UserError: a path is neither, or what is in it can't be read.
     """
     runs: dict[epath.Path, RunConfig] = {}
-    results: dict[epath.Path, str | None] = {}  # folder -> the run it is of
+    results: dict[epath.Path, epath.Path | None] = {}  # folder -> the run it is of
     for path in dict.fromkeys(str(path).rstrip("/") for path in paths):
         folder = epath.Path(path)
-        names = names_in(folder)
-        if "config.yaml" in names:
-            runs[folder] = recorded_config(folder)
-        elif _is_results(names):
-            results[folder] = None
+        held = names_in(folder)
+        if "config.yaml" in held:
+            runs[folder], inside = recorded_config(folder), folder / "evaluation"
+            found = [inside / each for each in sorted(names_in(inside)) if _is_results(names_in(inside / each))]
+            results |= dict.fromkeys(found, folder)
+        elif _is_results(held):
+            results.setdefault(folder)
         else:
             raise UserError(
                 f"{path}: neither a run folder (no config.yaml in it) nor exam results (no scores.json in it)"
             )
+    alone = [folder for folder, run in results.items() if run is None]
     run_names = dict(zip(runs, _distinct(list(runs)), strict=True))
-    for folder, name in run_names.items():
-        inside = folder / "evaluation"
-        found = [inside / each for each in sorted(names_in(inside)) if _is_results(names_in(inside / each))]
-        results |= {each: name if len(found) == 1 else f"{name}/{each.name}" for each in found}
-    alone = [folder for folder, name in results.items() if name is None]
-    results |= dict(zip(alone, _distinct(alone), strict=True))
+    names = dict(zip(alone, _distinct(alone), strict=True))
+    of_run = Counter(results.values())
+    names |= {
+        f: run_names[run] if of_run[run] == 1 else f"{run_names[run]}/{f.name}" for f, run in results.items() if run
+    }
     read = [Run(run_names[f], config, read_lines(f / "metrics.jsonl")) for f, config in runs.items()]
-    return read, [_results(folder, name) for folder, name in results.items()]
+    return read, [_results(folder, names[folder]) for folder in results]
 
 
 def _is_results(names: set[str]) -> bool:

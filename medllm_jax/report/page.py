@@ -180,7 +180,7 @@ def _exam(name: str, results: Sequence[Results]) -> dict[str, Any]:
     return {
         "name": name,
         "pictures": pictures,
-        "tables": [_years(summaries), _differences(estimates, compared)],
+        "tables": [_years(summaries), _differences(estimates, compared), _against_first(results)],
         "split": _split(compared),
         "details": [
             _parts(results, summaries),
@@ -231,6 +231,22 @@ def _differences(estimates: dict[str, dict[str, Estimate]], compared: dict[str, 
 
 def _estimate(found: Estimate, sign: str = "") -> str:
     return f"{found.value:{sign}.3f} [{found.interval.low:{sign}.3f}, {found.interval.high:{sign}.3f}]"
+
+
+def _against_first(results: Sequence[Results]) -> Table:
+    """Each model and the first one, question by question under the same prompt."""
+    first, *others = results
+    rows = [["model", "prompt", "difference", f"only {first.name} right", "only this right", "McNemar's p"]]
+    for each in others:
+        for condition in (c for c in CONDITIONS if c in first.grades and c in each.grades):
+            before, after = first.grades[condition], each.grades[condition]
+            cells = ["of other questions", "-", "-", "-"]
+            if {g.id for g in before} == {g.id for g in after}:
+                found = compare(before, after)
+                difference = _estimate(found.weighted_difference, "+")
+                cells = [difference, str(found.only_before), str(found.only_after), f"{found.p_value:.2g}"]
+            rows.append([each.name, _CONDITION_NAMES[condition], *cells])
+    return Table(f"Against {first.name}, by points, with 95 % intervals", rows)
 
 
 def _split(compared: dict[str, Comparison]) -> Table:

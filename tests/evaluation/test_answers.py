@@ -1,6 +1,7 @@
 """The extractor against hand-checked outputs, and against everything else a model can write."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from medllm_jax.evaluation.answers import PROBLEMS, extract
 from medllm_jax.evaluation.cleaning import HEAD, TAIL, clean
 from medllm_jax.evaluation.exam import Question
+from medllm_jax.evaluation.prompts import CONDITIONS
 
 
 def _lines(name):
@@ -120,12 +122,13 @@ def test_only_what_is_far_from_both_ends_is_not_looked_at():
 _PIECES = st.sampled_from([
     "答え: ", "正解は", "a", "b", "ｃ", "、", ",", "\n", "\n問題: ", "どれか。", "糖尿病", "胃", "胃癌", "高血圧症",
     "①", "②", "26", "<think>", "</think>", "<|im_end|>", '{"answer": "', '"}', "**", "`", "または", "です。",
-    "ではない", "1,130", ".", "(", ")", " ",
+    "ではない", "ではなく", "でも", "なく", "1,130", ".", "(", ")", " ",
 ])
 REPEATED = [
     "答:", "答え: a\n", "a    ", 'a""', "最終答え", '"', "{", '{"answer":"a"}', "a: x\n", "糖尿病、", "(", "\n",
     "\u0301\u0323", "ﷺ", "①", "1,", "答え: 1,", "<think>", "</think>", "\n問題", "a,", "どれか。",
-    "\na: x\nb: y",     "\\boxed{a}", "aまたは",
+    "\na: x\nb: y", "\\boxed{a}", "aまたは", "…", "½", "㍿", "㌖a", "ﷺa",
+    "aではなく", "aでも", "胃癌ではなく", "aでもなく", "最も考えられるのは",
 ]
 # fmt: on
 _TEXTS = st.one_of(
@@ -141,7 +144,7 @@ _TEXTS = st.one_of(
     text=_TEXTS,
     name=st.sampled_from(sorted(QUESTIONS)),
     finish=st.sampled_from(["stop", "length"]),
-    condition=st.sampled_from(["answer_only", "explain"]),
+    condition=st.sampled_from(CONDITIONS),
 )
 def test_whatever_is_written(text, name, finish, condition):
     question = QUESTIONS[name]
@@ -160,12 +163,31 @@ def test_whatever_is_written(text, name, finish, condition):
         float(found.number)
 
 
+def _seconds(name, text, condition):
+    """Processor time of an extraction, the least of three."""
+    taken = []
+    for _ in range(3):
+        start = time.thread_time()
+        extract(QUESTIONS[name], text, "length", condition)
+        taken.append(time.thread_time() - start)
+    return min(taken)
+
+
+# The goal is 10 ms, which benchmarks/extractor.py shows; a machine that does much else is given more.
+_MOST_SECONDS = 0.03
+
+
 @pytest.mark.parametrize("piece", REPEATED)
 def test_what_is_looked_at_is_bounded(piece):
-    """And no expression takes more than linear time: else this would not end (benchmarks/extractor.py times it)."""
     for size in (10_000, 1_000_000):
         text = piece * (size // len(piece)) + "X"
-        assert len(clean(text, keep_circled=False).text) <= 20 * (HEAD + TAIL)  # NFKC makes up to 18 characters of one
+        assert len(clean(text, keep_circled=False).text) <= HEAD + TAIL + 2
         for name in ("disease", "gradient"):
             for condition in ("answer_only", "explain"):
-                extract(QUESTIONS[name], text, "length", condition)
+                assert _seconds(name, text, condition) < _MOST_SECONDS
+
+
+@settings(max_examples=100, deadline=None)
+@given(piece=_TEXTS.filter(bool), name=st.sampled_from(sorted(QUESTIONS)), condition=st.sampled_from(CONDITIONS))
+def test_megabytes_of_anything_take_little_time(piece, name, condition):
+    assert _seconds(name, piece * (2_000_000 // len(piece)), condition) < _MOST_SECONDS

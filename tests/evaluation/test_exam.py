@@ -63,10 +63,10 @@ def repository(tmp_path):
         ],
     )
     write(tmp_path / "data/2020/114-C.jsonl", second)
-    for section in "ACDEF":
-        write(tmp_path / f"data/2018/112-{section}.jsonl", [])
-    for section in "ABDEF":
-        write(tmp_path / f"data/2020/114-{section}.jsonl", [])
+    for exam in ("2018/112", "2020/114"):
+        for name in (f"{section}{end}" for section in "ABCDEF" for end in ("", "_metadata")):
+            if not (file := tmp_path / f"data/{exam}-{name}.jsonl").exists():
+                write(file, [])
     write(tmp_path / "data/2020/114-C_translate.jsonl", [{"problem_id": "114C1", "text_en": "translated"}])
     write(tmp_path / "baseline_results/2018/112-B_gpt4.jsonl", [{"problem_id": "112B1", "prediction": "a"}])
     return tmp_path
@@ -155,7 +155,7 @@ def test_choosing(repository):
 def test_generic_rows(tmp_path):
     rows = [
         plain_row(id="one", answer="B", explanation="二だから。", category="循環器", points=3, year=2021),
-        plain_row(id="two", answer=["a", "C"]),
+        plain_row(id="two", answer=["a", "C"], contraindicated=["d", "e"]),
         plain_row(id="three", answer="a, c"),
         plain_row(id="four", choices=[], answer="1,130"),
         plain_row(id="five", choices=[], answer=2.5),
@@ -165,6 +165,7 @@ def test_generic_rows(tmp_path):
     assert (questions["one"].points, questions["one"].explanation, questions["one"].year) == (3, "二だから。", 2021)
     assert questions["two"].gold == questions["three"].gold == {frozenset("ac")}
     assert (questions["two"].points, questions["two"].k, questions["two"].year) == (1, 2, None)
+    assert (questions["one"].contraindicated, questions["two"].contraindicated) == (frozenset(), frozenset("de"))
     assert (questions["four"].kind, questions["four"].numbers, questions["four"].boxes) == ("number", ("1,130",), None)
     assert questions["five"].numbers == ("2.5",)
     assert load_exam(tmp_path / "mine.jsonl").name == "mine"
@@ -203,6 +204,7 @@ def test_line_separators_inside_strings_do_not_end_a_line(tmp_path):
         (json.dumps(plain_row(id="q2", choices=[], answer="many")), r"x\.jsonl:2: .* is not a number"),
         (json.dumps(plain_row(id="q2", points="three")), r"x\.jsonl:2: 'points' is 'three'"),
         (json.dumps(plain_row(id="q2", points=-1)), r"x\.jsonl:2: 'points' is -1"),
+        (json.dumps(plain_row(id="q2", contraindicated=["f"])), r"x\.jsonl:2: 'contraindicated' is \['f'\]; letters"),
         (
             json.dumps(plain_row()),
             r"x\.jsonl:2: the id 'q1' was used at .*x\.jsonl:1",
@@ -237,6 +239,9 @@ def test_a_wrong_path_or_choice_is_named(tmp_path, repository):
     with pytest.raises(UserError, match=r"data/2018: 112-D.jsonl, 112-F.jsonl missing; an exam has sections A to F"):
         load_exam(repository)
     assert {q.year for q in load_exam(repository, years=[2020]).questions} == {2020}
+    (repository / "data/2020/114-E_metadata.jsonl").unlink()
+    with pytest.raises(UserError, match=r"data/2020: 114-E_metadata.jsonl missing; .* each with its metadata"):
+        load_exam(repository, years=[2020])
 
 
 def test_everyone_is_credited_where_the_question_was_faulty(tmp_path):

@@ -1,6 +1,7 @@
 """Predictions of others: read in both forms, scored in three tiers, and each mistake in one line."""
 
 import json
+import time
 
 import pytest
 
@@ -112,9 +113,15 @@ def test_missing_answers_can_be_counted_as_wrong(repository, tmp_path, capsys): 
     assert (strict["n"], strict["correct"], strict["problems"]) == (5, 1, {"empty": 4})
 
 
-def test_the_published_points_come_out_of_the_command(igakuqa, capsys):
-    assert score(igakuqa, igakuqa / "baseline_results", "--years", "2018", "2019", "2020", "--json") == 0
+def test_the_published_points_come_out_of_the_command(igakuqa, tmp_path, capsys):
+    start, out = time.process_time(), tmp_path / "out"
+    years = ("--years", "2018", "2019", "2020")
+    assert score(igakuqa, igakuqa / "baseline_results", *years, "--json", "--output", str(out)) == 0
+    assert time.process_time() - start < 5
     systems = json.loads(capsys.readouterr().out)["systems"]
+    start = time.process_time()
+    assert main(["report", *map(str, out.iterdir()), "--output", str(tmp_path / "report")]) == 0
+    assert time.process_time() - start < 5
     for name, points in PUBLISHED.items():
         official = systems[name]["official"]["by_year"]
         assert tuple(official[str(year)]["points"] for year in (2018, 2019, 2020)) == points

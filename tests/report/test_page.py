@@ -41,6 +41,26 @@ def test_the_page_holds_what_the_files_say(place, tmp_path):
     assert all(alt for alt in re.findall(r'alt="([^"]*)"', html)) and "dots: held out" in html
 
 
+def test_models_are_compared_with_the_first_question_by_question(place, tmp_path):
+    html = report(tmp_path, place / "exams/base", place / "rpo")
+    header, *rows = cells(html, "Against base, by points, with 95 % intervals")
+    assert header[3:] == ["only base right", "only this right", "McNemar&#39;s p"]
+    # Right in base alone is q2; in rpo alone q0, which base left open, and q1, as long as it need not explain.
+    assert [[row[0], row[1], row[2].partition(" ")[0], *row[3:]] for row in rows] == [
+        ["rpo", "answer only", "+0.167", "1", "2", "1"],
+        ["rpo", "with explanation", "+0.000", "1", "1", "1"],
+    ]
+    assert "Against" not in report(tmp_path, place / "rpo")
+
+
+def test_models_of_other_questions_are_not_compared(place, tmp_path):
+    few = shutil.copytree(place / "exams/base", tmp_path / "few")
+    for condition in ("answer_only", "explain"):
+        _cut(few / f"grades-{condition}.jsonl")
+    rows = cells(report(tmp_path, place / "rpo", few), "Against rpo, by points, with 95 % intervals")
+    assert [row[2:] for row in rows[1:]] == [["of other questions", "-", "-", "-"]] * 2
+
+
 def test_outputs_are_shown_only_where_asked_for(place, tmp_path):
     assert "乙" not in report(tmp_path, place / "rpo")
     html = report(tmp_path, place / "rpo", place / "exams/base", "--example", "q1")

@@ -1,4 +1,4 @@
-"""The memory that conversions say they take, counted for the published shapes without their weights."""
+"""The memory that conversions say they take, counted for the published shapes without their weights, and measured."""
 
 from pathlib import Path
 
@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from etils import epath
 
+from benchmarks.convert import CONVERT, make_checkpoint, measured
 from medllm_jax import checkpoint
 from medllm_jax.model.quantize import Storage
 from medllm_jax.settings import load_model_config, to_plain
 from tools.convert_hf import to_hf
+from tools.convert_hf.__main__ import main
 from tools.convert_hf.from_hf import memory_needed, plan_of
 from tools.convert_hf.hf_weights import HFFolder
 from tools.convert_hf.names import tensors_of
@@ -33,9 +35,10 @@ def test_importing_takes_less_than_two_gibibytes_whatever_the_size(size, storage
     assert memory_needed(slices) < 2 * GIB
 
 
-@pytest.mark.parametrize("storage", [None, Storage("nf4", True)])
+@pytest.mark.parametrize("storage", [None, Storage("nf4", True), Storage("int8", False)])
 @pytest.mark.parametrize("dtype", [BFLOAT16, np.dtype(np.float32)])
-def test_exporting_takes_less_than_two_gibibytes_at_72b(tmp_path, dtype, storage):
+def test_exporting_takes_less_than_two_gibibytes_at_72b(tmp_path, monkeypatch, dtype, storage):
+    monkeypatch.setattr(to_hf, "_SHARDS", to_hf._MOST_SHARDS)  # as on a machine with more cores
     source = source_of("72b")
     weights, _ = plan_of(source, storage, None)
     checkpoint.new_arrays(tmp_path, weights)  # of which nothing is written
@@ -43,3 +46,12 @@ def test_exporting_takes_less_than_two_gibibytes_at_72b(tmp_path, dtype, storage
     checkpoint.finish_model(tmp_path, weights, meta)
     needed = to_hf.memory_needed(open_run(str(tmp_path)), dtype)
     assert needed < 2 * GIB
+
+
+@pytest.mark.slow
+def test_weights_of_three_gigabytes_are_converted_in_less_than_two_gibibytes(tmp_path):
+    assert make_checkpoint("1.5b", tmp_path / "hf") > 3e9
+    for verb, source, target in (("from-hf", "hf", "run"), ("to-hf", "run", "out")):
+        _, peak = measured(CONVERT, verb, tmp_path / source, tmp_path / target)
+        assert peak < 2
+    assert main(["verify", str(tmp_path / "hf"), str(tmp_path / "out"), "--by", "hash"]) == 0

@@ -1,5 +1,6 @@
 """Conversions that are killed, run out of disk, or use a bucket that answers badly, end as undisturbed ones do."""
 
+import json
 import os
 import random
 import resource
@@ -217,6 +218,47 @@ def test_nothing_is_converted_twice(place, begun, monkeypatch):
         assert contents(begun / Path(step[2]).name) == contents(place / Path(step[2]).name)
     slices = 2 * len(open_hf(place / "hf").tensors)
     assert slices - 45 < len(reads) < slices - 15
+
+
+def removed(shard, _):
+    shard.unlink()
+
+
+def cut(shard, _):
+    os.truncate(shard, 1000)
+
+
+def not_noted(_, notes):
+    notes.write_text(json.dumps(json.loads(notes.read_text()) | {"done": {}}))
+
+
+@pytest.mark.parametrize("lost", [removed, cut, not_noted])
+def test_a_shard_that_was_lost_or_not_noted_is_written_again(place, begun, lost):
+    """As where the machine stopped before it was on the disk, or the conversion before it was noted."""
+    unfinished = folders.unfinished_folder(begun / "out")
+    lost(Path(min(unfinished.glob("*.safetensors"))), Path(unfinished / ".conversion-0.json"))
+    assert main([*steps_in(begun, place)[1], "--resume"]) == 0
+    assert contents(begun / "out") == contents(place / "out")
+
+
+def test_a_replacement_that_was_stopped_between_its_renames_is_gone_on_with(place, tmp_path, monkeypatch):
+    """The old folder was put aside, and the new one not yet in its place."""
+    shutil.copytree(place / "out", tmp_path / "out")
+    step, rename = steps_in(tmp_path, place)[1], Path.rename
+
+    def only_aside(path, target):
+        if path.name == ".out.unfinished":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", only_aside)
+        with pytest.raises(KeyboardInterrupt):
+            main([*step, "--overwrite"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".out.replaced", ".out.unfinished"]
+    assert main([*step, "--resume"]) == 0
+    assert contents(tmp_path / "out") == contents(place / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def counting(read, reads):

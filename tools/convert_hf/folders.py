@@ -94,15 +94,15 @@ class Filling:
     def settle(self, *, replace: bool = False) -> None:
         """Puts the folder, now whole, in its place."""
         if not is_remote(self.target):
-            final, old = Path(self.target).absolute(), None
+            final = Path(self.target).absolute()
+            old = final.with_name(f".{final.name}.replaced")
             if final.exists() and replace:
-                old = final.with_name(f".{final.name}.replaced")
+                shutil.rmtree(old, ignore_errors=True)  # of a replacement that was stopped between the two renames
                 final.rename(old)
             elif final.exists():
                 final.rmdir()  # it is empty
             Path(self.folder).rename(final)
-            if old is not None:
-                shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         clear_notes(self.target)
 
     def _file(self, number: int) -> epath.Path:

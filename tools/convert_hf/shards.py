@@ -78,6 +78,14 @@ def _ends(header: bytes) -> int:
     return max(entry["data_offsets"][1] for name, entry in json.loads(header[8:]).items() if name != "__metadata__")
 
 
+def holds_shard(folder: epath.Path, shard: Shard) -> bool:
+    """Whether a file that was written is still there, as large as it was: what a machine that stops had not yet on its
+    disk is not.
+    """
+    path = folder / shard.name
+    return path.exists() and path.stat().length == shard.bytes
+
+
 def write_shard(folder: epath.Path, shard: Shard, pieces: Iterable[np.ndarray]) -> str:
     """Writes a file of its tensors' values, which come in order and in pieces of any size; its sha256 (hex).
 
@@ -121,7 +129,7 @@ def _write(path: epath.Path, data: Iterable[np.ndarray], size: int) -> None:
     if unfinished.stat().length != size:
         raise OSError(f"{unfinished} has {unfinished.stat().length} bytes and was to have {size}")
     read_header(unfinished)  # which says that it is whole
-    unfinished.rename(path)
+    unfinished.replace(path)  # one may be there that was not noted any more
 
 
 def _upload(path: epath.Path, data: Iterable[np.ndarray], size: int) -> None:

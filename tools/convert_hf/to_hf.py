@@ -33,12 +33,13 @@ from tools.convert_hf.hf_config import config_json, json_text, token_ids_of
 from tools.convert_hf.hf_weights import DTYPES, INDEX, SINGLE
 from tools.convert_hf.names import Tensor
 from tools.convert_hf.run_weights import Run, open_run
-from tools.convert_hf.shards import Shard, index_of, shards_of, tensor_bytes, write_shard
+from tools.convert_hf.shards import Shard, holds_shard, index_of, shards_of, tensor_bytes, write_shard
 
 SUMS = "SHA256SUMS"
-_SHARDS = min(
-    4, os.cpu_count() or 1
-)  # written side by side, each by a thread that reads, one that writes and one that takes checksums
+# Shards written side by side, each by a thread that reads, one that writes and one that takes checksums. One more would
+# take more than 2 GiB of memory for a quantised model of 72B.
+_MOST_SHARDS = 3
+_SHARDS = min(_MOST_SHARDS, os.cpu_count() or 1)
 _READERS = 1
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -217,7 +218,8 @@ def _write_weights(
     weights: Run | peft.AdapterOf, shards: Sequence[Shard], dtype: np.dtype, filling: Filling
 ) -> dict[str, str]:
     """File name -> sha256 of the files with weights, those among them that were written before included."""
-    sums = {shard.name: filling.done[shard.name] for shard in shards if shard.name in filling.done}
+    there = [s for s in shards if s.name in filling.done and holds_shard(filling.folder, s)]
+    sums = {shard.name: filling.done[shard.name] for shard in there}
     sizes = {shard.name: sum(tensor_bytes(tensor, dtype) for tensor in shard.tensors) for shard in shards}
     progress = _Progress(sum(sizes.values()), sum(sizes[name] for name in sums))
 

@@ -99,12 +99,14 @@ def fingerprints(side: Side) -> dict[str, _Print]:
     def read(place: tuple[Tensor, int, int]) -> tuple[Tensor, np.ndarray]:
         return place[0], side.read(*place)
 
-    places = [place for tensor in side.tensors for place in _slices(side, tensor)]
-    with Console("reading", len(places), unit="slice") as console:
-        for number, (tensor, rows) in enumerate(ahead(read, places, workers=2), start=1):
+    places = (place for tensor in side.tensors for place in _slices(side, tensor))
+    total, done = side.dtype.itemsize * sum(int(np.prod(tensor.shape)) for tensor in side.tensors), 0
+    with Console("reading", total, unit="bytes") as console:
+        for tensor, rows in ahead(read, places, workers=2):
             digests[tensor.name].update(memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8)))
             dtypes[tensor.name] = rows.dtype.name
-            console.update(number, tensor.name, every_seconds=10)
+            done += rows.nbytes
+            console.update(done, tensor.name, every_seconds=10)
     return {t.name: _Print(dtypes[t.name], t.shape, digests[t.name].hexdigest()) for t in side.tensors}
 
 
