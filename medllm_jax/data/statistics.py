@@ -144,17 +144,18 @@ class TokenStatistics(_Additive):
     byte_pieces: int = 0
     lengths: list[int] = dataclasses.field(default_factory=list)
 
-    def add(self, texts: Sequence[str], encoded: Sequence[Sequence[int]], is_byte_piece: np.ndarray) -> None:
-        """Counts a batch of texts and their token ids; is_byte_piece: bool [vocabulary]."""
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        total = int(lengths.sum())
-        tokens = np.fromiter(itertools.chain.from_iterable(encoded), np.int32, total)
+    def add(self, texts: Sequence[str], tokens: np.ndarray, lengths: np.ndarray, is_byte_piece: np.ndarray) -> None:
+        """Counts a batch of texts and their token ids.
+
+        tokens: integers, of one text after the other; lengths: integers [n], how many are of each; is_byte_piece: bool
+        [vocabulary].
+        """
         self.merge(
             TokenStatistics(
                 documents=len(texts),
                 characters=sum(map(len, texts)),
                 bytes=_bytes(texts),
-                tokens=total,
+                tokens=len(tokens),
                 byte_pieces=int(np.count_nonzero(is_byte_piece[tokens])),
                 lengths=_histogram(lengths),
             )
