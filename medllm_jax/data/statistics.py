@@ -42,8 +42,9 @@ _EIGHTHS = ("", *"▏▎▍▌▋▊▉")
 @functools.cache
 def _script_table() -> np.ndarray:
     """Code point -> index into SCRIPTS, uint8 [0x110000]."""
-    categories = (unicodedata.category(chr(point))[0] for point in range(0x110000))
-    table = np.fromiter((_BY_CATEGORY.get(category, _OTHER) for category in categories), np.uint8, 0x110000)
+    table = np.full(0x110000, _OTHER, np.uint8)
+    # From U+20000 on there are only ideographs, which have their range, tags and private use.
+    table[:0x20000] = [_BY_CATEGORY.get(unicodedata.category(chr(point))[0], _OTHER) for point in range(0x20000)]
     table[[*range(0x09, 0x0E), *range(0x1C, 0x20), 0x85]] = _SPACE  # line breaks and the like are control characters
     for script, ranges in _RANGES.items():
         for first, last in ranges:
