@@ -1,7 +1,9 @@
 """The command line: exit codes, one line a mistake, and the verbs on tiny input from end to end."""
 
 import json
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -75,6 +77,23 @@ def test_data_cpt(world, tmp_path, capsys):
     assert run(*arguments, "--overwrite", "--packing", "split", "--no-eos") == 0
     metadata = json.loads((tmp_path / "store" / "store.json").read_text())
     assert metadata["packing"] == "split"
+
+
+def test_the_guide_goes_from_a_folder_of_text_to_a_running_cpt(world, tmp_path, monkeypatch, capsys):
+    """The two commands as docs/corpora.md has them, but for fewer steps and a smaller vocabulary."""
+    shutil.copytree(world.tokenizer, tmp_path / "Qwen2.5-7B")
+    (tmp_path / "texts").mkdir()
+    for number, line in enumerate(world.corpus.read_text().splitlines()):
+        (tmp_path / "texts" / f"{number}.txt").write_text(json.loads(line)["text"])
+    root = Path(__file__).parents[1]
+    (tmp_path / "configs").symlink_to(root / "configs")
+    monkeypatch.chdir(tmp_path)
+    section = (root / "docs" / "corpora.md").read_text().split("## On the laptop")[1].split("\n## ")[0]
+    commands = [line.strip() for line in section.splitlines() if line.startswith("    medllm ")]
+    assert [command.split()[1] for command in commands] == ["data", "train"]
+    for command in commands:
+        assert run(*shlex.split(command.replace("152064", "512").replace("steps 20", "steps 2"))[1:]) == 0
+    assert "60 documents in" in (printed := capsys.readouterr().out) and "trained: runs/first" in printed
 
 
 def test_data_reports_what_it_left_out(world, tmp_path, capsys):

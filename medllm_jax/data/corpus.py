@@ -23,7 +23,7 @@ from medllm_jax.data.duplicates import Surveyed, find_duplicates
 from medllm_jax.data.gate import Findings, Gate
 from medllm_jax.data.normalisation import Form
 from medllm_jax.data.packing import best_fit, check_sequence_length, concatenate_and_split, document_segment, pieces
-from medllm_jax.data.reading import DOCUMENT_FILES, Dropped, OnBad, ReadOptions, Slice, find_files, reject
+from medllm_jax.data.reading import DOCUMENT_FILES, Dropped, OnBad, ReadOptions, Slice, find_files, manifest_of, reject
 from medllm_jax.data.stages import Done, Engine, Progress, here, run_stage
 from medllm_jax.data.statistics import TextStatistics, TokenStatistics
 from medllm_jax.data.store import StoreMetadata
@@ -189,7 +189,7 @@ class _Taken:
     """A corpus on its way: what is known of it so far, all of which ends in the store's manifest."""
 
     corpus: Corpus
-    files: list[dict[str, Any]]
+    input: dict[str, Any]
     units: list[Unit]
     dropped: Dropped
     findings: Findings = dataclasses.field(default_factory=Findings)
@@ -201,11 +201,6 @@ class _Taken:
     @property
     def name(self) -> str:
         return self.corpus.name
-
-    @property
-    def checksum(self) -> str:
-        """sha256 over the files' own, sorted: neither their names nor their place count."""
-        return hashlib.sha256("".join(sorted(f"{file['sha256']}\n" for file in self.files)).encode()).hexdigest()
 
     def add_survey(self, units: Sequence[Done]) -> None:
         for result, _ in units:
@@ -224,8 +219,7 @@ class _Taken:
     def facts(self) -> CorpusFacts:
         stated = ("provenance", "licence", "processing", "contact")
         manifest = {field: getattr(self.corpus, field) for field in stated} | {
-            "checksum": self.checksum,
-            "files": self.files,
+            **self.input,
             "dropped": self.dropped.as_dict(),
             "personal_data": self.findings.as_dict(),
             "text": self.text.as_dict(),
@@ -248,17 +242,18 @@ def _take_inventories(
     inventories = iter([inventory for result, _ in done for inventory in result["files"]])
     taken = []
     for corpus, paths in zip(corpora, found, strict=True):
-        facts, slices, dropped = [], [], Dropped()
+        own, slices, dropped = [], [], Dropped()
         reading = ReadOptions(corpus.text_field, recipe.max_bytes, recipe.on_bad)
         for path, inventory in zip(paths, inventories, strict=False):
-            facts.append({name: inventory[name] for name in ("file", "bytes", "sha256")})
+            own.append(inventory)
             slices += [(Slice(*part), inventory["sha256"]) for part in inventory["slices"]]
             if not inventory["slices"]:
                 reject(str(path), "the file is empty", recipe.on_bad, dropped)
-        taken.append(_Taken(corpus, facts, list(units_of(slices, reading, _UNIT_BYTES)), dropped))
-        if corpus.checksum not in (None, taken[-1].checksum):
+        taken.append(_Taken(corpus, manifest_of(own), list(units_of(slices, reading, _UNIT_BYTES)), dropped))
+        checksum = taken[-1].input["checksum"]
+        if corpus.checksum not in (None, checksum):
             raise UserError(
-                f"the input of corpus {corpus.name} has the checksum {taken[-1].checksum}, its manifest says "
+                f"the input of corpus {corpus.name} has the checksum {checksum}, its manifest says "
                 f"{corpus.checksum}: give the files that the manifest is of, or correct the manifest"
             )
     return taken

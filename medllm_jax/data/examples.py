@@ -5,7 +5,7 @@ that no token reaches from what a model is given into what it is to write.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -13,7 +13,17 @@ from etils import epath
 from medllm_jax.data.batch import Kind
 from medllm_jax.data.gate import Findings, Gate
 from medllm_jax.data.packing import Segment, best_fit, check_sequence_length
-from medllm_jax.data.reading import Dropped, Inputs, OnBad, reject, text_problem
+from medllm_jax.data.reading import (
+    ROW_FILES,
+    Dropped,
+    Inputs,
+    OnBad,
+    find_files,
+    manifest_of,
+    reject,
+    take_inventory,
+    text_problem,
+)
 from medllm_jax.data.store import StoreMetadata
 from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
 from medllm_jax.data.tokenizer import (
@@ -31,6 +41,7 @@ Side = str | Messages
 
 _ROLES = ("system", "user", "assistant")
 _BATCH = 256  # examples for one call of the tokenizer
+_WHOLE = 2**62  # bytes of a slice: files are not divided
 
 
 class Example(NamedTuple):
@@ -68,7 +79,7 @@ class Format(NamedTuple):
 
     kind: of the store; name: of its one corpus; long: what is said of an example that is longer than a row;
     render: the parts of an example of messages as a chat template writes them, or None where it can't;
-    segment: what the token ids of an example's parts make.
+    segment: what the token ids of an example's parts make; settings: more that the rows depend on, for the recipe.
     """
 
     kind: Kind
@@ -76,6 +87,7 @@ class Format(NamedTuple):
     long: str
     render: Callable[["PartEncoder", Example], Sequence[str] | None]
     segment: Callable[["PartEncoder", list[list[int]]], Segment | Refused]
+    settings: Mapping[str, Any] = {}
 
 
 def prepare_examples(
@@ -101,6 +113,7 @@ def prepare_examples(
     check_sequence_length(sequence_length)
     with RowStoreWriter(output, form.kind, sequence_length, overwrite=overwrite) as writer:
         encoder = PartEncoder(tokenizer_dir)
+        inventories = [take_inventory(file, _WHOLE)._asdict() for file in find_files(inputs, ROW_FILES)]
         found, dropped = Findings(), Dropped()
         for example in read(inputs, on_bad, Dropped()):
             found.add(gate.scanner, example.texts(), example.where)
@@ -126,12 +139,15 @@ def prepare_examples(
         if not count:
             raise UserError(f"no {form.name} to prepare in {inputs}; left out: {dropped}")
         return writer.finish(
-            {form.name: CorpusFacts(count, manifest={"personal_data": found.as_dict()})},
+            {form.name: CorpusFacts(count, manifest=manifest_of(inventories) | {"personal_data": found.as_dict()})},
             packing=form.name,
             vocab_size=len(encoder.tokenizer),
             tokenizer_fingerprint=fingerprint(tokenizer_dir),
             eos_token_id=encoder.tokenizer.eos_token_id,
             dropped=dropped.as_dict(),
+            recipe={"sequence_length": sequence_length, "on_bad": on_bad, "on_long": on_long}
+            | {"pii": gate.mode, "pii_rate": gate.rate, "pii_fingerprint": gate.scanner.fingerprint}
+            | form.settings,
         )
 
 

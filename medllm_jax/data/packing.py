@@ -5,6 +5,7 @@ Pure functions from iterables to iterables, so memory holds the rows that are op
 """
 
 import bisect
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -35,7 +36,15 @@ def document_segment(tokens: np.ndarray) -> Segment:
 
     A copy: a view would keep all that was read with it in memory for as long as its row is open.
     """
-    return Segment(np.array(tokens, np.int32), np.zeros(len(tokens), np.int32))
+    return Segment(np.array(tokens, np.int32), _zeros(len(tokens).bit_length())[: len(tokens)])
+
+
+@functools.cache
+def _zeros(bits: int) -> np.ndarray:
+    """int32 [2^bits], one for all documents: those that wait for a row would otherwise hold twice their memory."""
+    zeros = np.zeros(2**bits, np.int32)
+    zeros.flags.writeable = False
+    return zeros
 
 
 def pair_segment(

@@ -95,8 +95,9 @@ def prepare_pairs(
     if pairs_per_row is not None and pairs_per_row < 1:
         raise UserError(f"pairs_per_row is {pairs_per_row}: a row needs at least one pair")
     segment = functools.partial(_segment, max_prompt_tokens=max_prompt_tokens, repeat_prompt=prompts == "repeated")
+    settings = {"prompts": prompts, "pairs_per_row": pairs_per_row, "max_prompt_tokens": max_prompt_tokens}
     return prepare_examples(
-        Format("pairs", "pairs", "prompt, chosen and rejected together are", _render, segment),
+        Format("pairs", "pairs", "prompt, chosen and rejected together are", _render, segment, settings),
         read_pairs,
         inputs,
         tokenizer_dir,

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
 from etils import epath
@@ -56,6 +56,16 @@ class Inventory(NamedTuple):
     bytes: int
     sha256: str
     slices: tuple[Slice, ...]
+
+
+def manifest_of(inventories: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a store keeps of its input, from inventories as dicts: each file, and a checksum of all of them.
+
+    checksum: sha256 over the files' own, sorted; neither their names nor their place count.
+    """
+    files = [{name: inventory[name] for name in ("file", "bytes", "sha256")} for inventory in inventories]
+    digests = "".join(sorted(f"{file['sha256']}\n" for file in files))
+    return {"checksum": hashlib.sha256(digests.encode()).hexdigest(), "files": files}
 
 
 class ReadOptions(NamedTuple):

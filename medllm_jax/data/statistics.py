@@ -42,8 +42,9 @@ _EIGHTHS = ("", *"▏▎▍▌▋▊▉")
 @functools.cache
 def _script_table() -> np.ndarray:
     """Code point -> index into SCRIPTS, uint8 [0x110000]."""
-    categories = (unicodedata.category(chr(point))[0] for point in range(0x110000))
-    table = np.fromiter((_BY_CATEGORY.get(category, _OTHER) for category in categories), np.uint8, 0x110000)
+    table = np.full(0x110000, _OTHER, np.uint8)
+    # From U+20000 on there are only ideographs, which have their range, tags and private use.
+    table[:0x20000] = [_BY_CATEGORY.get(unicodedata.category(chr(point))[0], _OTHER) for point in range(0x20000)]
     table[[*range(0x09, 0x0E), *range(0x1C, 0x20), 0x85]] = _SPACE  # line breaks and the like are control characters
     for script, ranges in _RANGES.items():
         for first, last in ranges:
@@ -144,17 +145,18 @@ class TokenStatistics(_Additive):
     byte_pieces: int = 0
     lengths: list[int] = dataclasses.field(default_factory=list)
 
-    def add(self, texts: Sequence[str], encoded: Sequence[Sequence[int]], is_byte_piece: np.ndarray) -> None:
-        """Counts a batch of texts and their token ids; is_byte_piece: bool [vocabulary]."""
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        total = int(lengths.sum())
-        tokens = np.fromiter(itertools.chain.from_iterable(encoded), np.int32, total)
+    def add(self, texts: Sequence[str], tokens: np.ndarray, lengths: np.ndarray, is_byte_piece: np.ndarray) -> None:
+        """Counts a batch of texts and their token ids.
+
+        tokens: integers, of one text after the other; lengths: integers [n], how many are of each; is_byte_piece: bool
+        [vocabulary].
+        """
         self.merge(
             TokenStatistics(
                 documents=len(texts),
                 characters=sum(map(len, texts)),
                 bytes=_bytes(texts),
-                tokens=total,
+                tokens=len(tokens),
                 byte_pieces=int(np.count_nonzero(is_byte_piece[tokens])),
                 lengths=_histogram(lengths),
             )

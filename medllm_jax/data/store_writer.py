@@ -61,8 +61,8 @@ class RowStoreWriter:
             self._folder = self.path.parent / f".{self.path.name}.unfinished-{uuid.uuid4().hex[:8]}"
         self._shard_rows = max(1, min(_MAX_SHARD_ROWS, _SHARD_BYTES // (3 * 4 * sequence_length)))
         self._array: ts.TensorStore | None = None
-        self._buffer: list[np.ndarray] = []
-        self._buffered = 0
+        self._shard = self._new_shard()  # the one being filled, and its rows so far
+        self._filled = 0
         self._written = 0
         self._pending: ts.Future | None = None
         self._digest = hashlib.sha256()
@@ -95,14 +95,16 @@ class RowStoreWriter:
         self._corpora.setdefault(corpus, []).append(np.count_nonzero(rows[:, 1], axis=-1).astype(np.int32))
         self._max_token_id = max(self._max_token_id, int(rows[:, 0].max()))
         self._max_segments = max(self._max_segments, int(rows[:, 1].max()))
-        self._buffer.append(rows)
-        self._buffered += len(rows)
-        if self._buffered >= self._shard_rows:
-            rows = np.concatenate(self._buffer)
-            while len(rows) >= self._shard_rows:
-                self._write(rows[: self._shard_rows])
-                rows = rows[self._shard_rows :]
-            self._buffer, self._buffered = [rows], len(rows)
+        while len(rows):
+            part = rows[: self._shard_rows - self._filled]
+            self._shard[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            rows = rows[len(part) :]
+            if self._filled == self._shard_rows:
+                self._write()
+
+    def _new_shard(self) -> np.ndarray:
+        return np.empty((self._shard_rows, 3, self.sequence_length), np.int32)  # takes memory as it is filled
 
     def finish(
         self,
@@ -119,9 +121,8 @@ class RowStoreWriter:
 
         corpora: in the order of their rows; one of which nothing was left has none. ValueError without any row.
         """
-        if self._buffered:
-            self._write(np.concatenate(self._buffer))
-            self._buffer, self._buffered = [], 0
+        if self._filled:
+            self._write()
         if self._array is None or self._pending is None:
             raise ValueError("a store needs at least one row")
         if [name for name in corpora if name in self._corpora] != list(self._corpora):
@@ -173,20 +174,22 @@ class RowStoreWriter:
             yield CorpusRows(name, first, rows, tokens, facts.examples, facts.split_documents, dict(facts.manifest))
             first += rows
 
-    def _write(self, rows: np.ndarray) -> None:
-        """Starts writing one whole shard (or the last, shorter one), after the one before has been written."""
+    def _write(self) -> None:
+        """Starts writing the shard that is full (or the last, shorter one), after the one before has been written."""
         if self._array is None:
             if is_remote(self._folder):
                 _remove_store(self._folder)
             self._array = self._create()
         if self._pending is not None:
             self._pending.result()
-        end = self._written + len(rows)
+        end = self._written + self._filled
         if end > self._array.shape[0]:
             # Doubling keeps the number of times that the array's metadata is rewritten small.
             shape = [2 * self._array.shape[0], 3, self.sequence_length]
             self._array = self._array.resize(exclusive_max=shape, expand_only=True).result()
-        self._pending = self._array[self._written : end].write(rows)
+        # Never touched again, so no copy of it need be made before it is compressed.
+        rows, self._shard, self._filled = self._shard[: self._filled], self._new_shard(), 0
+        self._pending = self._array[self._written : end].write(rows, can_reference_source_data_indefinitely=True)
         self._written = end
 
     def _create(self) -> ts.TensorStore:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -149,12 +150,14 @@ class Tokenise:
                 texts = [document.text for document in batch]
                 encoded = encode_plain(tokenizer, texts)
                 sizes = np.fromiter(map(len, encoded), np.int64, len(encoded))
-                tokens = np.fromiter((token for ids in encoded for token in (*ids, *self.ending)), "<i4")
+                tokens = np.fromiter(itertools.chain.from_iterable(encoded), "<i4", sizes.sum())
+                text_statistics.add(texts)
+                token_statistics.add(texts, tokens, sizes, is_byte_piece)
+                ends = np.repeat(np.cumsum(sizes), len(self.ending))
+                tokens = np.insert(tokens, ends, np.tile(np.array(self.ending, "<i4"), len(sizes)))
                 file.write(tokens.data)
                 digest.update(tokens.data)
                 lengths += (sizes + len(self.ending)).tolist()
-                text_statistics.add(texts)
-                token_statistics.add(texts, encoded, is_byte_piece)
         save_array(output, "lengths", np.array(lengths, np.int32))
         return {
             "documents": len(lengths),

@@ -76,7 +76,8 @@ def test_resume_continues_exactly(store, position):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize("before", [1, 2, 4])
+@pytest.mark.parametrize("after", [4, 2, 1])
 @pytest.mark.parametrize("kind", ["plain", "mix", "pairs", "pairs of two stores"])
 def test_a_position_goes_on_on_any_number_of_hosts(request, kind, before, after, threads):
     """A stream stopped on some hosts, continued on others with other threads, is the one that never stopped."""

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from collections import Counter
 
@@ -9,6 +10,7 @@ from medllm_jax.data.gate import Gate
 from medllm_jax.data.pipeline import BatchStream
 from medllm_jax.data.preferences import prepare_pairs, read_pairs
 from medllm_jax.data.references import read_reference, write_reference
+from medllm_jax.data.report import report
 from medllm_jax.data.store import RowStore
 from medllm_jax.data.tokenizer import encode_plain, encode_rendered, load_tokenizer
 from medllm_jax.errors import UserError
@@ -84,6 +86,10 @@ def test_the_store_holds_the_pairs(tmp_path, tokenizer_dir, pairs_per_row):
     assert (found.kind, found.packing, found.examples, found.pairs_per_row) == ("pairs", "pairs", 23, most)
     assert found.tokens == sum(len(part) for pair in expected.elements() for part in pair)
     assert progress[-1] == (23,)
+    assert found.recipe["pairs_per_row"] == pairs_per_row and found.recipe["prompts"] == "shared"
+    (listed,) = found.corpora[0].manifest["files"]
+    assert listed["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert f"1 files of {listed['bytes']:,} bytes" in report(found)
     assert found == RowStore.open(tmp_path / "store").metadata
 
 

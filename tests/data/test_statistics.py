@@ -27,7 +27,8 @@ def text_statistics(*batches):
 def token_statistics(*batches, pieces=np.array([False, True, False])):  # noqa: B008 (never written to)
     found = TokenStatistics()
     for encoded in batches:
-        found.add(["あ" * len(ids) for ids in encoded], encoded, pieces)
+        tokens = np.array([token for ids in encoded for token in ids], np.int32)
+        found.add(["あ" * len(ids) for ids in encoded], tokens, np.array([len(ids) for ids in encoded], int), pieces)
     return found
 
 
