@@ -140,6 +140,17 @@ def test_verify_names_the_damage(world, tmp_path, capsys):
     assert "row 0 of store" in (error := capsys.readouterr().err) and "shard rows/c/0/0/0" in error
 
 
+def test_nothing_is_trained_on_a_damaged_store(world, tmp_path, capsys):
+    shutil.copytree(world.token_store, tmp_path / "store")
+    shard = tmp_path / "store" / "rows" / "c" / "0" / "0" / "0"
+    shard.write_bytes(shard.read_bytes()[:-20])
+    assert run("train", "--config", config_file(tmp_path, world), "--data.store", tmp_path / "store") == 2
+    error = capsys.readouterr().err
+    assert f"of store {tmp_path}/store is damaged or missing (shard rows/c/0/0/0)" in error and error.count("\n") == 1
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
 def test_train_then_evaluate_then_pairs(world, tmp_path, exam, capsys):
     assert run("train", "--config", config_file(tmp_path, world), "--logging.every", "1") == 0
     assert "step 2/2" in capsys.readouterr().out

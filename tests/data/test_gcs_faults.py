@@ -13,6 +13,7 @@ from etils import epath
 from medllm_jax.data import corpus as corpus_module
 from medllm_jax.data import store_writer as store_writer_module
 from medllm_jax.data.corpus import Corpus, Recipe, prepare_corpus
+from medllm_jax.data.preferences import prepare_pairs
 from medllm_jax.remote import move_folder, names_in, remove_folder, write_whole
 from tests.data.stores import numbered_rows, write_rows
 from tests.gcs import Faults, Gcs, Python, be_impatient, run
@@ -158,6 +159,29 @@ def test_killed_and_resumed_preparation_gives_the_same_store(gcs, documents):
 
 def results(gcs, stage):
     return [name for name in gcs.names(f"gs://bucket/.out.preparing/{stage}/") if name.endswith(".json")]
+
+
+@pytest.mark.slow  # workers are patient
+def test_workers_prepare_documents_and_one_process_pairs(gcs, documents):
+    """What is read and written by processes that are forked is the same too, and so is a store of pairs."""
+    pairs = [{"prompt": f"Question {n}?", "chosen": f" Yes, {n}." * (1 + n % 5), "rejected": " No."} for n in range(90)]
+    file = write_json_lines(documents / "pairs.jsonl", pairs)
+    expected = [
+        prepare_corpus(
+            [Corpus("corpus", str(documents / "in"))], documents / "tok", documents / "out", Recipe(sequence_length=64)
+        ),
+        prepare_pairs(file, documents / "tok", documents / "pairs", 64),
+    ]
+    for name in ("in", "tok", "pairs.jsonl"):
+        gcs.upload(documents / name, f"gs://bucket/{name}")
+    gcs.faults = FAULTS
+    common = ["--tokenizer", "gs://bucket/tok", "--sequence-length", "64"]
+    for kind, source, more in (("cpt", "in", ["--workers", "2"]), ("pairs", "pairs.jsonl", [])):
+        arguments = ["--input", f"gs://bucket/{source}", "--output", f"gs://bucket/{kind}", *common, *more]
+        assert run(gcs, *of_this_file(medllm, "data", kind, *arguments)).splitlines()[-1] == "exit 0"
+    found = [json.loads(gcs.get(f"gs://bucket/{kind}/store.json"))["digest"] for kind in ("cpt", "pairs")]
+    assert found == [metadata.digest for metadata in expected]
+    assert_all_kinds_went_wrong(gcs)
 
 
 # --- verifying -------------------------------------------------------------------------------------------------------
