@@ -154,7 +154,7 @@ class Run:
 
     def files(self, below: str = "") -> list[str]:
         if self.gcs is not None:
-            return self.gcs.names(f"{self.folder}/{below}")
+            return self.gcs.names(f"{self.folder}/{below}/" if below else f"{self.folder}/")
         root = Path(self.folder) / below
         return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
@@ -211,10 +211,16 @@ def at_start(run: Run, step: int, rng: random.Random) -> Start:
     return start
 
 
-def in_a_step(run: Run, step: int, rng: random.Random) -> Start:
+def up_to(run: Run, step: int, rng: random.Random) -> Start:
+    """A start that has got to a step, and a moment further."""
     start = Start(run)
     start.wait_for(lambda: start.step >= step)
     time.sleep(rng.uniform(0, 0.2))
+    return start
+
+
+def in_a_step(run: Run, step: int, rng: random.Random) -> Start:
+    start = up_to(run, step, rng)
     start.send(signal.SIGKILL)
     return start
 
@@ -228,9 +234,7 @@ def in_a_save(run: Run, step: int, rng: random.Random) -> Start:
 
 
 def sigterm(run: Run, step: int, rng: random.Random) -> Start:
-    start = Start(run)
-    start.wait_for(lambda: start.step >= step)
-    time.sleep(rng.uniform(0, 0.2))
+    start = up_to(run, step, rng)
     start.send(signal.SIGTERM, rng.randrange(run.processes))
     return start
 
@@ -281,17 +285,14 @@ def second_writer(run: Run, step: int, rng: random.Random) -> Start:
 
 
 def one_of_two(run: Run, step: int, rng: random.Random) -> Start:
-    start = Start(run)
-    start.wait_for(lambda: start.step >= step)
-    time.sleep(rng.uniform(0, 0.2))
+    start = up_to(run, step, rng)
     start.send(signal.SIGKILL, rng.randrange(run.processes))
     return start
 
 
 def one_hangs(run: Run, step: int, rng: random.Random) -> Start:
     """One process stops without dying; when the others have ended it is killed, as its pod would be."""
-    start = Start(run)
-    start.wait_for(lambda: start.step >= step)
+    start = up_to(run, step, rng)
     hanging = rng.randrange(run.processes)
     start.send(signal.SIGSTOP, hanging)
     start.wait_for(lambda: False)  # until another has ended
