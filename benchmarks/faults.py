@@ -359,7 +359,8 @@ def suffer(run: Run, rng: random.Random, say: Callable[[str], None]) -> tuple[di
         outcome.count += 1
         outcome.codes.update(codes)
         outcome.repeated += max(start.step - (saved[-1] if saved else 0), 0)
-        outcome.set_aside += start.text.count("warning: checkpoint")
+        if number:  # what was damaged before is found by this start
+            outcomes[run.faults[number - 1]].set_aside += start.text.count("warning: checkpoint")
         say(f"{run.name}: {title} at step {start.step} of {target}: {codes}; checkpoints {saved}")
         if not set(codes) <= expected or "did not end by itself" in start.text or "second writer ended" in start.text:
             wrong.append(f"{run.name}: {title} ended with {codes}:\n{start.text[-3000:]}")
