@@ -156,7 +156,8 @@ class Run:
         if self.gcs is not None:
             return self.gcs.names(f"{self.folder}/{below}/" if below else f"{self.folder}/")
         root = Path(self.folder) / below
-        return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+        # (A walk passes over folders that are removed meanwhile, as old checkpoints are.)
+        return sorted(os.path.relpath(Path(at) / name, root) for at, _, names in os.walk(root) for name in names)
 
     def read(self, name: str) -> bytes:
         if self.gcs is not None:
