@@ -317,6 +317,8 @@ def storm(**faults: Any) -> Callable[[Run, int, random.Random], Start]:
 
 
 KILLED = -signal.SIGKILL
+# Of a storm in a bucket: the run comes through, or its clients give up; and then it may be told to end while it ends.
+IN_A_STORM = {PREEMPTED, 1, -signal.SIGTERM}
 # Name -> what happens, the fault, and exit codes that a process may end with.
 KINDS: dict[str, tuple[str, Callable[[Run, int, random.Random], Start], set[int]]] = {
     "start": ("SIGKILL while it starts", at_start, {KILLED}),
@@ -330,8 +332,8 @@ KINDS: dict[str, tuple[str, Callable[[Run, int, random.Random], Start], set[int]
     "second": ("a second writer", second_writer, {PREEMPTED}),
     "one": ("SIGKILL of one process of two", one_of_two, {KILLED, 1, -signal.SIGABRT}),
     "hang": ("one process of two hangs", one_hangs, {KILLED, 1, -signal.SIGABRT}),
-    "503": ("bucket: all requests answered 503 for seconds", storm(unavailable=1.0), {PREEMPTED, 1}),
-    "reset": ("bucket: half of all connections reset for seconds", storm(reset=0.5), {PREEMPTED, 1}),
+    "503": ("bucket: all requests answered 503 for seconds", storm(unavailable=1.0), IN_A_STORM),
+    "reset": ("bucket: half of all connections reset for seconds", storm(reset=0.5), IN_A_STORM),
 }
 
 
@@ -461,9 +463,10 @@ def _benchmark(folder: Path, gcs: Gcs, seed: int, only: list[str] | None) -> int
         outcomes, problems = suffer(run, random.Random(f"{seed}/{run.name}"), say)
         if not run.faults:
             alone[run.processes] = run
-        elif not problems:
-            problems = differences(run, alone[run.processes])
-            say(f"{run.name}: {problems or 'as the undisturbed one'}")
+        else:
+            found = differences(run, alone[run.processes])
+            say(f"{run.name}: {found or 'as the undisturbed one'}")
+            problems += found
         wrong += problems
         for kind, outcome in outcomes.items():
             mesh = ", mesh changed at every start" if run.other_mesh else ""

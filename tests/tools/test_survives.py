@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -161,25 +160,21 @@ def test_sigterm_keeps_what_is_done(place, tmp_path):
 
 @pytest.fixture
 def begun(place, tmp_path, monkeypatch):
-    """Both conversions, broken off after some slices, when something is done that can be gone on from."""
+    """Both conversions, broken off when some of their units are done: slices, or a shard."""
 
-    def breaking_off(read, noted, left=20):
-        def read_or_break(*arguments):
+    def breaking_off(note, left):
+        def note_or_break(*unit):
             nonlocal left
             left -= 1
             if left < 0:
-                assert noted.wait(60)
                 raise InterruptedError
-            return read(*arguments)
+            note(*unit)
 
-        return read_or_break
+        return note_or_break
 
-    with monkeypatch.context() as patch:
-        note = folders.Filling.note
-        for side, step in zip((HFFolder, run_weights.Run), steps_in(tmp_path, place), strict=True):
-            noted = threading.Event()
-            patch.setattr(folders.Filling, "note", lambda *what, noted=noted: [note(*what), noted.set()])
-            patch.setattr(side, "read", breaking_off(side.read, noted))
+    for units, step in zip((20, 1), steps_in(tmp_path, place), strict=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(folders.Filling, "note", breaking_off(folders.Filling.note, units))
             with pytest.raises(InterruptedError):
                 main(step)
     return tmp_path
@@ -217,7 +212,7 @@ def test_nothing_is_converted_twice(place, begun, monkeypatch):
         assert main([*step, "--resume"]) == 0
         assert contents(begun / Path(step[2]).name) == contents(place / Path(step[2]).name)
     slices = 2 * len(open_hf(place / "hf").tensors)
-    assert slices - 45 < len(reads) < slices - 15
+    assert slices - 75 < len(reads) < slices - 15
 
 
 def removed(shard, _):

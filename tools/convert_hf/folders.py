@@ -123,9 +123,9 @@ def unfinished_folder(target: str | os.PathLike) -> epath.Path:
 
 
 def clear_notes(folder: str | os.PathLike) -> bool:
-    """Removes the notes from a folder that is whole; were there any?"""
+    """Removes the notes from a folder that is whole, and any that a kill left half written; were there any?"""
     folder = epath.Path(folder)
-    notes = [name for name in names_in(folder) if name.startswith(_PROGRESS)]
+    notes = [name for name in names_in(folder) if name.startswith((_PROGRESS, f".{_PROGRESS}"))]
     for name in notes:
         (folder / name).unlink(missing_ok=True)
     return bool(notes)
