@@ -38,7 +38,7 @@ compiler: $(VENV)/.installed
 # they should. `.ci/run` has it among the slow tests.
 plans: $(VENV)/.installed-test compiler
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal \
-		tests/planning tests/test_plan.py tests/model/test_splash.py
+		tests/planning tests/model/test_splash.py
 
 # lm-evaluation-harness, which one slow test asks.
 harness: $(VENV)/.installed-test

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from medllm_jax.settings import load_model_config
-from tools.convert_hf.hf_config import config_json, json_text
-from tools.convert_hf.hf_weights import INDEX
-from tools.convert_hf.names import tensors_of
-from tools.convert_hf.shards import index_of, shards_of, write_shard
+from medllm_jax.config.load import load_model_config
+from medllm_jax.conversion.hf_config import config_json, json_text
+from medllm_jax.conversion.hf_weights import INDEX
+from medllm_jax.conversion.names import tensors_of
+from medllm_jax.conversion.shards import index_of, shards_of, write_shard
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "model"
 

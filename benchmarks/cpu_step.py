@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from medllm_jax.config import MeshConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, PrecisionConfig
+from medllm_jax.checkpoint.train_state import new_state
+from medllm_jax.config.schema import MeshConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, PrecisionConfig
 from medllm_jax.data.batch import batch_of
-from medllm_jax.loading import blueprint, random_params
-from medllm_jax.losses import objective
-from medllm_jax.optimizer import make_optimizer
-from medllm_jax.sharding import make_mesh, put_batch
-from medllm_jax.step import new_state, train_step
+from medllm_jax.distributed.sharding import make_mesh, put_batch
+from medllm_jax.model.abstract import abstract_model, random_params
+from medllm_jax.training.losses import objective
+from medllm_jax.training.optimizer import make_optimizer
+from medllm_jax.training.step import train_step
 
 SHAPE = {
     "vocab_size": 8192,
@@ -37,7 +38,7 @@ SHAPE = {
 def ours(rows: np.ndarray):
     """A function that makes one step."""
     mesh = make_mesh(MeshConfig())
-    plan = blueprint(ModelConfig(**SHAPE), PrecisionConfig(compute="float32"), mesh)
+    plan = abstract_model(ModelConfig(**SHAPE), PrecisionConfig(compute="float32"), mesh)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-4), steps=1000)
     state = new_state(random_params(plan, seed=0), optimizer, seed=0)
     loss = objective(ObjectiveConfig())

@@ -262,7 +262,7 @@ def memory(folder: Path, sizes: Sequence[float]) -> Iterator[Any]:
 
 def waiting(folder: Path) -> Iterator[Any]:
     """The share of a tiny training's time that goes into waiting for data."""
-    from medllm_jax.data.corpus import Corpus, Recipe, prepare_corpus
+    from medllm_jax.data.prepare.corpus import Corpus, Recipe, prepare_corpus
     from tests.tiny import make_tokenizer
 
     corpus, tokenizer = write_corpus(folder / "small", 1), folder / "small-tokenizer"

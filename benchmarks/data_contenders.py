@@ -21,8 +21,8 @@ _BUFFER = 1000  # rows that `datasets` shuffles among
 
 def prepare(corpus: str, tokenizer: str, output: str, workers: int, duplicates: str) -> dict[str, Any]:
     """Ours, from documents to a store; `stages` are the seconds of each."""
-    from medllm_jax.data.corpus import Corpus, Recipe, prepare_corpus
-    from medllm_jax.data.stages import in_processes
+    from medllm_jax.data.prepare.corpus import Corpus, Recipe, prepare_corpus
+    from medllm_jax.data.prepare.jobs import in_processes
 
     start = last = time.perf_counter()
     stages: dict[str, float] = {}
@@ -80,8 +80,8 @@ def _group_texts(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]
 
 def read_store(store: str, rows: int, batch_size: int, threads: int) -> dict[str, Any]:
     """Ours, in training order: batches as the step takes them, positions and loss weights too."""
-    from medllm_jax.data.pipeline import BatchStream
-    from medllm_jax.data.sources import Rows
+    from medllm_jax.data.loader import BatchStream
+    from medllm_jax.data.rows import Rows
 
     there = Rows.open([store])
 

@@ -9,8 +9,8 @@ goal is 10 ms an output, whatever a model has written.
 import argparse
 import time
 
-from medllm_jax.evaluation.answers import extract
-from tests.evaluation.test_answers import QUESTIONS, REPEATED
+from medllm_jax.evaluation.extraction.extract import extract
+from tests.evaluation.extraction.test_extract import QUESTIONS, REPEATED
 
 SIZES = (10_000, 1_000_000, 10_000_000)
 SHOWN = 5

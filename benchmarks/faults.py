@@ -34,8 +34,8 @@ os.environ |= {
 }
 
 from medllm_jax.errors import PREEMPTED
+from tests.distributed.test_processes import free_port
 from tests.gcs import Faults, Gcs, environment
-from tests.test_processes import free_port
 from tests.world import World, make_world
 
 STEPS, EVERY = 48, 3
@@ -191,7 +191,7 @@ class Run:
 
     def digests(self) -> dict[str, str]:
         """What its last checkpoint says of each of its arrays."""
-        from medllm_jax.checkpoint import load_meta
+        from medllm_jax.checkpoint.orbax import load_meta
 
         if self.gcs is None:
             return load_meta(self.folder, STEPS)["digests"]

@@ -22,13 +22,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medllm_jax.compiler import OPTIONS
-from medllm_jax.config import ModelConfig
-from medllm_jax.planning.chips import GIB, chips_of, parse_topology
+from medllm_jax.config.load import load_run_config, to_plain
+from medllm_jax.config.schema import ModelConfig
+from medllm_jax.distributed.chips import GIB, chips_of, parse_topology
+from medllm_jax.distributed.compiler_options import OPTIONS
+from medllm_jax.distributed.flops import train_flops
 from medllm_jax.planning.estimate import Machine, estimate
-from medllm_jax.planning.flops import train_flops
 from medllm_jax.planning.hlo import parse, read_memory
-from medllm_jax.settings import load_run_config, to_plain
 
 CONFIG = Path(__file__).parents[1] / "configs" / "runs" / "cpt-72b-v5p-4x4x4.yaml"
 TOPOLOGY = parse_topology("v5p:4x4x4")

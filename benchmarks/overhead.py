@@ -21,12 +21,12 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
 import jax
 import numpy as np
 
-import medllm_jax.train as training
+import medllm_jax.training.loop as training
 from benchmarks.data_corpus import write_corpus
-from medllm_jax.checkpoint import CheckpointWriter
-from medllm_jax.data.corpus import Corpus, Recipe, prepare_corpus
-from medllm_jax.metrics import Meter
-from medllm_jax.settings import load_run_config
+from medllm_jax.checkpoint.orbax import CheckpointWriter
+from medllm_jax.config.load import load_run_config
+from medllm_jax.data.prepare.corpus import Corpus, Recipe, prepare_corpus
+from medllm_jax.observability.metrics import Meter
 from tests.tiny import make_tokenizer
 
 _CONFIG = Path(__file__).parents[1] / "configs" / "runs" / "cpt-tiny.yaml"

@@ -12,9 +12,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medllm_jax.plan import Question, plan
-from medllm_jax.planning.chips import parse_topology
-from medllm_jax.settings import load_run_config
+from medllm_jax.config.load import load_run_config
+from medllm_jax.distributed.chips import parse_topology
+from medllm_jax.planning.plan import Question, plan
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "runs"
 GIB = 2**30

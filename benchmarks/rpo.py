@@ -62,8 +62,8 @@ REGIMES = {
 
 def make_model(folder: Path) -> tuple[Path, Path]:
     """A random Qwen2 in Hugging Face's format with a tokenizer, and the same as a run folder."""
+    from medllm_jax.conversion.from_hf import from_hf
     from tests.tiny_hf import make_hf_folder
-    from tools.convert_hf.from_hf import from_hf
 
     theirs, ours = folder / "hf", folder / "run"
     make_hf_folder(theirs, tied=True, tokenizer=False, max_position_embeddings=4096, **_SHAPE)
@@ -123,7 +123,7 @@ def run(name: str, python: str = sys.executable, **arguments: Any) -> dict[str, 
 
 def speed(folder: Path, regime: Regime, warm_up: int, steps: int, rounds: int, tunix: str | None) -> dict[str, Any]:
     """Runs of all contenders on pairs of one kind, by name."""
-    from medllm_jax.data.preferences import prepare_pairs
+    from medllm_jax.data.prepare.preference_pairs import prepare_pairs
 
     model, start = folder / "hf", folder / "run"
     work = folder / f"{regime.prompt}-{regime.response}-{regime.spread}"
@@ -158,7 +158,7 @@ def speed(folder: Path, regime: Regime, warm_up: int, steps: int, rounds: int, t
 
 def compiled(folder: Path, regime: Regime) -> dict[str, Any]:
     """GFLOPs a pair: shared and cached, as we train; and what it would be otherwise."""
-    from medllm_jax.data.preferences import prepare_pairs
+    from medllm_jax.data.prepare.preference_pairs import prepare_pairs
 
     store = folder / f"flops-{regime.prompt}"
     pairs = folder / f"flops-{regime.prompt}.jsonl"

@@ -39,7 +39,7 @@ class _Clock:
 
 
 def _config(run: str, store: str, rows: int, steps: int) -> Any:
-    from medllm_jax.config import (
+    from medllm_jax.config.schema import (
         DataConfig,
         InitConfig,
         ObjectiveConfig,
@@ -47,7 +47,7 @@ def _config(run: str, store: str, rows: int, steps: int) -> Any:
         PrecisionConfig,
         RunConfig,
     )
-    from medllm_jax.train import with_model
+    from medllm_jax.training.setup import with_model
 
     config = RunConfig(
         run=f"{store}-run",
@@ -63,7 +63,7 @@ def _config(run: str, store: str, rows: int, steps: int) -> Any:
 
 def reference(run: str, store: str, rows: int) -> dict[str, Any]:
     """Caches the reference's log-probabilities beside the pairs, as `medllm reference` does; compiles too."""
-    from medllm_jax.reference import cache_reference
+    from medllm_jax.training.reference import cache_reference
 
     start = time.perf_counter()
     pairs = cache_reference(_config(run, store, rows, 1))
@@ -72,18 +72,19 @@ def reference(run: str, store: str, rows: int) -> dict[str, Any]:
 
 def ours(run: str, store: str, rows: int, warm_up: int, steps: int) -> dict[str, Any]:
     """The step that `medllm train` compiles, on the batches that it reads."""
-    from medllm_jax.data.references import read_references
-    from medllm_jax.fingerprint import model_fingerprint
-    from medllm_jax.loading import first_weights, whole
-    from medllm_jax.programs import train_program
-    from medllm_jax.sharding import make_mesh, put_batch
-    from medllm_jax.train import open_rows, open_stream
+    from medllm_jax.checkpoint.fingerprint import model_fingerprint
+    from medllm_jax.checkpoint.load_model import initial_weights
+    from medllm_jax.data.reference_log_probs import read_references
+    from medllm_jax.distributed.sharding import make_mesh, put_batch
+    from medllm_jax.model.abstract import merge_params
+    from medllm_jax.training.programs import train_program
+    from medllm_jax.training.setup import open_rows, open_stream
 
     config = _config(run, store, rows, warm_up + steps)
     stored, mesh = open_rows(config, config.data.stores), make_mesh(config.mesh)
     program = train_program(config, mesh)
-    params, frozen, _ = first_weights(config, program.plan)
-    scores = read_references(stored, model_fingerprint(whole(params, frozen)))
+    params, frozen, _ = initial_weights(config, program.plan)
+    scores = read_references(stored, model_fingerprint(merge_params(params, frozen)))
     state = program.initialise(params)
     clock, losses, pairs = _Clock(), [], []
     with open_stream(config, stored, 0, scores) as stream:
@@ -106,8 +107,8 @@ def flops(run: str, store: str, layouts: dict[str, tuple[int, int, int]]) -> dic
 
     import jax
 
-    from medllm_jax.programs import abstract_batch, score_program, train_program
-    from medllm_jax.sharding import make_mesh
+    from medllm_jax.distributed.sharding import make_mesh
+    from medllm_jax.training.programs import abstract_batch, score_program, train_program
 
     jax.lax.scan = functools.partial(jax.lax.scan, unroll=True)
     found = {}

@@ -23,12 +23,12 @@ import torch
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from benchmarks.rpo import Regime, make_model, write_pairs
-from medllm_jax.config import MeshConfig, PrecisionConfig
-from medllm_jax.data.preferences import read_pairs
-from medllm_jax.data.reading import Dropped
-from medllm_jax.generate import Generator, Sampling
-from medllm_jax.loading import load_model
-from medllm_jax.sharding import make_mesh
+from medllm_jax.checkpoint.load_model import load_model
+from medllm_jax.config.schema import MeshConfig, PrecisionConfig
+from medllm_jax.data.prepare.preference_pairs import read_pairs
+from medllm_jax.data.prepare.reading import Dropped
+from medllm_jax.distributed.sharding import make_mesh
+from medllm_jax.inference.generator import Generator, Sampling
 
 _TEMPERATURE = 0.8
 _GOAL = 3.0

@@ -1,1 +1,1 @@
-"""Starts runs on TPUs: `python -m launch {gke,xpk,gcluster,tpu-vm}` (docs/launch.md). Nothing here touches JAX."""
+"""Starts runs on TPUs; the code is medllm_jax.launching."""

@@ -1,6 +1,6 @@
 """Continued pretraining and Reasoning Preference Optimization of Qwen2.5 on TPUs, and on a laptop's CPU."""
 
-from medllm_jax.remote import turn_off_listing_cache
+from medllm_jax.storage.remote import turn_off_listing_cache
 
 __version__ = "0.1.0"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from medllm_jax.settings import to_yaml
-from tests.test_train import config_of
+from medllm_jax.config.load import to_yaml
+from tests.training.test_train import config_of
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(file for room in ("medllm_jax", "tools", "launch", "benchmarks") for file in (ROOT / room).rglob("*.py"))

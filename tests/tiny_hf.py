@@ -121,9 +121,9 @@ def our_model(folder: str | Path, *, remat: str = "none") -> tuple[Any, Any, Any
     from flax import nnx
     from flax.traverse_util import unflatten_dict
 
+    from medllm_jax.conversion.hf_weights import open_hf
+    from medllm_jax.conversion.verify import stacked_weights
     from medllm_jax.model.qwen2 import Backend, Qwen2
-    from tools.convert_hf.hf_weights import open_hf
-    from tools.convert_hf.verify import stacked_weights
 
     model = open_hf(folder)
     structure, _ = nnx.split(nnx.eval_shape(lambda: Qwen2(model.config, Backend(remat=remat), rngs=nnx.Rngs(0))))

@@ -25,14 +25,14 @@ def make_world(root: Path) -> World:
     """Makes everything under a folder, the same each time."""
     from etils import epath
 
-    from medllm_jax.checkpoint import write_model
-    from medllm_jax.config import MeshConfig, PrecisionConfig
-    from medllm_jax.data.corpus import Corpus, Recipe, prepare_corpus
-    from medllm_jax.data.preferences import prepare_pairs
-    from medllm_jax.loading import blueprint, random_params
-    from medllm_jax.runs import copy_tokenizer
-    from medllm_jax.settings import to_plain
-    from medllm_jax.sharding import make_mesh
+    from medllm_jax.checkpoint.orbax import write_model
+    from medllm_jax.config.load import to_plain
+    from medllm_jax.config.schema import MeshConfig, PrecisionConfig
+    from medllm_jax.data.prepare.corpus import Corpus, Recipe, prepare_corpus
+    from medllm_jax.data.prepare.preference_pairs import prepare_pairs
+    from medllm_jax.distributed.sharding import make_mesh
+    from medllm_jax.model.abstract import abstract_model, random_params
+    from medllm_jax.storage.run_folder import copy_tokenizer
 
     made = World(root, *(root / name for name in ("tok", "corpus.jsonl", "pairs.jsonl", "cpt", "rpo", "model")))
     rng = np.random.default_rng(0)
@@ -53,7 +53,7 @@ def make_world(root: Path) -> World:
     prepare_corpus([Corpus("corpus", str(made.corpus))], made.tokenizer, made.token_store, recipe)
     prepare_pairs([str(made.pairs)], made.tokenizer, made.pair_store, 2 * SEQUENCE_LENGTH)
     config = tiny_config()
-    plan = blueprint(config, PrecisionConfig(compute="float32"), make_mesh(MeshConfig()))
+    plan = abstract_model(config, PrecisionConfig(compute="float32"), make_mesh(MeshConfig()))
     write_model(made.model, random_params(plan, seed=0), to_plain(config))
     copy_tokenizer(epath.Path(made.tokenizer), epath.Path(made.model))
     return made
@@ -61,7 +61,7 @@ def make_world(root: Path) -> World:
 
 def tiny_config(**changes):
     """A shape that splits over 8 devices on every axis."""
-    from medllm_jax.config import ModelConfig
+    from medllm_jax.config.schema import ModelConfig
 
     shape = {
         "vocab_size": 384,

@@ -7,32 +7,30 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from medllm_jax.cli import data, exams, training
-from medllm_jax.cli.parsing import Parser
+from medllm_jax.cli import convert, data, exams, launch, training
 from medllm_jax.errors import PREEMPTED, Preempted, RunError, UserError
+from medllm_jax.terminal.parser import Parser, parse
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a verb; returns the exit code."""
+def main(arguments: Sequence[str] | None = None, *, group: str | None = None) -> int:
+    """Runs a verb, of a group if one is named; returns the exit code. Arguments None are those of the command line."""
+    words = [*([group] if group else []), *(sys.argv[1:] if arguments is None else arguments)]
     try:
-        code = _run(arguments)
+        code = _run(words, from_terminal=arguments is None)
     except Exception:
         if not _one_of_several():
             raise
         traceback.print_exc()
         code = 1
     if code and _one_of_several():
-        sys.modules["medllm_jax.processes"].leave(code)
+        sys.modules["medllm_jax.distributed.processes"].leave(code)
     return code
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(arguments: Sequence[str], *, from_terminal: bool) -> int:
     try:
-        parser = make_parser()
-        options, rest = parser.parse_known_args(arguments)
-        if rest and not options.takes_settings:
-            options.parser.unknown(rest)
-        options.settings = rest
+        options = parse(make_parser(), arguments)
+        options.from_terminal = from_terminal
         return options.verb(options) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -41,7 +39,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Preempted as ended:
-        print(f"told to end, {ended}; the same command goes on", file=sys.stderr)
+        print(f"preempted: {ended}; run the same command to resume", file=sys.stderr)
         return PREEMPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -50,7 +48,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _one_of_several() -> bool:
     """Whether this process has joined others, which would wait for it; imports nothing to find out."""
-    processes = sys.modules.get("medllm_jax.processes")
+    processes = sys.modules.get("medllm_jax.distributed.processes")
     return processes is not None and processes.several()
 
 
@@ -62,6 +60,6 @@ def make_parser() -> Parser:
     parser = Parser(prog="medllm", allow_abbrev=False, description=about)
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for room in (data, training, exams):
-        room.add(verbs)
+    for verbs_of in (data, training, exams, convert, launch):
+        verbs_of.add(verbs)
     return parser

@@ -45,7 +45,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 def precision_of(options: argparse.Namespace) -> Any:
     import jax
 
-    from medllm_jax.config import PrecisionConfig
+    from medllm_jax.config.schema import PrecisionConfig
 
     # A CPU computes bfloat16 by converting it, which is slower and no smaller.
     compute = options.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -53,8 +53,8 @@ def precision_of(options: argparse.Namespace) -> Any:
 
 
 def mesh_of(text: str) -> Any:
-    from medllm_jax.config import MeshConfig
-    from medllm_jax.settings import build
+    from medllm_jax.config.load import build
+    from medllm_jax.config.schema import MeshConfig
 
     sizes = dict(part.partition("=")[::2] for part in text.split(",") if part)
     return build(MeshConfig, {axis: int(size) if _is_int(size) else size for axis, size in sizes.items()}, "--mesh")

@@ -6,8 +6,8 @@ import shlex
 from typing import Any
 
 from medllm_jax.cli import arguments
-from medllm_jax.cli.parsing import verb
 from medllm_jax.errors import UserError
+from medllm_jax.terminal.parser import verb
 
 # Options of `data cpt` that are settings of its recipe, by the same names (see data/corpus.py).
 _RECIPE = (
@@ -73,9 +73,9 @@ def add(verbs: Any) -> None:
 def _data_cpt(options: argparse.Namespace) -> None:
     import os
 
-    from medllm_jax.data.corpus import Corpus, Recipe, prepare_corpus
-    from medllm_jax.data.stages import in_processes, on_beam
-    from medllm_jax.settings import build, read_yaml
+    from medllm_jax.config.load import build, read_yaml
+    from medllm_jax.data.prepare.corpus import Corpus, Recipe, prepare_corpus
+    from medllm_jax.data.prepare.jobs import in_processes, on_beam
 
     settings = read_yaml(options.config) if options.config else {}
     where = options.config or "the command line"
@@ -108,8 +108,8 @@ def _data_cpt(options: argparse.Namespace) -> None:
 
 
 def _data_pairs(options: argparse.Namespace) -> None:
-    from medllm_jax.data.gate import Gate
-    from medllm_jax.data.preferences import prepare_pairs
+    from medllm_jax.data.prepare.pii_gate import Gate
+    from medllm_jax.data.prepare.preference_pairs import prepare_pairs
 
     with _counting("pairs") as progress:
         metadata = prepare_pairs(
@@ -130,8 +130,8 @@ def _data_pairs(options: argparse.Namespace) -> None:
 
 
 def _data_sft(options: argparse.Namespace) -> None:
-    from medllm_jax.data.gate import Gate
-    from medllm_jax.data.instructions import prepare_instructions
+    from medllm_jax.data.prepare.instructions import prepare_instructions
+    from medllm_jax.data.prepare.pii_gate import Gate
 
     with _counting("conversations") as progress:
         metadata = prepare_instructions(
@@ -150,7 +150,7 @@ def _data_sft(options: argparse.Namespace) -> None:
 
 def _data_exam(options: argparse.Namespace) -> None:
     from medllm_jax.evaluation.download import ATTRIBUTION, SOURCE, fetch, igakuqa_files
-    from medllm_jax.metrics import Console
+    from medllm_jax.terminal.progress import Console
 
     files = igakuqa_files(options.years, baselines=options.with_baselines)
     with Console("fetching", len(files), unit="file") as console:
@@ -161,7 +161,7 @@ def _data_exam(options: argparse.Namespace) -> None:
 
 
 def _data_show(options: argparse.Namespace) -> None:
-    from medllm_jax.data.report import report
+    from medllm_jax.data.prepare.store_report import report
     from medllm_jax.data.store import RowStore
 
     print(report(RowStore.open(options.store).metadata))
@@ -169,7 +169,7 @@ def _data_show(options: argparse.Namespace) -> None:
 
 def _data_verify(options: argparse.Namespace) -> None:
     from medllm_jax.data.store import RowStore, verify
-    from medllm_jax.metrics import Console
+    from medllm_jax.terminal.progress import Console
 
     with Console("verify", len(RowStore.open(options.store)), unit="row") as console:
         store = verify(options.store, lambda done: console.update(done, every_seconds=5))
@@ -195,7 +195,7 @@ def _counting(what: str):
 @contextlib.contextmanager
 def _stages():
     """A context whose value shows stage after stage: (stage, done, total) -> None."""
-    from medllm_jax.metrics import Console
+    from medllm_jax.terminal.progress import Console
 
     console, current = None, None
 

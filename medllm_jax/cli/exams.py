@@ -5,8 +5,8 @@ import sys
 from typing import Any
 
 from medllm_jax.cli import arguments
-from medllm_jax.cli.parsing import verb
 from medllm_jax.errors import UserError
+from medllm_jax.terminal.parser import verb
 
 
 def add(verbs: Any) -> None:
@@ -65,9 +65,9 @@ def _pairs(options: argparse.Namespace) -> None:
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
     from medllm_jax.evaluation.samples import SampleOptions, sample_exam
-    from medllm_jax.metrics import Console
-    from medllm_jax.pairs import PairOptions, choose_questions, make_pairs
-    from medllm_jax.remote import write_whole
+    from medllm_jax.preferences.make_pairs import PairOptions, choose_questions, make_pairs
+    from medllm_jax.storage.remote import write_whole
+    from medllm_jax.terminal.progress import Console
 
     drawn = SampleOptions(options.samples, options.temperature, options.top_p, options.seed)
     names = ("strategy", "most", "min_characters", "max_characters", "format_failures")
@@ -108,11 +108,11 @@ def _pairs(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from medllm_jax.evaluation.evaluate import evaluate, format_table
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
-    from medllm_jax.evaluation.run import evaluate, format_table
     from medllm_jax.evaluation.samples import SampleOptions
-    from medllm_jax.metrics import Console
+    from medllm_jax.terminal.progress import Console
 
     choice = {"text_only": options.text_only, "prepend_stems": options.prepend_stems, "limit": options.limit}
     exam, template = load_exam(options.exam, options.years, **choice), load_template(options.template)
@@ -131,7 +131,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _sampler(options: argparse.Namespace, drawn: Any) -> Any:
     """The model that is asked, one of the three kinds; None where none is named."""
-    from medllm_jax import samplers
+    from medllm_jax.inference import samplers
 
     kinds = {"--run": options.run, "--hf": options.hf, "--server": options.server}
     named = [kind for kind, value in kinds.items() if value]
@@ -156,7 +156,7 @@ def _results_folder(options: argparse.Namespace, exam: str, template: str) -> An
     """Where results of a run stand if nothing else is said: one folder for each way of asking it."""
     from etils import epath
 
-    from medllm_jax.checkpoint import latest_step
+    from medllm_jax.checkpoint.orbax import latest_step
 
     if not options.run:
         raise UserError("--output is missing: the folder for outputs and scores (only a run has a place for them)")
@@ -173,8 +173,8 @@ def _score(options: argparse.Namespace) -> None:
 
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.predictions import read_predictions
-    from medllm_jax.evaluation.score import SystemScore, as_json, comparison_text, text_of
-    from medllm_jax.evaluation.statistics import compare
+    from medllm_jax.evaluation.score_predictions import SystemScore, as_json, comparison_text, text_of
+    from medllm_jax.evaluation.significance import compare
 
     whole = load_exam(options.data, name=options.exam)
     exam = load_exam(options.data, options.years, name=options.exam, text_only=options.text_only)
@@ -208,11 +208,11 @@ def _likelihood(options: argparse.Namespace) -> None:
 
     from etils import epath
 
-    from medllm_jax.checkpoint import latest_step
+    from medllm_jax.checkpoint.orbax import latest_step
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
-    from medllm_jax.likelihood import likelihood_of_run
-    from medllm_jax.remote import write_whole
+    from medllm_jax.inference.likelihood import likelihood_of_run
+    from medllm_jax.storage.remote import write_whole
 
     exam = load_exam(options.exam, options.years, text_only=options.text_only)
     template = load_template(options.template)
@@ -229,9 +229,9 @@ def _likelihood(options: argparse.Namespace) -> None:
 
 
 def _contamination(options: argparse.Namespace) -> None:
-    from medllm_jax.contamination import accuracies_apart, contamination, write_contamination
+    from medllm_jax.contamination.corpora import accuracies_apart, contamination, write_contamination
     from medllm_jax.evaluation.exam import load_exam
-    from medllm_jax.metrics import Ticker
+    from medllm_jax.terminal.progress import Ticker
 
     exam = load_exam(options.exam, options.years, text_only=options.text_only)
     how = {"tokenizer": options.tokenizer, "n": options.n, "threshold": options.threshold}

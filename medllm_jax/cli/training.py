@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from medllm_jax.cli.parsing import Parser, verb
+from medllm_jax.terminal.parser import Parser, verb
 
 
 def add(verbs: Any) -> None:
@@ -24,7 +24,7 @@ def add(verbs: Any) -> None:
             name,
             function,
             text,
-            takes_settings=True,
+            settings="options",
             usage=f"medllm {name} --config FILE.yaml {'--topology NAME ' * (name == 'plan')}[--section.key value ...]",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -42,11 +42,11 @@ def add(verbs: Any) -> None:
 
 def _run_config(options: argparse.Namespace) -> Any:
     """The config of a verb that trains; joins the other processes if the run has more than one."""
-    from medllm_jax.settings import load_run_config
+    from medllm_jax.config.load import load_run_config
 
     config = load_run_config(options.config, options.settings)
     if config.distributed:
-        from medllm_jax.processes import join
+        from medllm_jax.distributed.processes import join
 
         join(config.watchdog.heartbeat_seconds)
     return config
@@ -54,7 +54,7 @@ def _run_config(options: argparse.Namespace) -> Any:
 
 def _train(options: argparse.Namespace) -> None:
     config = _run_config(options)
-    from medllm_jax.train import train
+    from medllm_jax.training.loop import train
 
     folder = train(config, force=options.force)
     print(f"trained: {folder}")
@@ -62,7 +62,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _reference(options: argparse.Namespace) -> None:
     config = _run_config(options)
-    from medllm_jax.reference import cache_reference
+    from medllm_jax.training.reference import cache_reference
 
     pairs = cache_reference(config)
     print(f"reference log-probabilities of {pairs} pairs: {', '.join(config.data.stores)}")
@@ -71,10 +71,10 @@ def _reference(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     import json
 
-    from medllm_jax.plan import Question, plan, search
-    from medllm_jax.planning.chips import parse_topology
+    from medllm_jax.config.load import load_run_config
+    from medllm_jax.distributed.chips import parse_topology
+    from medllm_jax.planning.plan import Question, plan, search
     from medllm_jax.planning.report import as_text
-    from medllm_jax.settings import load_run_config
 
     topology = parse_topology(options.topology, options.slices)
     config = load_run_config(options.config, options.settings)
@@ -88,15 +88,19 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _rounds(options: argparse.Namespace) -> None:
-    from medllm_jax.rounds import load_rounds_config, run_rounds
+    from medllm_jax.cli import main
+    from medllm_jax.recipes.commands import Runner
+    from medllm_jax.recipes.rounds import load_rounds_config, run_rounds
 
-    run_rounds(load_rounds_config(options.config))
+    run_rounds(load_rounds_config(options.config), Runner(main))
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from medllm_jax.demo.recipe import run_demo
+    from medllm_jax.cli import main
+    from medllm_jax.recipes.commands import Runner
+    from medllm_jax.recipes.demo.recipe import run_demo
 
-    run_demo(options.workdir, options.seed)
+    run_demo(options.workdir, options.seed, Runner(main))
 
 
 def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +120,6 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings_help() -> str:
-    from medllm_jax.settings import describe
+    from medllm_jax.config.load import describe
 
     return describe() + "\n"

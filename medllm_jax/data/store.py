@@ -25,7 +25,7 @@ from etils import epath
 
 from medllm_jax.data.batch import Kind
 from medllm_jax.errors import UserError
-from medllm_jax.remote import kvstore_spec
+from medllm_jax.storage.remote import kvstore_spec
 
 FORMAT_VERSION = 3
 METADATA_FILE = "store.json"

@@ -23,7 +23,7 @@ from medllm_jax.data.store import (
     StoreMetadata,
 )
 from medllm_jax.errors import UserError
-from medllm_jax.remote import is_remote, kvstore_spec, remove_folder
+from medllm_jax.storage.remote import is_remote, kvstore_spec, remove_folder
 
 # Of uncompressed rows: what the writer holds in memory, once being filled and once being written.
 _SHARD_BYTES = 64 * 2**20

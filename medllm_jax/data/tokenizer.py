@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from medllm_jax.errors import UserError
-from medllm_jax.remote import is_remote
+from medllm_jax.storage.remote import is_remote
 
 _SENTENCEPIECE = "tokenizer.model"
 # Any of these makes a folder a tokenizer; the order is the order in which they are hashed.

@@ -12,8 +12,8 @@ from itertools import product
 from etils import epath
 
 from medllm_jax.errors import UserError
-from medllm_jax.evaluation.jsonl import Row, read_rows
-from medllm_jax.remote import names_in
+from medllm_jax.storage.json_lines import Row, read_rows
+from medllm_jax.storage.remote import names_in
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _YEAR_OF_EXAM_ZERO = 1906  # the 112th exam was held in 2018, and there is one a year

@@ -12,7 +12,7 @@ from etils import epath
 
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam
-from medllm_jax.evaluation.jsonl import Row, read_rows
+from medllm_jax.storage.json_lines import Row, read_rows
 
 _SECTION_FILE = re.compile(r"\d{2,3}-[A-Z]_(.+)")
 _LISTED = 3

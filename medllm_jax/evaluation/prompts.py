@@ -17,6 +17,8 @@ from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import LETTERS, Question
 
 CONDITIONS = ("answer_only", "explain")
+Prompt = str | list[dict[str, str]]  # text to continue, or chat messages to answer
+
 _TEMPLATES = epath.Path(__file__).parent / "templates"
 
 

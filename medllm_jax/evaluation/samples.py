@@ -15,10 +15,9 @@ from etils import epath
 
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam, Question
-from medllm_jax.evaluation.jsonl import Row, parse_row
-from medllm_jax.evaluation.prompts import PromptTemplate
-from medllm_jax.evaluation.server import Prompt, Server
-from medllm_jax.remote import is_remote, write_whole
+from medllm_jax.evaluation.prompts import Prompt, PromptTemplate
+from medllm_jax.storage.json_lines import Row, parse_row
+from medllm_jax.storage.remote import is_remote, write_whole
 
 Key = tuple[str, str]  # question id, condition
 
@@ -85,18 +84,6 @@ class Sampler:
     where: str
     draw: Draw
     chat: bool = False
-
-
-def server_sampler(server: Server, *, chat: bool = False) -> Sampler:
-    """The model of a server. Its name stands for its weights: the server may move, and its samples are still its."""
-
-    def draw(prompts, seeds, *, samples, max_new_tokens, stop):
-        repeated = [prompt for prompt in prompts for _ in range(samples)]
-        numbered = [seed + number for seed in seeds for number in range(samples)]
-        completions = server(repeated, max_new_tokens=max_new_tokens, stop=stop, seeds=numbered)
-        yield from zip(*[completions] * samples, strict=True)
-
-    return Sampler(server.model, server.url, draw, chat)
 
 
 def prompt_of(question: Question, template: PromptTemplate, condition: str, *, chat: bool) -> Prompt:

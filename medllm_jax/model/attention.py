@@ -18,7 +18,7 @@ _MOST_BLOCKS = 8
 _SMALLEST_BLOCK = 64
 
 
-class Place(NamedTuple):
+class TokenLayout(NamedTuple):
     """Where tokens stand: index in the row int32 [S] or [], segment_ids and branch_ids int32 [B, S]."""
 
     index: jax.Array
@@ -26,7 +26,7 @@ class Place(NamedTuple):
     branch_ids: jax.Array
 
 
-def visible(query: Place, key: Place) -> jax.Array:
+def visible(query: TokenLayout, key: TokenLayout) -> jax.Array:
     """bool [B, Q, T]: may this query see this key?"""
     not_later = key.index[None, :] <= query.index[:, None]
     same_segment = key.segment_ids[:, None, :] == query.segment_ids[:, :, None]
@@ -35,7 +35,7 @@ def visible(query: Place, key: Place) -> jax.Array:
     return not_later[None] & same_segment & shared_or_own
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, query: Place, key: Place) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, query: TokenLayout, key: TokenLayout) -> jax.Array:
     """Scaled dot-product attention, grouped-query; scores and softmax in float32.
 
     q: [B, Q, H, E]; k, v: [B, T, K, E]. Returns [B, Q, H, E] in q's dtype. A query that sees no key is not allowed
@@ -53,7 +53,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, query: Place, key: Place) -
     return checkpoint_name(out.reshape(batch, queries, heads, width), RESIDUALS)
 
 
-def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, query: Place, key: Place) -> jax.Array:
+def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, query: TokenLayout, key: TokenLayout) -> jax.Array:
     """`attend` for whole rows (query is key), in causal blocks of queries: no block sees the keys after it."""
     length = q.shape[1]
     most = max(1, min(_MOST_BLOCKS, length // _SMALLEST_BLOCK))
@@ -62,15 +62,15 @@ def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, query: Place, key
 
     def block(start: int) -> jax.Array:
         end = start + size
-        queries = Place(query.index[start:end], query.segment_ids[:, start:end], query.branch_ids[:, start:end])
-        keys = Place(key.index[:end], key.segment_ids[:, :end], key.branch_ids[:, :end])
+        queries = TokenLayout(query.index[start:end], query.segment_ids[:, start:end], query.branch_ids[:, start:end])
+        keys = TokenLayout(key.index[:end], key.segment_ids[:, :end], key.branch_ids[:, :end])
         return attend(q[:, start:end], k[:, :end], v[:, :end], queries, keys)
 
     return jnp.concatenate([block(start) for start in range(0, length, size)], axis=1)
 
 
 def attend_by_cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, query: Place, key: Place, *, implementation: str = "cudnn"
+    q: jax.Array, k: jax.Array, v: jax.Array, query: TokenLayout, key: TokenLayout, *, implementation: str = "cudnn"
 ) -> jax.Array:
     """`attend` by cuDNN's flash attention: bfloat16 or float16, on Nvidia GPUs.
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from medllm_jax.config import AdapterConfig
+from medllm_jax.config.schema import AdapterConfig
 from medllm_jax.model.linear import Linear
 from medllm_jax.model.quantize import QuantizedLinear, Storage, dequantize, quantize
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from medllm_jax.config import ModelConfig
-from medllm_jax.model.attention import RESIDUALS, Place, attend, attend_in_blocks
+from medllm_jax.config.schema import ModelConfig
+from medllm_jax.model.attention import RESIDUALS, TokenLayout, attend, attend_in_blocks
 from medllm_jax.model.linear import Linear
 
 
@@ -206,7 +206,7 @@ class Qwen2(nnx.Module):
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, branch_ids: jax.Array):
         """Final hidden states [B, S, D] in the compute dtype; all arguments int32 [B, S] (see data/batch.py)."""
-        place = Place(jnp.arange(tokens.shape[1]), segment_ids, branch_ids)
+        place = TokenLayout(jnp.arange(tokens.shape[1]), segment_ids, branch_ids)
         x, angles = self._embed(tokens, positions)
         structure, blocks = nnx.split(self.layers)
 
@@ -227,8 +227,8 @@ class Qwen2(nnx.Module):
         """
         start = cache.length
         segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, start))
-        query = Place(start + jnp.arange(tokens.shape[1]), segment_ids, jnp.zeros_like(segment_ids))
-        key = Place(jnp.arange(segments.shape[1]), segments, jnp.zeros_like(segments))
+        query = TokenLayout(start + jnp.arange(tokens.shape[1]), segment_ids, jnp.zeros_like(segment_ids))
+        key = TokenLayout(jnp.arange(segments.shape[1]), segments, jnp.zeros_like(segments))
         x, angles = self._embed(tokens, positions)
         structure, blocks = nnx.split(self.layers)
 

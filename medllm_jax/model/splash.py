@@ -25,7 +25,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from medllm_jax.model.attention import RESIDUALS, Place
+from medllm_jax.model.attention import RESIDUALS, TokenLayout
 
 MAX_BRANCH = 2
 
@@ -59,7 +59,7 @@ def make_splash(mesh: Mesh, heads: P, *, branches: bool, interpret: bool = False
     # The kernel's outputs don't say over which axes they vary, so shard_map can't check it.
     sharded = jax.shard_map(run, mesh=mesh, in_specs=(heads,) * 3 + (rows,) * 2, out_specs=heads, check_vma=False)
 
-    def splash(q: jax.Array, k: jax.Array, v: jax.Array, query: Place, key: Place) -> jax.Array:
+    def splash(q: jax.Array, k: jax.Array, v: jax.Array, query: TokenLayout, key: TokenLayout) -> jax.Array:
         return sharded(q, k, v, query.segment_ids, query.branch_ids)
 
     return splash

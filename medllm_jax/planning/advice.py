@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from medllm_jax.config import RunConfig
-from medllm_jax.planning.chips import GIB, MARGIN
+from medllm_jax.config.schema import RunConfig
+from medllm_jax.distributed.chips import GIB, MARGIN
 
 # Bits of a weight that its format takes, with the scales of its blocks.
 _BITS = {"float32": 32, "bfloat16": 16, "int8": 8.5, "int4": 4.5, "nf4": 4.5}

@@ -12,15 +12,16 @@ from typing import Any
 
 import jax
 
-from medllm_jax.compiler import compiler_options
-from medllm_jax.config import PrecisionConfig, RunConfig
+from medllm_jax.checkpoint.load_model import LoadedModel
+from medllm_jax.config.load import build
+from medllm_jax.config.schema import PrecisionConfig, RunConfig
+from medllm_jax.distributed.chips import parse_topology
+from medllm_jax.distributed.compiler_options import compiler_options
+from medllm_jax.distributed.sharding import check_divisible, make_mesh
 from medllm_jax.errors import UserError
-from medllm_jax.generate import Generator, Sampling
-from medllm_jax.loading import LoadedModel, blueprint, whole
-from medllm_jax.planning.chips import parse_topology
-from medllm_jax.programs import abstract_batch, score_program, train_program
-from medllm_jax.settings import build
-from medllm_jax.sharding import check_divisible, make_mesh
+from medllm_jax.inference.generator import Generator, Sampling
+from medllm_jax.model.abstract import abstract_model, merge_params
+from medllm_jax.training.programs import abstract_batch, score_program, train_program
 
 Compile = Callable[[str, jax.stages.Lowered, dict[str, Any]], jax.stages.Compiled]
 
@@ -62,18 +63,18 @@ def _train(config: RunConfig, mesh: Any, request: dict, compile_program: Compile
 def _reference(config: RunConfig, mesh: Any, request: dict, compile_program: Compile) -> None:
     rows = config.data.batch_size // config.data.accumulate
     check_divisible(mesh, config.model, rows)
-    plan = blueprint(config.model, config.precision, mesh, attention=config.attention, adapter=config.adapter)
+    plan = abstract_model(config.model, config.precision, mesh, attention=config.attention, adapter=config.adapter)
     batch = abstract_batch(mesh, rows, request["sequence_length"], None)
     score = score_program(config, plan.structure, mesh, request["pairs_per_row"])
-    params = whole(plan.abstract, plan.frozen)
+    params = merge_params(plan.abstract, plan.frozen)
     compile_program("reference", score.lower(params, batch), {"parameters": params, "batch": batch})
 
 
 def _generate(config: RunConfig, mesh: Any, request: dict, compile_program: Compile) -> None:
     compute = config.precision.compute
     precision = PrecisionConfig(params=compute, compute=compute)
-    plan = blueprint(config.model, precision, mesh, adapter=config.adapter)
-    params = whole(plan.abstract, plan.frozen)
+    plan = abstract_model(config.model, precision, mesh, adapter=config.adapter)
+    params = merge_params(plan.abstract, plan.frozen)
     model = LoadedModel(plan.config, plan.structure, params, mesh)
     generator = Generator(model, None, [0], config.data.batch_size // config.data.accumulate)
     sampling = Sampling(request["new_tokens"])

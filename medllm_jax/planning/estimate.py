@@ -11,9 +11,9 @@ import re
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
-from medllm_jax.planning.chips import Topology, ici_bandwidth
+from medllm_jax.distributed.chips import Topology, ici_bandwidth
+from medllm_jax.planning.activations import phase_of
 from medllm_jax.planning.hlo import COLLECTIVES, Array, Instruction, Module, group_of, product_flops
-from medllm_jax.planning.kept import phase_of
 
 # Share of the links' sum that collectives reach: 270 GB/s of a v5p chip's six links of 90 GB/s.
 ICI_EFFICIENCY = 0.5

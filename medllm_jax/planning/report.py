@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from medllm_jax.planning.chips import GIB
+from medllm_jax.distributed.chips import GIB
 
 _KINDS = ("matrix products", "kernels", "everything else")
 

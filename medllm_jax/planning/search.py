@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from medllm_jax.config import MeshConfig, RunConfig
+from medllm_jax.config.schema import MeshConfig, RunConfig
 from medllm_jax.errors import UserError
 
 # From the fastest to the smallest (`RunConfig.remat`); `dots` is for adapters.

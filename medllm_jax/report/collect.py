@@ -8,14 +8,14 @@ from typing import Any
 
 from etils import epath
 
-from medllm_jax.config import RunConfig
+from medllm_jax.config.schema import RunConfig
 from medllm_jax.errors import UserError
+from medllm_jax.evaluation.grading import Grade, read_grades
 from medllm_jax.evaluation.prompts import CONDITIONS
 from medllm_jax.evaluation.samples import Sample, Samples
-from medllm_jax.evaluation.scoring import Grade, read_grades
-from medllm_jax.metrics import read_lines
-from medllm_jax.remote import names_in
-from medllm_jax.runs import recorded_config
+from medllm_jax.observability.metrics import read_lines
+from medllm_jax.storage.remote import names_in
+from medllm_jax.storage.run_folder import recorded_config
 
 
 @dataclasses.dataclass(frozen=True)

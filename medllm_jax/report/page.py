@@ -11,12 +11,12 @@ from etils import epath
 
 from medllm_jax import __version__
 from medllm_jax.errors import UserError
+from medllm_jax.evaluation.grading import Grade, Summary, summarize
 from medllm_jax.evaluation.prompts import CONDITIONS
-from medllm_jax.evaluation.scoring import Grade, Summary, summarize
-from medllm_jax.evaluation.statistics import Comparison, Estimate, accuracy, compare
-from medllm_jax.remote import write_whole
-from medllm_jax.report import figures
+from medllm_jax.evaluation.significance import Comparison, Estimate, accuracy, compare
+from medllm_jax.report import plots
 from medllm_jax.report.collect import Results, Run
+from medllm_jax.storage.remote import write_whole
 
 _CONDITION_NAMES = {"answer_only": "answer only", "explain": "with explanation"}
 
@@ -50,7 +50,7 @@ class Picture(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        return figures.size_of(self.png)
+        return plots.size_of(self.png)
 
 
 class Table(NamedTuple):
@@ -83,7 +83,7 @@ def write_report(
         made=made,
         version=__version__,
         runs=_run_table(runs),
-        colours=[(run.name, figures.COLOURS[n % len(figures.COLOURS)]) for n, run in enumerate(runs)],
+        colours=[(run.name, plots.COLOURS[n % len(plots.COLOURS)]) for n, run in enumerate(runs)],
         silent=[run.name for run in runs if not run.metrics],
         pictures=pictures,
         exams=exams,
@@ -143,16 +143,14 @@ def _curves(runs: Sequence[Run]) -> Iterator[Picture]:
                 points = [(line["step"], line[name]) for line in run.metrics if name in line]
                 if points:
                     steps, values = np.array(points, float).T
-                    found.append(figures.Curve(run.name, number, steps, values, held_out))
+                    found.append(plots.Curve(run.name, number, steps, values, held_out))
         if found:
             ends = "; ".join(
                 f"{c.run}{' (held out)' if c.held_out else ''}: {c.values[0]:.3g} to {c.values[-1]:.3g}" for c in found
             )
             if any(curve.held_out for curve in found):
                 title += "; dots: held out"
-            yield Picture(
-                metric.replace("/", "-"), title, f"{title} over steps. {ends}", figures.curves(found, log=log)
-            )
+            yield Picture(metric.replace("/", "-"), title, f"{title} over steps. {ends}", plots.curves(found, log=log))
 
 
 # --- exams -----------------------------------------------------------------------------------------------------------
@@ -170,13 +168,13 @@ def _exam(name: str, results: Sequence[Results]) -> dict[str, Any]:
         for model, found in estimates.items()
     )
     pictures = [
-        Picture(f"accuracy-{slug}", "accuracy under both conditions", f"Accuracy. {values}", figures.conditions(spread))
+        Picture(f"accuracy-{slug}", "accuracy under both conditions", f"Accuracy. {values}", plots.conditions(spread))
     ]
     if compared:
         parts = {model: _shares(found, summaries[model]["explain"]) for model, found in compared.items()}
         told = "; ".join(f"{model}: {found.weighted_difference.value:+.3f}" for model, found in compared.items())
         title = "what explaining costs, and why"
-        pictures.append(Picture(f"drop-{slug}", title, f"Differences by points. {told}", figures.drops(parts)))
+        pictures.append(Picture(f"drop-{slug}", title, f"Differences by points. {told}", plots.drops(parts)))
     return {
         "name": name,
         "pictures": pictures,

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from medllm_jax.data import corpus as corpus_module
 from medllm_jax.data import store_writer as store_writer_module
-from medllm_jax.data.corpus import Corpus, Recipe, prepare_corpus
-from medllm_jax.data.preferences import prepare_pairs
-from medllm_jax.remote import move_folder, names_in, remove_folder, write_whole
+from medllm_jax.data.prepare import corpus as corpus_module
+from medllm_jax.data.prepare.corpus import Corpus, Recipe, prepare_corpus
+from medllm_jax.data.prepare.preference_pairs import prepare_pairs
+from medllm_jax.storage.remote import move_folder, names_in, remove_folder, write_whole
 from tests.data.stores import numbered_rows, write_rows
 from tests.gcs import Faults, Gcs, Python, be_impatient, run
 from tests.tiny import make_tokenizer, write_json_lines
@@ -62,7 +62,7 @@ def print_row_ids(store, start, stop, hosts):
 
 def row_ids(store, start, stop, hosts):
     """First tokens of the rows of some global batches, which are the ids that `numbered_rows` gave them."""
-    from medllm_jax.data.pipeline import BatchStream
+    from medllm_jax.data.loader import BatchStream
     from medllm_jax.data.store import RowStore
 
     rows = RowStore.open(store)

@@ -10,7 +10,7 @@ from medllm_jax.data import store_writer as writer_module
 from medllm_jax.data.store import RowStore, StoreMetadata, check_compatible, verify
 from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
 from medllm_jax.errors import UserError
-from medllm_jax.remote import kvstore_spec
+from medllm_jax.storage.remote import kvstore_spec
 from tests.data.stores import ABOUT, numbered_rows, write_rows
 
 

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from medllm_jax.cli import main
-from medllm_jax.evaluation.scoring import read_grades
+from medllm_jax.evaluation.grading import read_grades
 from tests.evaluation.test_exam import igakuqa_row, repository  # noqa: F401 (a fixture)
-from tests.evaluation.test_scoring import PUBLISHED
+from tests.evaluation.test_grading import PUBLISHED
 from tests.tiny import write_json_lines
 
 GOLD = {"112B1": "d", "112B2": "c", "112B3": "b,e", "112B4": "a", "112B5": "d"}

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from medllm_jax.errors import UserError
-from medllm_jax.evaluation.answers import extract
 from medllm_jax.evaluation.exam import Question
+from medllm_jax.evaluation.extraction.extract import extract
 from medllm_jax.evaluation.prompts import CONDITIONS, load_template
 
 QUESTION = Question(

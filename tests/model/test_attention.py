@@ -5,24 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medllm_jax.config import MeshConfig, PrecisionConfig
+from medllm_jax.config.schema import MeshConfig, PrecisionConfig
+from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import UserError
-from medllm_jax.loading import attention_on
-from medllm_jax.model.attention import Place, attend, attend_by_cudnn, attend_in_blocks, visible
-from medllm_jax.sharding import make_mesh
+from medllm_jax.model.abstract import attention_on
+from medllm_jax.model.attention import TokenLayout, attend, attend_by_cudnn, attend_in_blocks, visible
 
 # Rows of segments with branches, and padding at the end: segment ids and branch ids.
 SEGMENTS = "1111122222222200"
 BRANCHES = "0000000011122200"
 
 
-def place(rows: int = 1, repeat: int = 1) -> Place:
+def place(rows: int = 1, repeat: int = 1) -> TokenLayout:
     """The row above, each token `repeat` times; row r is rolled so that no two rows are alike in the mask."""
     segments, branches = (np.repeat([int(c) for c in text], repeat) for text in (SEGMENTS, BRANCHES))
     shifted = [np.concatenate([np.full(r, 1), segments + 1])[: len(segments)] if r else segments for r in range(rows)]
     branched = [np.concatenate([np.zeros(r, int), branches])[: len(branches)] for r in range(rows)]
     index = jnp.arange(len(segments))
-    return Place(index, jnp.asarray(np.stack(shifted), jnp.int32), jnp.asarray(np.stack(branched), jnp.int32))
+    return TokenLayout(index, jnp.asarray(np.stack(shifted), jnp.int32), jnp.asarray(np.stack(branched), jnp.int32))
 
 
 def arrays(rows: int, tokens: int, heads: int, kv_heads: int, width: int, seed: int = 0):
@@ -31,7 +31,7 @@ def arrays(rows: int, tokens: int, heads: int, kv_heads: int, width: int, seed: 
     return [jax.random.normal(k, (rows, tokens, n, width)) for k, n in zip(keys, sizes, strict=True)]
 
 
-def attend_slowly(q, k, v, where: Place) -> np.ndarray:
+def attend_slowly(q, k, v, where: TokenLayout) -> np.ndarray:
     """The definition, one query and one head at a time, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     segments, branches = np.asarray(where.segment_ids), np.asarray(where.branch_ids)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from medllm_jax.config import AdapterConfig
+from medllm_jax.config.schema import AdapterConfig
 from medllm_jax.model.linear import Linear
 from medllm_jax.model.lora import adapted_linear, freeze, merge, new_factors, storage_of, with_dropout
 from medllm_jax.model.quantize import quantize

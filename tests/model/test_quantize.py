@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from medllm_jax.config import MeshConfig
+from medllm_jax.config.schema import MeshConfig
+from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import UserError
 from medllm_jax.model.quantize import BLOCK, NF4, QuantizedLinear, Storage, dequantize, quantize
-from medllm_jax.sharding import make_mesh
 
 STORAGES = [Storage(format, double) for format in ("int8", "int4", "nf4") for double in (False, True)]
 

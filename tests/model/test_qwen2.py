@@ -11,12 +11,12 @@ import pytest
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from medllm_jax.config import ModelConfig, ObjectiveConfig
+from medllm_jax.config.schema import ModelConfig, ObjectiveConfig
+from medllm_jax.conversion.names import tensors_of
 from medllm_jax.data.batch import Batch, batch_of
-from medllm_jax.losses import next_token, pair_log_probs
 from medllm_jax.model.qwen2 import REMAT_POLICIES, Backend, Qwen2, empty_cache, rotary, rotate
+from medllm_jax.training.losses import next_token, pair_log_probs
 from tests.tiny_hf import make_hf_folder, our_model
-from tools.convert_hf.names import tensors_of
 
 VOCAB = 96
 

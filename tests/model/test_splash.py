@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medllm_jax.config import MeshConfig
+from medllm_jax.config.schema import MeshConfig
+from medllm_jax.distributed.sharding import ACTIVATIONS, make_mesh
 from medllm_jax.model import splash
-from medllm_jax.model.attention import RESIDUALS, Place, attend
-from medllm_jax.sharding import ACTIVATIONS, make_mesh
+from medllm_jax.model.attention import RESIDUALS, TokenLayout, attend
 from tests.model.test_attention import arrays, place
 
 ROWS, HEADS, KV_HEADS = 4, 4, 2
@@ -36,12 +36,12 @@ def make(sizes=(1, 1, 1), *, branches: bool):
     return splash.make_splash(mesh, ACTIVATIONS["heads"], branches=branches, interpret=True)
 
 
-def rows(repeat: int, *, branches: bool) -> Place:
+def rows(repeat: int, *, branches: bool) -> TokenLayout:
     where = place(ROWS, repeat)
     return where if branches else where._replace(branch_ids=jnp.zeros_like(where.branch_ids))
 
 
-def weighted(function, q, k, v, where: Place):
+def weighted(function, q, k, v, where: TokenLayout):
     """Output, and gradients of its sum weighted by numbers that no two elements share, 0 on padding."""
 
     def total(q, k, v):
@@ -109,7 +109,7 @@ COMPILE = """
     from jax.sharding import NamedSharding, PartitionSpec
     from medllm_jax.config import MeshConfig, PrecisionConfig
     from medllm_jax.loading import attention_on
-    from medllm_jax.model.attention import Place
+    from medllm_jax.model.attention import TokenLayout
     from medllm_jax.model.qwen2 import REMAT_POLICIES
     from medllm_jax.sharding import ACTIVATIONS, make_mesh, rows_over
 
@@ -120,7 +120,7 @@ COMPILE = """
         attend = attention_on(mesh, "auto", PrecisionConfig(), branches=branches)
 
         def block(x, segments):
-            place = Place(jnp.arange(length), segments, 0 * segments)
+            place = TokenLayout(jnp.arange(length), segments, 0 * segments)
             return x + attend(x, x[:, :, ::8], x[:, :, ::8], place, place)
 
         def total(x, segments):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from medllm_jax.planning.chips import parse_topology
+from medllm_jax.distributed.chips import parse_topology
 from medllm_jax.planning.estimate import HOST_BANDWIDTH, ICI_EFFICIENCY, LATENCY, Machine, estimate
 from medllm_jax.planning.hlo import parse
 

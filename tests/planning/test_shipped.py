@@ -8,15 +8,15 @@ import pytest
 
 from benchmarks.plans import shipped
 from medllm_jax.cli import main
-from medllm_jax.config import MeshConfig
-from medllm_jax.loading import blueprint
-from medllm_jax.plan import Question, report_of, request_of
-from medllm_jax.planning.chips import parse_topology
+from medllm_jax.config.load import load_run_config
+from medllm_jax.config.schema import MeshConfig
+from medllm_jax.distributed.chips import parse_topology
+from medllm_jax.distributed.flops import matrix_parameters
+from medllm_jax.distributed.sharding import make_mesh
+from medllm_jax.model.abstract import abstract_model
 from medllm_jax.planning.compiling import compile_programs
-from medllm_jax.planning.flops import matrix_parameters
 from medllm_jax.planning.hlo import parse
-from medllm_jax.settings import load_run_config
-from medllm_jax.sharding import make_mesh
+from medllm_jax.planning.plan import Question, report_of, request_of
 
 SHIPPED = {config.file.stem: config for config in shipped()}
 pytestmark = [
@@ -53,7 +53,7 @@ def check_nothing_is_whole(config, module, slices):
     """No array of the compiled program, which is that of one device, has the shape of a parameter: one layer at a time
     is gathered, and of the two tables of the vocabulary, which are no loop, copies in the compute dtype. (Of several
     slices, where gathers are written as all-reduces, a table is a sum with zeros first.)"""
-    plan = blueprint(config.model, config.precision, make_mesh(MeshConfig()), adapter=config.adapter)
+    plan = abstract_model(config.model, config.precision, make_mesh(MeshConfig()), adapter=config.adapter)
     leaves = jax.tree.leaves((plan.abstract, plan.frozen))
     parameters = {dimensions(leaf.shape) for leaf in leaves if leaf.size > 2**20}
     tables = {dimensions((config.model.vocab_size, config.model.hidden_size))}

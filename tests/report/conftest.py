@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from medllm_jax.evaluation.run import evaluate
-from medllm_jax.runs import record_config
-from medllm_jax.settings import load_run_config
-from tests.evaluation.test_run import BOTH, EXAM, TEMPLATE, Model, asked_of
+from medllm_jax.config.load import load_run_config
+from medllm_jax.evaluation.evaluate import evaluate
+from medllm_jax.storage.run_folder import record_config
+from tests.evaluation.test_evaluate import BOTH, EXAM, TEMPLATE, Model, asked_of
 
 
 @pytest.fixture(scope="session")

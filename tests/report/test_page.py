@@ -7,9 +7,9 @@ import shutil
 import pytest
 
 from medllm_jax.cli import main
-from medllm_jax.evaluation.scoring import write_grades
+from medllm_jax.evaluation.grading import write_grades
 from medllm_jax.report.collect import collect
-from tests.evaluation.test_scoring import licensing_exam
+from tests.evaluation.test_grading import licensing_exam
 
 
 def report(tmp_path, *arguments):

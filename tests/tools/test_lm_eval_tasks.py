@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from medllm_jax.evaluation import grade, load_exam, load_template
-from medllm_jax.evaluation.answers import extract
-from medllm_jax.evaluation.scoring import summarize
+from medllm_jax.evaluation.extraction.extract import extract
+from medllm_jax.evaluation.grading import summarize
 from tests.tiny import write_json_lines
 
 FOLDER = Path(__file__).parents[2] / "tools" / "lm_eval_tasks"
@@ -87,8 +87,8 @@ def test_documents_are_prompts_and_nothing_else(exam):
 def test_the_harness_agrees_question_by_question(exam, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm-eval")
     from medllm_jax.cli import main
-    from medllm_jax.evaluation.scoring import read_grades
-    from tests.test_samplers import TEMPLATE
+    from medllm_jax.evaluation.grading import read_grades
+    from tests.inference.test_samplers import TEMPLATE
     from tests.tiny_hf import make_hf_folder
 
     make_hf_folder(tmp_path / "hf", tied=False, hidden=64, seed=3)

@@ -1,1 +1,1 @@
-"""Qwen2.5 checkpoints between Hugging Face's format and run folders; see `python -m tools.convert_hf --help`."""
+"""Hugging Face format to run folder and back; the code is medllm_jax.conversion."""

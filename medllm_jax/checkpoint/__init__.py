@@ -1,0 +1,1 @@
+"""Checkpoints: written, opened once, and read."""

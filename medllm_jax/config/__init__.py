@@ -1,0 +1,1 @@
+"""Everything that a run can set, and how it is read."""

@@ -1,0 +1,1 @@
+"""Which exam questions stand in other text."""

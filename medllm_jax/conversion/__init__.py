@@ -1,0 +1,1 @@
+"""Hugging Face format to run folder, and back."""

@@ -1,0 +1,273 @@
+"""From a run folder to a Hugging Face checkpoint that transformers, vLLM and their like load."""
+
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from medllm_jax.checkpoint import orbax as checkpoint
+from medllm_jax.conversion import peft
+from medllm_jax.conversion.card import documents
+from medllm_jax.conversion.folders import (
+    ResumableFolder,
+    ahead,
+    check_room,
+    clear_notes,
+    full_disk_is_reported,
+    holds_something,
+    unfinished_folder,
+)
+from medllm_jax.conversion.hf_config import config_json, json_text, token_ids_of
+from medllm_jax.conversion.hf_weights import DTYPES, INDEX, SINGLE
+from medllm_jax.conversion.names import Tensor
+from medllm_jax.conversion.run_weights import Run, open_run
+from medllm_jax.conversion.shards import Shard, holds_shard, index_of, shards_of, tensor_bytes, write_shard
+from medllm_jax.data.tokenizer import load_tokenizer
+from medllm_jax.errors import UserError
+from medllm_jax.storage import run_folder
+from medllm_jax.storage.remote import is_remote, names_in, remove_folder
+from medllm_jax.terminal.progress import Console, size_in_words
+
+SUMS = "SHA256SUMS"
+# Shards written side by side, each by a thread that reads, one that writes and one that takes checksums. One more would
+# take more than 2 GiB of memory for a quantised model of 72B.
+_MOST_SHARDS = 3
+_SHARDS = min(_MOST_SHARDS, os.cpu_count() or 1)
+_READERS = 1
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def to_hf(
+    source: str,
+    target: str,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    adapter: bool = False,
+    base_name: str | None = None,
+    evaluations: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint of a run folder as a Hugging Face folder, local or gs://, slice by slice.
+
+    Adapters are merged into their base as training saw it: of a quantised one, into what its codes stand for.
+
+    step: default the newest. dtype: default as stored. adapter: the adapter alone, as PEFT's files. base_name: what the
+    model card calls the base model. evaluations: folders of exam results that the card shows. resume: goes on with what
+    was begun. overwrite: replaces a target that is a Hugging Face folder.
+    Raises UserError for a source without such a checkpoint, and a target that can't be written.
+    """
+    start = time.monotonic()
+    max_bytes = parse_size(max_shard_size)
+    if resume and not is_remote(target) and clear_notes(target):
+        print(f"{target} is whole already")  # it was stopped before the last of its steps
+        return
+    replace = _make_way(target, overwrite=overwrite, resume=resume)
+    run = open_run(source, step)
+    weights = peft.AdapterOf(source, run.step) if adapter else run
+    stored = np.dtype(dtype) if dtype else weights.dtype
+    if stored not in DTYPES.values():
+        raise UserError(f"{source}: weights of dtype {stored.name} can't be exported: give --dtype float32 or bfloat16")
+    shards = shards_of(weights.tensors, stored, max_bytes, single=peft.WEIGHTS if adapter else SINGLE)
+    if adapter and len(shards) > 1:
+        raise UserError(f"--max-shard-size {max_shard_size}: adapters are one file, and these take more")
+    first, token_ids = _companions(weights, base_name, evaluations)
+    last = _last(weights, shards, stored, token_ids, base_name)
+    size = sum(tensor_bytes(tensor, stored) for tensor in weights.tensors)
+    check_room(target, size)
+    if not adapter:
+        run.check()
+
+    what = {
+        "source": checkpoint.identity(source, run.step),
+        "files": [[shard.name, shard.bytes, stored.name] for shard in shards],
+        "beside": hashlib.sha256(repr((first, last)).encode()).hexdigest(),
+    }
+    filling = ResumableFolder(target, what)
+    filling.open(resume=resume)
+    memory = size_in_words(memory_needed(weights, stored))
+    print(f"{source}: {size_in_words(size)} in {stored.name}; it takes at most {memory} of memory", flush=True)
+    try:
+        with full_disk_is_reported(target):
+            files = _fill(weights, shards, first, last, stored, filling)
+            filling.finish()
+            filling.settle(replace=replace)
+    except BaseException:
+        if filling.keep():
+            print(f"what is done is kept in {filling.folder}; --resume goes on with it", flush=True)
+        raise
+    if run.adapted is not None and not adapter:
+        settings, base = run.adapted
+        print(f"adapters of {source} merged into {base.checkpoint}, step {base.step}, in {settings.base}")
+    parameters = sum(int(np.prod(tensor.shape)) for tensor in weights.tensors)
+    print(
+        f"{target}: step {run.step} of {source}, {parameters:,} parameters in {stored.name}, {files} files, "
+        f"{'with' if run_folder.find_tokenizer(source) else 'WITHOUT'} tokenizer, {time.monotonic() - start:.1f} s"
+    )
+
+
+def memory_needed(weights: Run | peft.AdapterOf, dtype: np.dtype) -> int:
+    """Bytes of host memory that the slices at work take at most: those waiting, as stored and as written."""
+    if isinstance(weights, peft.AdapterOf):
+        return 2 * sum(tensor_bytes(tensor, weights.dtype) for tensor in weights.tensors)
+    widest = max(4 if weights.adapted or weights.storage else weights.dtype.itemsize, dtype.itemsize)
+    largest = max(min(weights.slice_rows(t), t.shape[0]) * int(np.prod(t.shape[1:])) for t in weights.tensors)
+    return _SHARDS * (4 * _READERS * largest * widest + _READERS * weights.chunk_bytes())
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `500MB`, `1GiB` or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size <= 0:
+        raise UserError(f"--max-shard-size {text!r}: a size such as 5GB or 500MB is expected")
+    return size
+
+
+# --- the target --------------------------------------------------------------------------------------------------
+
+
+def _make_way(target: str, *, overwrite: bool, resume: bool) -> bool:
+    """Shall a folder be replaced when the new one is whole? UserError where something stands there that must not be."""
+    if overwrite and not resume and not is_remote(target):
+        remove_folder(unfinished_folder(target))
+    if not holds_something(target):
+        return False
+    if not overwrite:
+        raise UserError(f"{target} exists and is not empty: choose another folder, remove it, or give --overwrite")
+    folder = epath.Path(target)
+    if not folder.is_dir() or not names_in(folder) & {"config.json", peft.CONFIG}:
+        raise UserError(f"{target} is not a Hugging Face folder: --overwrite replaces nothing else")
+    if not is_remote(target):
+        return True
+    for name in (INDEX, "config.json", peft.CONFIG):  # what makes it valid goes first
+        (folder / name).unlink(missing_ok=True)
+    remove_folder(folder)
+    return False
+
+
+# --- what is written ---------------------------------------------------------------------------------------------
+
+
+def _companions(
+    weights: Run | peft.AdapterOf, base_name: str | None, evaluations: Sequence[str]
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """File name -> content of what stands beside the weights (tokenizer, card, notice, licence); ids of tokens."""
+    files, token_ids = {}, {}
+    carried = run_folder.find_tokenizer(weights.path)
+    if carried is not None:
+        files = {file.name: file.read_bytes() for file in sorted(carried.iterdir())}
+        generation = json.loads(files["generation_config.json"]) if "generation_config.json" in files else None
+        token_ids = token_ids_of(load_tokenizer(carried), generation)
+        files.setdefault("generation_config.json", json_text(token_ids).encode())
+    texts = documents(
+        weights.path,
+        weights.step,
+        adapter=isinstance(weights, peft.AdapterOf),
+        parameters=sum(int(np.prod(tensor.shape)) for tensor in weights.tensors),
+        base_name=base_name,
+        evaluations=evaluations,
+    )
+    return files | {name: text.encode() for name, text in texts.items()}, token_ids
+
+
+def _last(
+    weights: Run | peft.AdapterOf,
+    shards: Sequence[Shard],
+    dtype: np.dtype,
+    token_ids: dict[str, Any],
+    base_name: str | None,
+) -> dict[str, bytes]:
+    """File name -> content of what makes a folder loadable, in the order in which to write it."""
+    if isinstance(weights, peft.AdapterOf):
+        return {peft.CONFIG: json_text(peft.config_json(weights.settings, base_name)).encode()}
+    files = {"config.json": json_text(config_json(weights.config, dtype.name, token_ids)).encode()}
+    index = index_of(shards, dtype)
+    return files if index is None else files | {INDEX: json_text(index).encode()}
+
+
+def _fill(
+    weights: Run | peft.AdapterOf,
+    shards: Sequence[Shard],
+    first: dict[str, bytes],
+    last: dict[str, bytes],
+    dtype: np.dtype,
+    filling: ResumableFolder,
+) -> int:
+    """Writes all the files; how many?"""
+    for name, content in first.items():
+        (filling.folder / name).write_bytes(content)
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in (first | last).items()}
+    sums |= _write_weights(weights, shards, dtype, filling)
+    listed = "".join(f"{value}  {name}\n" for name, value in sorted(sums.items()))
+    for name, content in ({SUMS: listed.encode()} | last).items():
+        (filling.folder / name).write_bytes(content)
+    return len(sums) + 1
+
+
+def _write_weights(
+    weights: Run | peft.AdapterOf, shards: Sequence[Shard], dtype: np.dtype, filling: ResumableFolder
+) -> dict[str, str]:
+    """File name -> sha256 of the files with weights, those among them that were written before included."""
+    there = [s for s in shards if s.name in filling.done and holds_shard(filling.folder, s)]
+    sums = {shard.name: filling.done[shard.name] for shard in there}
+    sizes = {shard.name: sum(tensor_bytes(tensor, dtype) for tensor in shard.tensors) for shard in shards}
+    progress = _Progress(sum(sizes.values()), sum(sizes[name] for name in sums))
+
+    def write(shard: Shard) -> None:
+        def read(place: tuple[Tensor, int, int]) -> np.ndarray:
+            return weights.read(*place, dtype)
+
+        places = (place for tensor in shard.tensors for place in _slices(weights, tensor))
+        pieces = progress.count(ahead(read, places, workers=_READERS), shard.name)
+        sums[shard.name] = write_shard(filling.folder, shard, pieces)
+        filling.note(shard.name, sums[shard.name])
+
+    with progress, ThreadPoolExecutor(_SHARDS) as pool:
+        writing = [pool.submit(write, shard) for shard in shards if shard.name not in sums]
+        try:
+            for each in as_completed(writing):
+                each.result()
+        except BaseException:
+            progress.stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return sums
+
+
+class _Progress:
+    """Bytes written, of shards that are written side by side; and whether they are to stop."""
+
+    def __init__(self, total: int, done: int):
+        self._console, self._done = Console("writing", total, done=done, unit="bytes"), done
+        self._lock, self.stopped = threading.Lock(), threading.Event()
+
+    def __enter__(self) -> None:
+        self._console.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._console.__exit__(*error)
+
+    def count(self, pieces: Iterable[np.ndarray], name: str) -> Iterator[np.ndarray]:
+        for piece in pieces:
+            if self.stopped.is_set():
+                raise InterruptedError(f"{name} is not written to its end")
+            yield piece
+            with self._lock:
+                self._done += piece.nbytes
+                self._console.update(self._done, name, every_seconds=10)
+
+
+def _slices(weights: Run | peft.AdapterOf, tensor: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+    rows, size = weights.slice_rows(tensor), tensor.shape[0]
+    return ((tensor, first, min(first + rows, size)) for first in range(0, size, rows))

@@ -1,0 +1,116 @@
+"""Instructions with their responses: from JSON lines to a packed store for supervised fine-tuning.
+
+A row of input has ``prompt`` and ``response``, two plain strings, or ``messages``, a chat (``[{"role": ..., "content":
+...}]``) that ends with an assistant's message. What is learnt is every message of the assistant, and nothing else.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from etils import epath
+
+from medllm_jax.data.packing import Segment, instruction_segment
+from medllm_jax.data.prepare.examples import Example, Format, PartEncoder, messages_problem, prepare_examples
+from medllm_jax.data.prepare.pii_gate import Gate
+from medllm_jax.data.prepare.reading import Dropped, Inputs, OnBad, ReadOptions, read_files, reject, text_problem
+from medllm_jax.data.store import StoreMetadata
+
+
+def read_instructions(inputs: Inputs, on_bad: OnBad, dropped: Dropped) -> Iterator[Example]:
+    """The conversations of all inputs (.jsonl, .parquet; see ``reading.find_files``), in order, one at a time.
+
+    Their sides are prompt and response, or one chat. Raises UserError naming file and line of a row that is none; with
+    on_bad "skip" it is counted in ``dropped``.
+    """
+    for row, where in read_files(inputs, ReadOptions(on_bad=on_bad), dropped, ("prompt", "response", "messages")):
+        if problem := _problem(row):
+            reject(where, problem, on_bad, dropped)
+        elif row.get("messages") is not None:
+            yield Example((row["messages"],), where)
+        else:
+            yield Example((row["prompt"], row["response"]), where)
+
+
+def _problem(row: dict[str, Any]) -> str | None:
+    """Why a row is no conversation, or None."""
+    messages = row.get("messages")
+    if messages is None:
+        for side in ("prompt", "response"):
+            if row.get(side) is None:
+                return f"no field `{side}`, and no `messages`"
+            if problem := text_problem(row[side]):
+                return f"{side} is {problem}"
+        return None
+    if not isinstance(messages, list) or not messages:
+        return "messages is not a list of messages with role and content"
+    if problem := messages_problem(messages):
+        return f"messages is {problem}"
+    roles = [message["role"] for message in messages]
+    if roles[-1] != "assistant" or roles[0] == "assistant":
+        return "messages does not begin with the system's or the user's and end with the assistant's"
+    return None
+
+
+def prepare_instructions(
+    inputs: Inputs,
+    tokenizer_dir: str | epath.PathLike,
+    output: str | epath.PathLike,
+    sequence_length: int,
+    *,
+    on_bad: OnBad = "error",
+    on_long: OnBad = "error",
+    gate: Gate = Gate(),  # noqa: B008 (frozen)
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda conversations: None,
+) -> StoreMetadata:
+    """Conversations to a store of rows of ``sequence_length`` tokens; returns what ``store.json`` says.
+
+    What is given and what is learnt are tokenised apart, and the last response ends with the tokenizer's
+    end-of-sequence token. Messages go through the tokenizer's chat template. A conversation is never cut, and a row
+    takes as many as fit.
+
+    on_bad: what to do about a row that is no conversation. on_long: about one longer than a row. "skip" counts them by
+    reason, with the first line numbers. gate: what is done about personal data, which is looked for in all
+    conversations before any is written. progress is called now and then with the conversations kept so far. Nothing is
+    left at ``output`` on failure.
+
+    Raises UserError for such rows otherwise, for messages where the tokenizer has no chat template, an input without
+    conversations, a tokenizer without the end-of-sequence token, and an output that exists (unless ``overwrite``).
+    """
+    return prepare_examples(
+        Format("sft", "instructions", "prompt and responses are", _render, _segment),
+        read_instructions,
+        inputs,
+        tokenizer_dir,
+        output,
+        sequence_length,
+        on_bad=on_bad,
+        on_long=on_long,
+        gate=gate,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _render(encoder: PartEncoder, conversation: Example) -> list[str] | None:
+    """Context and response in turn, as the chat template writes them; None where it refuses or rewrites a beginning."""
+    (messages,), parts, written = conversation.sides, [], ""
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = encoder.render(messages[:number], conversation.where, prompt=True)
+        after = encoder.render(messages[: number + 1], conversation.where)
+        if before is None or after is None or not before.startswith(written) or not after.startswith(before):
+            return None
+        # The line break that templates write after a turn comes after the model has stopped: it is context.
+        response = after.removeprefix(before).rstrip()
+        parts += [before.removeprefix(written), response]
+        written = before + response
+    return parts
+
+
+def _segment(encoder: PartEncoder, parts: list[list[int]]) -> Segment:
+    """Every other part is a response; the last one ends."""
+    *before, last = parts
+    turns = [*before, encoder.ended(last)]
+    return instruction_segment([(tokens, number % 2 == 1) for number, tokens in enumerate(turns)])

@@ -1,0 +1,169 @@
+"""Work in units, on one machine or on many: what is done is kept, and never done again.
+
+A job maps a task to a result. The result is a JSON file (with files of bulk data beside it) named by a hash of all that
+it depends on, and written last. So an interrupted stage goes on with the tasks that are left, a changed setting or
+input makes anew just what depends on it, and workers need to agree on nothing but the folder.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from multiprocessing import forkserver, get_context
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from etils import epath
+
+from medllm_jax.errors import UserError
+from medllm_jax.storage.remote import names_in, write_whole
+
+Progress = Callable[[str, int, int], None]  # (stage, tasks done, tasks in all)
+T = TypeVar("T")
+
+_PRELOADED = ["medllm_jax.data.prepare.tasks", "transformers.models.auto.tokenization_auto", "rensa"]
+
+
+class Job(Protocol[T]):
+    """One kind of work; travels to the workers, so it and its tasks must pickle."""
+
+    name: str
+
+    def identity(self, task: T) -> Any:
+        """JSON of all that the result depends on."""
+
+    def __call__(self, task: T, output: epath.Path) -> dict[str, Any]:
+        """The result, as JSON. Bulk data goes to files at ``output`` with suffixes of the job's own."""
+
+
+class Done(NamedTuple):
+    """A task's result, and where its bulk data lies (without suffix)."""
+
+    result: dict[str, Any]
+    output: epath.Path
+
+
+Engine = Callable[[Callable[[Any], str | None], Sequence[Any]], Iterable[str | None]]
+"""Calls a function once for each of some arguments, anywhere, in any order; yields what the calls return."""
+
+
+def run_stage(job: Job[T], tasks: Sequence[T], folder: epath.Path, engine: Engine, progress: Progress) -> list[Done]:
+    """The results of all tasks, in their order; those that are there are not made again.
+
+    Raises the UserError of a task that has one; what other tasks have made stays.
+    """
+    place = folder / job.name
+    place.mkdir(parents=True, exist_ok=True)
+    outputs = [place / _key(job, task) for task in tasks]
+    there = names_in(place)
+    left = [
+        (task, str(output)) for task, output in zip(tasks, outputs, strict=True) if _result(output).name not in there
+    ]
+    done = len(tasks) - len(left)
+    progress(job.name, done, len(tasks))
+    for error in engine(functools.partial(_perform, job), left):
+        if error is not None:
+            raise UserError(error)
+        done += 1
+        progress(job.name, done, len(tasks))
+    with ThreadPoolExecutor(16) as pool:  # one small object a task: in a bucket, a wait each
+        results = pool.map(lambda output: json.loads(_result(output).read_bytes()), outputs)
+        return [Done(result, output) for result, output in zip(results, outputs, strict=True)]
+
+
+def _key(job: Job[T], task: T) -> str:
+    return hashlib.sha256(json.dumps([job.name, job.identity(task)]).encode()).hexdigest()[:24]
+
+
+def _result(output: epath.Path) -> epath.Path:
+    return output.with_name(f"{output.name}.json")
+
+
+def _perform(job: Job[T], argument: tuple[T, str]) -> str | None:
+    """Does one task; returns the message of a UserError, which not every engine would bring back as such."""
+    task, output = argument[0], epath.Path(argument[1])
+    try:
+        result = job(task, output)
+    except UserError as error:
+        return str(error)
+    write_whole(_result(output), json.dumps(result))
+    return None
+
+
+# --- engines ---------------------------------------------------------------------------------------------------------
+
+
+def here(function: Callable[[Any], str | None], arguments: Sequence[Any]) -> Iterator[str | None]:
+    """In this process, one after the other."""
+    return map(function, arguments)
+
+
+@contextlib.contextmanager
+def in_processes(workers: int) -> Iterator[Engine]:
+    """Worker processes on this machine, which start when they are first needed; a single argument is worked on here."""
+    pool = None
+    # Forked from a clean process, since a fork of this one would copy the locks of whatever threads run here. What is
+    # slow to import it has imported once for all of them, beginning now, while this process goes on.
+    context = get_context("forkserver")
+    if workers > 1:
+        context.set_forkserver_preload(_PRELOADED)
+        forkserver.ensure_running()
+
+    def run(function: Callable[[Any], str | None], arguments: Sequence[Any]) -> Iterable[str | None]:
+        nonlocal pool
+        if workers == 1 or len(arguments) < 2:
+            return here(function, arguments)
+        pool = pool or ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
+        futures = [pool.submit(function, argument) for argument in arguments]
+        return (future.result() for future in as_completed(futures))
+
+    try:
+        yield run
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+def _one_thread() -> None:
+    """A worker is one of as many as there are cores: threads of its own would only get in each other's way."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def on_beam(options: Sequence[str]) -> Engine:
+    """Apache Beam: with no options its own runner on this machine; with ``--runner=DataflowRunner ...``, many machines.
+
+    UserError where Apache Beam is not installed.
+    """
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        raise UserError("Apache Beam is not installed: pip install 'medllm_jax[beam]'") from None
+
+    def run(function: Callable[[Any], str | None], arguments: Sequence[Any]) -> list[str | None]:
+        if not arguments:
+            return []
+        # Nothing comes back from a pipeline by itself: results are files, and so are errors.
+        with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+            tasks = pipeline | beam.Create(list(arguments)) | beam.Reshuffle()
+            tasks | beam.Map(functools.partial(_to_file, function))
+        return list(map(_from_file, arguments))
+
+    return run
+
+
+def _to_file(function: Callable[[Any], str | None], argument: tuple[Any, str]) -> None:
+    _error_file(argument).write_text(json.dumps(function(argument)))
+
+
+def _from_file(argument: tuple[Any, str]) -> str | None:
+    file = _error_file(argument)
+    error = json.loads(file.read_bytes())
+    file.unlink(missing_ok=True)
+    return error
+
+
+def _error_file(argument: tuple[Any, str]) -> epath.Path:
+    return epath.Path(f"{argument[1]}.beam")

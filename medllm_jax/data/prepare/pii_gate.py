@@ -1,0 +1,81 @@
+"""The personal data gate: whether a preparation goes on, given what a scan of all its texts has found."""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+from medllm_jax.data.prepare.pii import Scanner
+from medllm_jax.data.prepare.reading import Dropped
+from medllm_jax.errors import UserError
+
+# What stood glued to a finding may only be seen once that is masked. Bounded, for a mask may itself match a pattern.
+_ROUNDS = 3
+
+
+class Findings:
+    """What a scan has found: documents, those with findings, and by pattern how many and where the first are."""
+
+    def __init__(self) -> None:
+        self.documents = 0
+        self.flagged = 0
+        self.places = Dropped()
+
+    def add(self, scanner: Scanner, texts: tuple[str, ...], where: str) -> None:
+        """Scans the texts of one document, or pair."""
+        found = [finding for text in texts for finding in scanner.find(text)]
+        self.documents += 1
+        self.flagged += bool(found)
+        for name, start, end in found:
+            self.places.add(name, f"{where} characters {start}-{end}")
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Adds what ``as_dict`` gave."""
+        self.documents += other["documents"]
+        self.flagged += other["flagged"]
+        self.places.merge(Dropped.from_dict(other["findings"]))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"documents": self.documents, "flagged": self.flagged, "findings": self.places.as_dict()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """What is done about personal data (see ``personal.py``).
+
+    mode: "fail" stops where more than the stated rate of documents has any; "mask" replaces it; "report" goes on.
+    patterns: files with more patterns. Raises UserError for a rate that is no share, and for pattern files that cannot
+    be used.
+    """
+
+    mode: Literal["fail", "mask", "report"] = "fail"
+    rate: float = 0.0
+    patterns: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not 0 <= self.rate <= 1:
+            raise UserError(f"pii_rate is {self.rate}: give a share from 0 to 1")
+
+    @functools.cached_property
+    def scanner(self) -> Scanner:
+        return Scanner.load(*self.patterns)
+
+    def mask(self, text: str) -> str:
+        """The text as it may be written."""
+        if self.mode != "mask":
+            return text
+        for _ in range(_ROUNDS):
+            found = self.scanner.find(text)
+            if not found:
+                break
+            text = self.scanner.mask(text, found)
+        return text
+
+    def check(self, name: str, found: Findings) -> None:
+        """UserError, with counts and places, where more was found in a corpus than may pass."""
+        if self.mode == "fail" and found.flagged > self.rate * found.documents:
+            raise UserError(
+                f"personal data in {found.flagged:,} of {found.documents:,} documents of {name} "
+                f"({found.flagged / found.documents:.3%}; {self.rate:.3%} may have any): {found.places}; look at these "
+                "places, then have what is found masked (--pii mask), state a higher rate (--pii-rate), or have it "
+                "reported only (--pii report)"
+            )

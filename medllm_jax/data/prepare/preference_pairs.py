@@ -1,0 +1,135 @@
+"""Preference pairs: from JSON lines to a packed store for RPO.
+
+A row of input has ``prompt``, ``chosen`` and ``rejected``: three plain strings, or three lists of chat messages
+(``[{"role": ..., "content": ...}]``; the prompt ends with a user message, each response is one assistant message).
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from etils import epath
+
+from medllm_jax.data.packing import Segment, pair_segment
+from medllm_jax.data.prepare.examples import Example, Format, PartEncoder, Refused, messages_problem, prepare_examples
+from medllm_jax.data.prepare.pii_gate import Gate
+from medllm_jax.data.prepare.reading import Dropped, Inputs, OnBad, ReadOptions, read_files, reject, text_problem
+from medllm_jax.data.store import StoreMetadata
+from medllm_jax.errors import UserError
+
+Prompts = Literal["shared", "repeated"]
+
+_SIDES = ("prompt", "chosen", "rejected")
+_SAME = "chosen and rejected are the same"
+
+
+def read_pairs(inputs: Inputs, on_bad: OnBad, dropped: Dropped) -> Iterator[Example]:
+    """The pairs of all inputs (.jsonl, .parquet; see ``reading.find_files``), in order, one in memory at a time.
+
+    Their sides are prompt, chosen and rejected. Raises UserError naming file and line of a row that is no pair; with
+    on_bad "skip" it is counted in ``dropped``.
+    """
+    for row, where in read_files(inputs, ReadOptions(on_bad=on_bad), dropped, _SIDES):
+        problem = _pair_problem(row)
+        if problem:
+            reject(where, problem, on_bad, dropped)
+        else:
+            yield Example(tuple(row[side] for side in _SIDES), where)
+
+
+def _pair_problem(row: dict[str, Any]) -> str | None:
+    """Why a row is not a usable pair, or None."""
+    for side in _SIDES:
+        if side not in row:
+            return f"no field `{side}`"
+    in_messages = [isinstance(row[side], list) for side in _SIDES]
+    if any(in_messages) and not all(in_messages):
+        return "prompt, chosen and rejected are not all strings or all chat messages"
+    for side in _SIDES:
+        problem = _side_problem(row[side], side) if all(in_messages) else text_problem(row[side])
+        if problem:
+            return f"{side} is {problem}"
+    return _SAME if row["chosen"] == row["rejected"] else None
+
+
+def _side_problem(messages: list[Any], side: str) -> str | None:
+    if problem := messages_problem(messages):
+        return problem
+    roles = [message["role"] for message in messages]
+    if side == "prompt":
+        return None if roles and roles[-1] == "user" else "not a list of messages that ends with the user's"
+    return None if roles == ["assistant"] else "not exactly one assistant message"
+
+
+def prepare_pairs(
+    inputs: Inputs,
+    tokenizer_dir: str | epath.PathLike,
+    output: str | epath.PathLike,
+    sequence_length: int,
+    *,
+    pairs_per_row: int | None = None,
+    max_prompt_tokens: int | None = None,
+    prompts: Prompts = "shared",
+    on_bad: OnBad = "error",
+    on_long: OnBad = "error",
+    gate: Gate = Gate(),  # noqa: B008 (frozen)
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda pairs: None,
+) -> StoreMetadata:
+    """Preference pairs to a store of rows of ``sequence_length`` tokens; returns what ``store.json`` says.
+
+    Prompt and responses are tokenised apart, and each response ends with the tokenizer's end-of-sequence token. Plain
+    strings are plain text; messages go through the tokenizer's chat template, the response being what it adds to the
+    prompt. A pair is never cut; a row takes as many as fit, or at most ``pairs_per_row``. prompts: "shared" has each
+    prompt once, for both responses; "repeated" has it again for the rejected one, which is the same to learn from and
+    more to compute.
+
+    on_bad: what to do about a row that is no pair. on_long: what to do about a pair longer than a row, or with a prompt
+    of more than ``max_prompt_tokens``. "skip" counts them by reason, with the first line numbers. gate: what is done
+    about personal data, which is looked for in all pairs before any is written. progress is called now and then with
+    the pairs kept so far. Nothing is left at ``output`` on failure.
+
+    Raises UserError for such rows otherwise, for messages where the tokenizer has no chat template, an input without
+    pairs, a tokenizer without the end-of-sequence token, and an output that exists (unless ``overwrite``).
+    """
+    if pairs_per_row is not None and pairs_per_row < 1:
+        raise UserError(f"pairs_per_row is {pairs_per_row}: a row needs at least one pair")
+    segment = functools.partial(_segment, max_prompt_tokens=max_prompt_tokens, repeat_prompt=prompts == "repeated")
+    settings = {"prompts": prompts, "pairs_per_row": pairs_per_row, "max_prompt_tokens": max_prompt_tokens}
+    return prepare_examples(
+        Format("pairs", "pairs", "prompt, chosen and rejected together are", _render, segment, settings),
+        read_pairs,
+        inputs,
+        tokenizer_dir,
+        output,
+        sequence_length,
+        most_in_a_row=pairs_per_row,
+        on_bad=on_bad,
+        on_long=on_long,
+        gate=gate,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _render(encoder: PartEncoder, pair: Example) -> tuple[str, str, str] | None:
+    """Prompt and responses as the chat template writes them, or None where it refuses or rewrites the prompt."""
+    messages, *responses = pair.sides
+    prompt = encoder.render(messages, pair.where, prompt=True)
+    full = [encoder.render(messages + response, pair.where) for response in responses]
+    if prompt is None or not all(text is not None and text.startswith(prompt) for text in full):
+        return None
+    # The line break that templates write after a turn comes after the model has stopped: no part of the response.
+    chosen, rejected = (text.removeprefix(prompt).rstrip() for text in full)
+    return prompt, chosen, rejected
+
+
+def _segment(
+    encoder: PartEncoder, parts: list[list[int]], *, max_prompt_tokens: int | None, repeat_prompt: bool
+) -> Segment | Refused:
+    prompt, chosen, rejected = parts[0], encoder.ended(parts[1]), encoder.ended(parts[2])
+    if chosen == rejected:
+        return Refused(_SAME)
+    if max_prompt_tokens is not None and len(prompt) > max_prompt_tokens:
+        return Refused(f"the prompt is longer than {max_prompt_tokens} tokens", long=True)
+    return pair_segment(prompt, chosen, rejected, repeat_prompt=repeat_prompt)

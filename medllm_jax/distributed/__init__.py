@@ -1,0 +1,1 @@
+"""Meshes, processes, chips, and what the compiler is told."""

@@ -1,0 +1,64 @@
+"""Several processes that train as one: how they find each other, and how none goes on without the others."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from medllm_jax.errors import RunError
+
+Result = TypeVar("Result")
+
+
+def join(heartbeat_seconds: int) -> None:
+    """Joins the other processes of a run, before JAX is used for anything else.
+
+    On TPU pods, GKE and Slurm JAX finds them by itself; elsewhere JAX_COORDINATOR_ADDRESS (host:port, alike for all),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID say where they are. heartbeat_seconds: a process that is silent for so long is
+    taken for dead, and all end.
+    """
+    number, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    jax.distributed.initialize(
+        num_processes=None if number is None else int(number),
+        process_id=None if index is None else int(index),
+        heartbeat_timeout_seconds=heartbeat_seconds,
+    )
+
+
+def run_on_all(what: str, act: Callable[[], Result], known: type[Exception] = RunError) -> Result:
+    """What `act` returns, on every process; or, where it fails on any, an error on all of them.
+
+    A process that it failed on raises its own error; the others raise `known`, where that was one of these everywhere
+    it failed, or else RunError, and say which process it was. `act` must not wait for other processes: one that fails
+    early would never come.
+    """
+    problem, result = None, None
+    try:
+        result = act()
+    except Exception as error:
+        problem = error
+    if jax.process_count() > 1:
+        code = 0 if problem is None else 1 if isinstance(problem, known) else 2
+        codes = multihost_utils.process_allgather(np.asarray(code))
+        if problem is None and codes.any():
+            error = RunError if (codes == 2).any() else known
+            raise error(f"{what} failed on process {codes.argmax()} of {len(codes)}, whose own log says why")
+    if problem is not None:
+        raise problem
+    return result
+
+
+def several() -> bool:
+    """Whether this process has joined others."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def leave(code: int) -> None:
+    """Ends a process of several at once: else it would first wait minutes for the others, which wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

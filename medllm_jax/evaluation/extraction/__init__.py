@@ -1,0 +1,1 @@
+"""Reading answers from what a model writes."""

@@ -1,0 +1,183 @@
+"""Which answer a model finds likeliest, without letting it write: a cheap monitor of what CPT has put into it.
+
+An answer is right if, of all answers of as many letters, it has the highest probability after the cue of the
+answer-only prompt: log P of the whole answer, jointly over its tokens. No model is ranked by this: nobody who asks a
+model sees its likelihoods, and scores are higher than those of what it writes.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from medllm_jax.checkpoint.load_model import load_model
+from medllm_jax.config.schema import MeshConfig, ModelConfig, PrecisionConfig
+from medllm_jax.data.tokenizer import encode_plain, load_tokenizer
+from medllm_jax.distributed.compiler_options import compiler_options
+from medllm_jax.distributed.sharding import check_divisible, make_mesh, replicated, rows_over
+from medllm_jax.errors import UserError
+from medllm_jax.evaluation.exam import Exam, Question
+from medllm_jax.evaluation.prompts import PromptTemplate
+from medllm_jax.model.qwen2 import empty_cache
+from medllm_jax.storage import run_folder
+
+_CONDITION = "answer_only"
+
+
+@dataclasses.dataclass(frozen=True)
+class LikelihoodScore:
+    """Questions whose likeliest answer is right, and their points; `left_out` counts those that were not scored: of
+    numbers, which have no letters, and those without room in the model's context."""
+
+    n: int
+    correct: int
+    points: int
+    max_points: int
+    left_out: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.n
+
+    @property
+    def weighted_accuracy(self) -> float:
+        return self.points / self.max_points if self.max_points else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"accuracy": self.accuracy, "weighted_accuracy": self.weighted_accuracy}
+
+
+class _Asked(NamedTuple):
+    """A question's prompt, its possible answers with their tokens, and which of the answers are right."""
+
+    question: Question
+    prompt: list[int]
+    answers: list[frozenset[str]]
+    tokens: list[list[int]]
+
+
+class Likelihood:
+    """The choice questions of an exam, ready to be scored under a model's weights, as often as these change."""
+
+    def __init__(
+        self,
+        exam: Exam,
+        template: PromptTemplate,
+        tokenizer: Any,
+        config: ModelConfig,
+        structure: nnx.GraphDef,
+        mesh: Mesh,
+        batch_size: int,
+    ):
+        """Nothing runs on a device yet.
+
+        Raises:
+          UserError: the batch does not split over the mesh, or no question can be scored.
+        """
+        check_divisible(mesh, config, batch_size)
+        self._structure, self._mesh, self._batch_size = structure, mesh, batch_size
+        self._groups: dict[int, list[_Asked]] = defaultdict(list)
+        for asked in _ask(exam, template, tokenizer):
+            longest = max(map(len, asked.tokens))
+            if len(asked.prompt) + longest <= config.max_position_embeddings:
+                self._groups[len(asked.answers)].append(asked)
+        self._scored = sum(map(len, self._groups.values()))
+        self._left_out = len(exam.questions) - self._scored
+        if not self._scored:
+            raise UserError(f"exam {exam.name}: no question with choices fits into the model's context")
+        self._program = jax.jit(
+            self._log_probs, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh)
+        )
+
+    def measure(self, params: Any, frozen: Any = None) -> LikelihoodScore:
+        """Scores all questions; waits for the device."""
+        correct = points = 0
+        for asked, log_probs in self.log_probs(params, frozen):
+            if asked.answers[int(np.argmax(log_probs))] in asked.question.gold:
+                correct, points = correct + 1, points + asked.question.points
+        most = sum(asked.question.points for group in self._groups.values() for asked in group)
+        return LikelihoodScore(self._scored, correct, points, most, self._left_out)
+
+    def log_probs(self, params: Any, frozen: Any = None) -> Iterator[tuple[_Asked, np.ndarray]]:
+        """float32 [C] log-probabilities of the C possible answers of each question."""
+        for group in self._groups.values():
+            # One shape for all questions with as many answers.
+            width = max(len(asked.prompt) for asked in group)
+            longest = max(len(tokens) for asked in group for tokens in asked.tokens)
+            for start in range(0, len(group), self._batch_size):
+                batch = group[start : start + self._batch_size]
+                whole = [*batch, *batch[:1] * (self._batch_size - len(batch))]
+                found = jax.device_get(self._program(params, frozen, *self._placed(whole, width, longest)))
+                yield from zip(batch, found, strict=False)
+
+    def _placed(self, batch: list[_Asked], width: int, longest: int) -> list[jax.Array]:
+        rows, answers = len(batch), len(batch[0].answers)
+        prompts, candidates = np.zeros((rows, width), np.int32), np.zeros((rows, answers, longest), np.int32)
+        lengths, sizes = np.zeros(rows, np.int32), np.zeros((rows, answers), np.int32)
+        for row, asked in enumerate(batch):
+            prompts[row, width - len(asked.prompt) :] = asked.prompt
+            lengths[row] = len(asked.prompt)
+            for number, tokens in enumerate(asked.tokens):
+                candidates[row, number, : len(tokens)] = tokens
+                sizes[row, number] = len(tokens)
+        sharding = rows_over(self._mesh)
+        return [
+            jax.make_array_from_callback(array.shape, sharding, functools.partial(lambda array, at: array[at], array))
+            for array in (prompts, lengths, candidates, sizes)
+        ]
+
+    def _log_probs(self, params: Any, frozen: Any, prompts, lengths, candidates, sizes) -> jax.Array:
+        """float32 [B, C] of prompts int32 [B, W], padded at their left, and candidates int32 [B, C, T], at their right.
+
+        A prompt is read once: its cache is shared by all of its answers.
+        """
+        network = nnx.merge(self._structure, params, frozen or {})
+        rows, width = prompts.shape
+        longest = candidates.shape[-1]
+        positions = jnp.arange(width) - (width - lengths)[:, None]
+        segments = (positions >= 0).astype(jnp.int32)
+        cache = empty_cache(network.config, rows, width + longest, network.backend.compute_dtype)
+        hidden, cache = network.extend(prompts, jnp.maximum(positions, 0), segments, cache)
+        head = network.head_weight.astype(hidden.dtype)
+
+        def log_probs_after(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+            logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+            chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+            return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+        def one(candidate):
+            tokens, size = candidate
+            places = lengths[:, None] + jnp.arange(longest)
+            after, _ = network.extend(tokens, places, jnp.ones_like(tokens), cache)
+            before = jnp.concatenate([hidden[:, -1:], after[:, :-1]], axis=1)
+            written = jnp.arange(longest) < size[:, None]
+            return jnp.sum(log_probs_after(before, tokens), axis=-1, where=written)
+
+        return jax.lax.map(one, (jnp.moveaxis(candidates, 1, 0), sizes.T)).T
+
+
+def _ask(exam: Exam, template: PromptTemplate, tokenizer: Any) -> Iterator[_Asked]:
+    questions = [question for question in exam.questions if question.kind == "choice"]
+    prompts = encode_plain(tokenizer, [template.render(question, _CONDITION) for question in questions])
+    for question, prompt in zip(questions, prompts, strict=True):
+        answers = [frozenset(letters) for letters in itertools.combinations(question.letters, question.k)]
+        texts = [template.solve(question, answer, _CONDITION) for answer in answers]
+        yield _Asked(question, prompt, answers, encode_plain(tokenizer, texts))
+
+
+def likelihood_of_run(
+    run: str, exam: Exam, template: PromptTemplate, *, batch_size: int, mesh: MeshConfig, precision: PrecisionConfig
+) -> LikelihoodScore:
+    """Scores the newest model of a run folder."""
+    tokenizer = load_tokenizer(run_folder.tokenizer_of(run))
+    model = load_model(run, precision, make_mesh(mesh))
+    scorer = Likelihood(exam, template, tokenizer, model.config, model.structure, model.mesh, batch_size)
+    return scorer.measure(model.params)

@@ -1,0 +1,141 @@
+"""Batched generation by `transformers` and torch, with the same prompts and endings: the exported model, on GPUs."""
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from medllm_jax.data.tokenizer import encode_prompts, load_tokenizer
+from medllm_jax.errors import UserError
+from medllm_jax.evaluation.prompts import Prompt
+from medllm_jax.evaluation.samples import Sample
+
+_SLICE = 1 << 24  # bytes hashed at a time
+
+
+class TorchGenerator:
+    """Completes prompts by a model in Hugging Face format (a local folder), on the GPU if there is one."""
+
+    def __init__(self, folder: str, *, batch_size: int, dtype: str | None = None):
+        """Loads the model, from safetensors alone and without code of the folder's.
+
+        Args:
+          folder: config.json, *.safetensors, tokenizer.
+          batch_size: prompts completed at a time.
+          dtype: "float32" or "bfloat16"; by default float32 on a CPU and bfloat16 on a GPU.
+
+        Raises:
+          UserError: torch is not installed, or the folder holds no model that can be loaded.
+        """
+        try:
+            import torch
+        except ImportError as error:
+            raise UserError("--hf needs torch: pip install 'medllm-jax[hf]', or ask a server (--server)") from error
+        from transformers import AutoModelForCausalLM
+
+        if not (Path(folder) / "config.json").is_file():
+            raise UserError(f"{folder}: no config.json in it; a local folder in Hugging Face format was expected")
+        self._folder, self._batch_size = Path(folder), batch_size
+        self._tokenizer = load_tokenizer(folder)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = dtype or {"cuda": "bfloat16", "cpu": "float32"}[device]
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{folder}: transformers can't load this model: {str(error).splitlines()[0]}") from error
+        self._model = model.to(device).eval()
+        named = model.generation_config.eos_token_id
+        ids = [*(named if isinstance(named, list) else [named]), self._tokenizer.eos_token_id]
+        self._eos = sorted({i for i in ids if i is not None})
+        if not self._eos:
+            raise UserError(
+                f"{folder}: neither generation_config.json nor the tokenizer names an end-of-sequence token"
+            )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of config and weights, as they lie in the folder."""
+        digest = hashlib.sha256((self._folder / "config.json").read_bytes())
+        for file in sorted(self._folder.glob("*.safetensors")):
+            with file.open("rb") as content:
+                while part := content.read(_SLICE):
+                    digest.update(part)
+        return digest.hexdigest()[:32]
+
+    def greedy(self, prompts: Sequence[Prompt], *, max_new_tokens: int, stop: tuple[str, ...]) -> Iterator[Sample]:
+        """The likeliest continuations, in the order of the prompts; UserError for a prompt without room."""
+        encoded = self._encode(prompts, max_new_tokens)
+        for start in range(0, len(encoded), self._batch_size):
+            batch = encoded[start : start + self._batch_size]
+            yield from self._complete(batch, max_new_tokens, stop, do_sample=False)
+
+    def sample(
+        self,
+        prompt: Prompt,
+        seed: int,
+        samples: int,
+        *,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        stop: tuple[str, ...],
+    ) -> list[Sample]:
+        """Samples of one prompt, which depend on it and the seed alone (and on the kind of device)."""
+        import torch
+
+        torch.manual_seed(seed)
+        (encoded,) = self._encode([prompt], max_new_tokens)
+        drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        found: list[Sample] = []
+        while len(found) < samples:
+            rows = min(self._batch_size, samples - len(found))
+            found += self._complete([encoded] * rows, max_new_tokens, stop, **drawn)
+        return found
+
+    def _encode(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
+        encoded = encode_prompts(self._tokenizer, prompts)
+        context = self._model.config.max_position_embeddings
+        for number, tokens in enumerate(encoded):
+            if not 0 < len(tokens) <= context - max_new_tokens:
+                raise UserError(
+                    f"prompt {number} has {len(tokens)} tokens and up to {max_new_tokens} may follow, but the model's "
+                    f"context is {context}: change the prompt, or the template's max_new_tokens"
+                )
+        return encoded
+
+    def _complete(
+        self, encoded: list[list[int]], max_new_tokens: int, stop: tuple[str, ...], **how: Any
+    ) -> list[Sample]:
+        import torch
+
+        width = max(map(len, encoded))
+        # Padded at the left, so that all continue in the same column.
+        tokens = torch.tensor([[self._eos[0]] * (width - len(row)) + row for row in encoded])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
+        stopping = {"stop_strings": list(stop), "tokenizer": self._tokenizer} if stop else {}
+        limits = {"max_new_tokens": max_new_tokens, "eos_token_id": self._eos, "pad_token_id": self._eos[0]}
+        with torch.inference_mode():
+            out = self._model.generate(
+                tokens.to(self._model.device),
+                attention_mask=mask.to(self._model.device),
+                repetition_penalty=1.0,
+                **limits,
+                **stopping,
+                **how,
+            )
+        return [self._finished(row, max_new_tokens, stop) for row in out[:, width:].tolist()]
+
+    def _finished(self, tokens: list[int], max_new_tokens: int, stop: tuple[str, ...]) -> Sample:
+        end = next((place for place, token in enumerate(tokens) if token in self._eos), None)
+        text = self._tokenizer.decode(tokens[:end], skip_special_tokens=False)
+        stops = [place for each in stop if (place := text.find(each)) >= 0]
+        if stops:
+            return Sample(text[: min(stops)], "stop")
+        return Sample(text, "length" if end is None else "stop")

@@ -1,0 +1,69 @@
+"""The times a run was started: what ran, where, from which step on, and what that says of the time since the first."""
+
+import dataclasses
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from medllm_jax.reliability import crash_report
+from medllm_jax.storage.remote import write_whole
+
+FILE = "sessions.jsonl"
+
+
+def begin(run: epath.Path, step: int, changes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Adds this start of a run to ``sessions.jsonl``, and returns all of them; one process of a run calls it.
+
+    step: that it goes on from. changes: settings that were changed by force, with what they were and are.
+    """
+    file = run / FILE
+    before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    device = jax.devices()[0]
+    session = {
+        "time": time.time(),
+        "step": step,
+        "devices": f"{jax.device_count()} x {device.device_kind}",
+        "processes": jax.process_count(),
+        "code": code_version(),
+        "versions": crash_report.versions(),
+        "changes": changes,
+    }
+    if before and before[-1]["code"] != session["code"]:
+        print(f"the code was {before[-1]['code']} and is now {session['code']}", flush=True)
+    write_whole(file, "".join(json.dumps(line) + "\n" for line in [*before, session]))
+    return [*before, session]
+
+
+def code_version() -> str:
+    """The version of this package, and the commit where it is used from a checkout."""
+    from medllm_jax import __version__
+
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__}+{commit}"
+
+
+@dataclasses.dataclass
+class Goodput:
+    """The share of the time since a run was first started that went into steps that count.
+
+    Not into starting, compiling, being away, or steps that were made again after an interruption.
+    """
+
+    began: float  # when the run was first started, seconds since the epoch
+    trained: float = 0.0  # seconds of steps
+
+    def add(self, seconds: float) -> None:
+        self.trained += seconds
+
+    @property
+    def share(self) -> float:
+        return self.trained / max(time.time() - self.began, 1e-9)

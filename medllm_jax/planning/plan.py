@@ -1,0 +1,218 @@
+"""What a run would cost on TPUs that are not there: its own programs, compiled for them, and an estimate of their time.
+
+Nothing is executed and no store or checkpoint is read: rows are taken to be of a length that is given.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+from medllm_jax.checkpoint.orbax import load_model_config
+from medllm_jax.config.load import to_plain
+from medllm_jax.config.schema import RunConfig
+from medllm_jax.distributed.chips import MARGIN, Chip, Topology, chips_of, ici_bandwidth
+from medllm_jax.distributed.flops import decode_flops, forward_flops, prefill_flops, train_flops
+from medllm_jax.errors import UserError
+from medllm_jax.planning.activations import StepMemory, step_memory
+from medllm_jax.planning.advice import advice
+from medllm_jax.planning.compiling import Compiled, compile_programs, require_compiler
+from medllm_jax.planning.estimate import (
+    ICI_EFFICIENCY,
+    KERNEL_EFFICIENCY,
+    LATENCY,
+    Estimate,
+    Machine,
+    estimate,
+)
+from medllm_jax.planning.hlo import parse
+from medllm_jax.planning.search import search as search_settings
+
+DECODE_CHUNK = 16  # tokens that one call of the decoding program adds
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is planned. sequence_length: tokens of a row, or of a prompt; new_tokens: of a completion; tokens: that the
+    whole run is to see, if its hours are asked for."""
+
+    topology: Topology
+    program: Literal["train", "reference", "generate"] = "train"
+    sequence_length: int = 4096
+    pairs_per_row: int = 2
+    new_tokens: int = 512
+    tokens: int | None = None
+
+    def __post_init__(self):
+        for name in ("sequence_length", "pairs_per_row", "new_tokens", "tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+
+
+def plan(config: RunConfig, question: Question, *, memory_only: bool = False) -> dict[str, Any]:
+    """The report as plain values, whose schema is in docs/plan.md; UserError where the config does not fit the mesh.
+
+    memory_only: seconds instead of minutes, and no estimate of time.
+    """
+    config = with_model(config)
+    return report_of(config, question, compile_programs(request_of(config, question), memory_only=memory_only))
+
+
+def request_of(config: RunConfig, question: Question) -> dict[str, Any]:
+    """What the compiling process is asked for (planning/child.py)."""
+    return {
+        "config": to_plain(config),
+        "topology": question.topology.name,
+        "slices": question.topology.slices,
+        "program": question.program,
+        "sequence_length": question.sequence_length,
+        "pairs_per_row": question.pairs_per_row,
+        "new_tokens": question.new_tokens,
+    }
+
+
+def report_of(config: RunConfig, question: Question, compiled: list[Compiled]) -> dict[str, Any]:
+    """What `plan` reports of its compiled programs."""
+    devices = len(compiled[0].places)
+    report = {
+        "topology": question.topology.name,
+        "slices": question.topology.slices,
+        "devices": devices,
+        "chips": devices // question.topology.chip.devices,
+        "mesh": compiled[0].mesh,
+        "program": question.program,
+        "objective": config.objective.name,
+        "rows": _rows(config, question),
+        "accumulate": config.data.accumulate,
+        "sequence_length": question.sequence_length,
+        "remat": config.remat,
+        "vocab_chunks": config.objective.vocab_chunks,
+        "assumed": _assumed(question.topology),
+        "compile_seconds": round(compiled[0].seconds, 1),
+        "programs": [_program(config, question, program) for program in compiled],
+    }
+    return report | {"advice": advice(config, report)}
+
+
+def search(config: RunConfig, question: Question, show: Callable[[str], None]) -> dict[str, Any]:
+    """The report of the fastest settings that fit, with what was tried; show: takes a line for each as it is known."""
+    if question.program != "train":
+        raise UserError(f"--search is for training: --program {question.program} has no settings to try")
+    config = with_model(config)
+    require_compiler()  # else each of what is tried would fail for want of it
+    topology = question.topology
+    devices = chips_of(topology) * topology.chip.devices
+    attempt = functools.partial(plan, question=question)
+    found = search_settings(config, attempt, devices, topology.slices, show)
+    return found.best | {"search": {"tried": found.tried, "overrides": found.overrides}}
+
+
+def with_model(config: RunConfig) -> RunConfig:
+    """The config with the shape of the model that it starts from, where it names none itself."""
+    return config if config.model else dataclasses.replace(config, model=load_model_config(config.init.checkpoint))
+
+
+def _rows(config: RunConfig, question: Question) -> int:
+    """Rows that one run of a program sees."""
+    whole = question.program == "train"
+    return config.data.batch_size if whole else config.data.batch_size // config.data.accumulate
+
+
+def _assumed(topology: Topology) -> dict[str, float]:
+    """What times are reckoned with, of one device; bytes and FLOPs a second."""
+    chip = topology.chip
+    return {
+        "flops": chip.flops,
+        "clock": chip.clock,
+        "hbm_bandwidth": chip.bandwidth,
+        "ici_bandwidth": ici_bandwidth(topology, [size > 1 for size in topology.sizes]) * ICI_EFFICIENCY,
+        "dcn_bandwidth": chip.dcn,
+        "collective_latency": LATENCY,
+        "kernel_efficiency": KERNEL_EFFICIENCY,
+    }
+
+
+def _program(config: RunConfig, question: Question, compiled: Compiled) -> dict[str, Any]:
+    machine = Machine(question.topology, compiled.mesh, compiled.places)
+    module = parse(compiled.hlo)
+    estimated = estimate(module, machine)
+    return {
+        "name": compiled.name,
+        "refused": compiled.refused,
+        "memory": _memory(question, compiled, step_memory(module)),
+        "flops": _flops(config, question, compiled, estimated),
+        "collectives": [c._asdict() for c in estimated.collectives],
+        "time": _time(config, question, compiled, estimated) if compiled.finished else None,
+        "roofline_seconds": None if compiled.finished else estimated.seconds,
+    }
+
+
+def _memory(question: Question, compiled: Compiled, held: StepMemory) -> dict[str, Any]:
+    """Bytes on one device."""
+    memory, hbm = compiled.memory, question.topology.chip.hbm
+    known = sum(compiled.bytes.values())
+    return compiled.bytes | {
+        "other_arguments": memory.arguments - known,
+        "temporaries": memory.temporaries,
+        "gradients": round(held.gradients),
+        "activations": round(held.activations),
+        "peak": memory.peak,
+        "hbm": round(hbm),
+        "share": memory.peak / hbm,
+        "fits": compiled.refused is None and memory.peak <= hbm,
+        "comfortable": compiled.refused is None and memory.peak <= hbm * (1 - MARGIN),
+        "largest_temporaries": [{"bytes": size, "arrays": arrays} for size, arrays in memory.largest[:8]],
+    }
+
+
+def _flops(config: RunConfig, question: Question, compiled: Compiled, estimated: Estimate) -> dict[str, float]:
+    """FLOPs of one run of a program, on one device: needed by the model, and in the compiled program."""
+    rows, length = _rows(config, question), question.sequence_length
+    needed = {
+        "train": lambda: train_flops(config.model, rows, length, config.adapter),
+        "reference": lambda: forward_flops(config.model, rows, length),
+        "prefill": lambda: prefill_flops(config.model, rows, length),
+        "decode": lambda: DECODE_CHUNK * decode_flops(config.model, rows, length + question.new_tokens),
+    }[compiled.name]()
+    return {
+        "model": needed / len(compiled.places),
+        "compiled": estimated.flops + estimated.kernel_flops,
+        "compiled_kernels": estimated.kernel_flops,
+        "hbm_bytes": estimated.hbm_bytes,
+    }
+
+
+def _time(config: RunConfig, question: Question, compiled: Compiled, estimated: Estimate) -> dict[str, Any]:
+    chip, devices, rows = question.topology.chip, len(compiled.places), _rows(config, question)
+    model = _flops(config, question, compiled, estimated)["model"]
+    tokens = rows * (DECODE_CHUNK if compiled.name == "decode" else question.sequence_length)
+    time = {
+        "seconds": estimated.seconds,
+        "ideal_seconds": model / chip.flops,
+        "mfu_estimate": model / chip.flops / estimated.seconds,
+        "mfu_without_waits": model / chip.flops / (estimated.seconds - estimated.waits),
+        "mfu_if_products_reach": {
+            str(share): model / chip.flops / _with_products_at(share, estimated, chip) for share in (0.9, 0.8)
+        },
+        "waits": estimated.waits,
+        "parts": [
+            {"phase": phase, "kind": kind, "seconds": seconds}
+            for (phase, kind), seconds in sorted(estimated.busy.items(), key=lambda item: -item[1])
+        ],
+        "loops": [{"source": source, "times": times, "seconds": each} for source, times, each in estimated.loops],
+        "without_estimate": estimated.unknown,
+        "tokens": tokens,
+        "tokens_per_second": tokens / estimated.seconds,
+    }
+    if question.tokens is not None:
+        hours = question.tokens / time["tokens_per_second"] / 3600
+        time |= {"asked_tokens": question.tokens, "hours": hours}
+        time["chip_hours"] = hours * devices / chip.devices
+    return time
+
+
+def _with_products_at(share: float, estimated: Estimate, chip: Chip) -> float:
+    """Seconds if matrix products took what they take at a share of the peak, where the compiler expects less."""
+    products = sum(seconds for (_, kind), seconds in estimated.busy.items() if kind == "matrix products")
+    return estimated.seconds + max(estimated.flops / (share * chip.flops) - products, 0.0)

@@ -1,0 +1,182 @@
+"""`medllm demo`: the whole recipe, tiny, as the very commands that a large run is made of.
+
+A stage whose output is there is not made again, so an interrupted demo continues.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+from medllm_jax.errors import UserError
+from medllm_jax.recipes.commands import Runner, heading
+from medllm_jax.recipes.demo.tokenizer import train_tokenizer
+from medllm_jax.recipes.demo.world import TEMPLATE, tokenizer_texts, write_world
+
+CONFIGS = Path(__file__).parent / "configs"
+ROW = 128  # tokens; the documents of the world are short
+MODELS = (("base", "base"), ("CPT", "cpt"), ("CPT + RPO", "rpo"))
+CONDITIONS = ("answer_only", "explain")
+SAMPLES = ("--samples", "8", "--temperature", "1.0", "--most", "4", "--strategy", "both")
+
+
+def run_demo(workdir: str, seed: int, medllm: Runner) -> Path:
+    """Runs the recipe in a folder and prints the table; returns the table's file.
+
+    UserError if the folder holds something else, or a demo of another seed.
+    """
+    start = time.monotonic()
+    work = Path(workdir)
+    _open_workdir(work, seed)
+    place = {name: str(work / name) for name in ("world", "tokenizer", "random", "base", "cpt", "rpo", "export")}
+    stores = {name: str(work / "stores" / name) for name in ("base", "cpt", "pairs")}
+    batch = ("--batch-size", "64")
+
+    heading("A small world of medical facts: corpora, exams and a tokenizer in Qwen2's format")
+    if not (work / "world").exists():
+        _make_whole(work / "world", lambda folder: write_world(folder, seed))
+    if not (work / "tokenizer").exists():
+        _make_whole(work / "tokenizer", lambda folder: _write_tokenizer(folder))
+
+    heading("A tiny random Qwen2.5 in Hugging Face format, and from there to a run folder")
+    if not (work / "hf").exists():
+        _make_random_model(work, seed, medllm)
+    if not (work / "random").exists():
+        medllm("convert", "from-hf", str(work / "hf"), place["random"])
+
+    for name, corpus in (("base", "base.jsonl"), ("cpt", "cpt.jsonl")):
+        heading(
+            {"base": "To a base level", "cpt": "Continued pretraining on facts that the base has hardly seen"}[name]
+        )
+        text = str(work / "world" / corpus)
+        if not Path(stores[name]).exists():
+            # The world says the same things again and again: that is how so small a model comes to know them.
+            store = _store_arguments(place["tokenizer"], stores[name])
+            medllm("data", "cpt", "--input", text, *store, "--duplicates", "keep")
+        _train(medllm, name, place, stores[name], seed)
+
+    heading("Preference pairs from the CPT model's own answers, graded by the exam's extractor")
+    rows = work / "pairs.jsonl"
+    train_exam = ("--exam", str(work / "world" / "exam" / "train.jsonl"), "--template", str(TEMPLATE))
+    if not rows.exists():
+        seeded = ("--seed", str(seed))
+        medllm("pairs", "--run", place["cpt"], *train_exam, *SAMPLES, *batch, *seeded, "--output", str(rows))
+    if not Path(stores["pairs"]).exists():
+        medllm("data", "pairs", "--input", str(rows), *_store_arguments(place["tokenizer"], stores["pairs"]))
+
+    heading("Reasoning Preference Optimization; the reference is the CPT model, scored once")
+    if not (work / "rpo" / "config.yaml").exists():  # a run that has begun has read them
+        medllm("reference", *_run_arguments("rpo", place, stores["pairs"], seed))
+    _train(medllm, "rpo", place, stores["pairs"], seed)
+
+    heading("The exam, on diseases that no training question asked about")
+    test_exam = ("--exam", str(work / "world" / "exam" / "test.jsonl"), "--template", str(TEMPLATE))
+    for _, name in MODELS:
+        output = str(work / "evaluation" / name)
+        medllm("evaluate", "--run", place[name], *test_exam, *batch, "--output", output)
+
+    results = [str(work / "evaluation" / name) for _, name in MODELS]
+    heading("Back to Hugging Face format, with a model card that shows these scores")
+    if not (work / "export").exists():
+        shown = [word for folder in results for word in ("--evaluation", folder)]
+        medllm("convert", "to-hf", place["rpo"], place["export"], *shown)
+
+    heading("Curves and scores on one page")
+    medllm("report", *(place[name] for _, name in MODELS), *results, "--output", str(work / "report"))
+
+    table = _table(work)
+    (work / "table.md").write_text(table, encoding="utf-8")
+    print(f"\n{table}\nExam accuracy on {_questions(work)} held-out questions, seed {seed}.")
+    for what, where in (
+        ("this table", "table.md"),
+        ("curves and scores, for a browser", "report/report.html"),
+        ("runs with metrics, TensorBoard events and checkpoints", "base, cpt, rpo"),
+        ("every answer and its grade", "evaluation"),
+        ("the model in Hugging Face format", "export"),
+    ):
+        print(f"  {what}: {work}/{where}")
+    print(f"{time.monotonic() - start:.0f} s in all")
+    return work / "table.md"
+
+
+def _open_workdir(work: Path, seed: int) -> None:
+    marker = work / "demo.json"
+    if marker.exists():
+        if json.loads(marker.read_text()) != {"seed": seed}:
+            raise UserError(f"{work} holds a demo of another seed: give another --workdir, or remove it")
+        print(f"{work} holds an earlier demo: what is there is kept; remove the folder to begin anew")
+    elif work.exists() and any(work.iterdir()):
+        raise UserError(f"{work} is not empty and holds no demo: give another --workdir")
+    else:
+        work.mkdir(parents=True, exist_ok=True)
+        marker.write_text(json.dumps({"seed": seed}))
+
+
+def _make_whole(folder: Path, make) -> None:
+    """Makes a folder under another name and then renames it, so that it is there whole or not at all."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    make(unfinished)
+    unfinished.rename(folder)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    train_tokenizer(tokenizer_texts(), folder, vocab_size=1536)
+
+
+def _make_random_model(work: Path, seed: int, medllm: Runner) -> None:
+    """A random model, exported to the folder `hf`: what a checkpoint from a model hub is to a large run."""
+    from etils import epath
+
+    from medllm_jax.checkpoint.orbax import write_model
+    from medllm_jax.config.load import load_model_config, to_plain
+    from medllm_jax.config.schema import MeshConfig, PrecisionConfig
+    from medllm_jax.distributed.sharding import make_mesh
+    from medllm_jax.model.abstract import abstract_model, random_params
+    from medllm_jax.storage.run_folder import copy_tokenizer
+
+    config = load_model_config(CONFIGS / "model.yaml")
+    plan = abstract_model(config, PrecisionConfig(compute="float32"), make_mesh(MeshConfig()))
+
+    def make(folder: Path) -> None:
+        write_model(folder, random_params(plan, seed), to_plain(config))
+        copy_tokenizer(epath.Path(work / "tokenizer"), epath.Path(folder))
+
+    drawn = work / "drawn"
+    if not drawn.exists():
+        _make_whole(drawn, make)
+    medllm("convert", "to-hf", str(drawn), str(work / "hf"))
+    shutil.rmtree(drawn)
+
+
+def _store_arguments(tokenizer: str, output: str) -> tuple[str, ...]:
+    return ("--tokenizer", tokenizer, "--output", output, "--sequence-length", str(ROW))
+
+
+def _run_arguments(name: str, place: dict[str, str], store: str, seed: int) -> tuple[str, ...]:
+    before = {"base": "random", "cpt": "base", "rpo": "cpt"}[name]
+    paths = ("--run", place[name], "--init.checkpoint", place[before], "--data.store", store)
+    return ("--config", str(CONFIGS / f"{name}.yaml"), *paths, "--seed", str(seed))
+
+
+def _train(medllm: Runner, name: str, place: dict[str, str], store: str, seed: int) -> None:
+    medllm("train", *_run_arguments(name, place, store, seed))
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+
+
+def _scores(work: Path, name: str) -> dict:
+    return json.loads((work / "evaluation" / name / "scores.json").read_text(encoding="utf-8"))["conditions"]
+
+
+def _questions(work: Path) -> int:
+    return _scores(work, "rpo")["explain"]["n"]
+
+
+def _table(work: Path) -> str:
+    lines = ["| model | answer-only | with explanation | difference |", "|---|---|---|---|"]
+    for title, name in MODELS:
+        only, explained = (_scores(work, name)[condition]["accuracy"] for condition in CONDITIONS)
+        lines.append(f"| {title} | {only:.3f} | {explained:.3f} | {explained - only:+.3f} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,199 @@
+"""`medllm rounds`: Iterative RPO (arXiv 2404.19733): sample, grade, pair, cache the reference, train, examine, again.
+
+Round t starts from the model of round t - 1 and refers to it, and learns from that model's own answers. Everything of
+a round is in its folder.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from etils import epath
+
+from medllm_jax.config.load import build, load_run_config, read_yaml, to_plain
+from medllm_jax.config.schema import RunConfig
+from medllm_jax.errors import UserError
+from medllm_jax.evaluation.samples import SampleOptions
+from medllm_jax.preferences.make_pairs import PairOptions
+from medllm_jax.recipes.commands import Runner, heading
+from medllm_jax.storage.remote import write_whole
+from medllm_jax.storage.run_folder import recorded_config
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundsConfig:
+    """Rounds of RPO.
+
+    Attributes:
+        folder: of all rounds, local or gs://
+        start: run folder of the model that the first round starts from, and refers to: the CPT model
+        train: run config of a round's training, beside this file; its run, init.checkpoint and data.store are set here
+        questions: exam whose answers pairs are made of
+        held_out: exam that decides when to stop; none of its questions may be among the others
+        rounds: the most rounds
+        template: prompt template, name or YAML file beside this one
+        conditions: prompts to put the questions with
+        samples: completions of each prompt
+        temperature: of the samples; a number, or one for each round
+        top_p: of the samples
+        seed: of the samples
+        strategy: what is preferred over a wrong sample (see `medllm pairs`)
+        most: pairs of one prompt, at most
+        sequence_length: tokens of a row of pairs; longer pairs are left out and counted
+        batch_size: prompts completed at a time
+    """
+
+    folder: str
+    start: str
+    train: str
+    questions: str
+    held_out: str
+    rounds: int = 3
+    template: str = "igakuqa"
+    conditions: tuple[str, ...] = ("answer_only", "explain")
+    samples: int = 8
+    temperature: float | tuple[float, ...] = 0.8
+    top_p: float = 1.0
+    seed: int = 0
+    strategy: Literal["gold", "onpolicy", "both"] = "both"
+    most: int = 10
+    sequence_length: int = 4096
+    batch_size: int = 8
+
+    def __post_init__(self):
+        if self.rounds < 1:
+            raise UserError(f"rounds is {self.rounds}: it must be at least 1")
+        if not isinstance(self.temperature, float) and len(self.temperature) < self.rounds:
+            raise UserError(f"temperature has {len(self.temperature)} numbers and there are {self.rounds} rounds")
+        # What can't be sampled or paired is known now, and not after the start has been examined.
+        for number in range(1, self.rounds + 1):
+            SampleOptions(self.samples, self.temperature_of(number), self.top_p, self.seed)
+        PairOptions(self.strategy, self.most)
+
+    def temperature_of(self, number: int) -> float:
+        return self.temperature if isinstance(self.temperature, float) else self.temperature[number - 1]
+
+
+def load_rounds_config(path: str) -> RoundsConfig:
+    """A RoundsConfig from a YAML file; the files it names by relative paths are beside it."""
+    config = build(RoundsConfig, read_yaml(path), where=path)
+    beside = Path(path).parent
+    files = {"train": str(beside / config.train)}
+    if config.template.endswith((".yaml", ".yml")):
+        files["template"] = str(beside / config.template)
+    return dataclasses.replace(config, **files)
+
+
+def run_rounds(config: RoundsConfig, medllm: Runner) -> epath.Path:
+    """Makes the rounds that are not made yet, until the held-out accuracy no longer rises; returns the table's file.
+
+    UserError where the folder holds rounds of other settings.
+    """
+    folder = epath.Path(config.folder)
+    train = load_run_config(config.train)
+    if train.objective.name != "rpo":
+        raise UserError(f"{config.train}: objective.name is {train.objective.name}: rounds are of rpo")
+    _open_folder(folder, config, train)
+    results = [_examine(medllm, config, folder / "round-0", config.start)]
+    for number in range(1, config.rounds + 1):
+        heading(f"Round {number}")
+        before = config.start if number == 1 else str(folder / f"round-{number - 1}" / "run")
+        if not _make_pairs(medllm, config, folder / f"round-{number}", before, number):
+            heading("No pair: the model's answers to a question are all right, or all wrong")
+            break
+        _train(medllm, config, folder / f"round-{number}", before)
+        results.append(_examine(medllm, config, folder / f"round-{number}", str(folder / f"round-{number}" / "run")))
+        table = _write_table(folder, config.conditions, results)
+        if _mean(results[-1]) <= max(map(_mean, results[:-1])):
+            heading(f"The held-out accuracy no longer rises: round {_best(results)} is the best")
+            break
+    table = _write_table(folder, config.conditions, results)
+    print(f"\n{table.read_text()}\n{table}")
+    return table
+
+
+def _open_folder(folder: epath.Path, config: RoundsConfig, train: RunConfig) -> None:
+    settings = json.loads(json.dumps({"rounds": to_plain(config), "train": to_plain(train)}))
+    # More rounds may follow, and the temperature of one that is to come may be added.
+    for name in ("folder", "rounds", "temperature", "train", "template", "batch_size"):
+        del settings["rounds"][name]
+    marker = folder / "rounds.json"
+    if not marker.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty and holds no rounds: choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(marker, json.dumps(settings, indent=2))
+    elif (found := json.loads(marker.read_text())) != settings:
+        section = next(section for section in settings if found[section] != settings[section])
+        name = next(name for name in settings[section] if found[section].get(name) != settings[section][name])
+        raise UserError(f"{folder} holds rounds of another {section} {name}: set it back, or choose another folder")
+
+
+# --- the stages of a round -------------------------------------------------------------------------------------------
+
+
+def _make_pairs(medllm: Runner, config: RoundsConfig, place: epath.Path, model: str, number: int) -> bool:
+    """Samples, grades and pairs; whether there are pairs."""
+    rows, report = place / "pairs.jsonl", place / "pairs.jsonl.report.json"
+    if not rows.exists():
+        drawn = ("--samples", config.samples, "--temperature", config.temperature_of(number), "--top-p", config.top_p)
+        pairing = ("--strategy", config.strategy, "--most", config.most, "--evaluation-exam", config.held_out)
+        try:
+            medllm(
+                *("pairs", "--run", model, "--exam", config.questions, *_prompts(config), *drawn, *pairing),
+                *("--seed", config.seed + number, "--output", rows),
+            )
+        except UserError:
+            if report.exists() and not json.loads(report.read_text())["prompts"].get("with pairs"):
+                return False
+            raise
+    if not (place / "store" / "store.json").exists():
+        tokenizer = epath.Path(model) / "tokenizer"
+        length = ("--sequence-length", config.sequence_length, "--on-long", "skip")
+        medllm("data", "pairs", "--input", rows, "--tokenizer", tokenizer, "--output", place / "store", *length)
+    return True
+
+
+def _train(medllm: Runner, config: RoundsConfig, place: epath.Path, before: str) -> None:
+    paths = ("--run", place / "run", "--init.checkpoint", before, "--data.store", place / "store")
+    run = ("--config", config.train, *paths)
+    # A run that has begun has read its references, of held-out pairs too; before that, they may be half written.
+    if load_run_config(config.train).objective.reference == "cached" and recorded_config(place / "run") is None:
+        medllm("reference", *run)
+    medllm("train", *run)
+
+
+def _examine(medllm: Runner, config: RoundsConfig, place: epath.Path, model: str) -> dict[str, Any]:
+    """The held-out scores of a model, by condition."""
+    output = place / "evaluation"
+    if not (output / "scores.json").exists():
+        medllm("evaluate", "--run", model, "--exam", config.held_out, *_prompts(config), "--output", output)
+    return json.loads((output / "scores.json").read_text())["conditions"]
+
+
+def _prompts(config: RoundsConfig) -> tuple[Any, ...]:
+    return ("--template", config.template, "--conditions", *config.conditions, "--batch-size", config.batch_size)
+
+
+# --- what came of it -------------------------------------------------------------------------------------------------
+
+
+def _mean(result: dict[str, Any]) -> float:
+    return sum(scores["accuracy"] for scores in result.values()) / len(result)
+
+
+def _best(results: Sequence[dict[str, Any]]) -> int:
+    return max(range(len(results)), key=lambda number: _mean(results[number]))
+
+
+def _write_table(folder: epath.Path, conditions: Sequence[str], results: Sequence[dict[str, Any]]) -> epath.Path:
+    heads = ["round", *conditions, "mean", ""]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for number, result in enumerate(results):
+        scores = [f"{result[condition]['accuracy']:.3f}" for condition in conditions]
+        mark = "best" if number == _best(results) else ""
+        lines.append(f"| {number or 'start'} | {' | '.join(scores)} | {_mean(result):.3f} | {mark} |")
+    write_whole(folder / "table.md", "\n".join(lines) + "\n")
+    return folder / "table.md"

@@ -1,0 +1,63 @@
+"""Steps that the guard let change nothing: each is written down, and too many end the run."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from medllm_jax.config.schema import GuardConfig
+from medllm_jax.errors import RunError
+from medllm_jax.storage.remote import is_remote, write_whole
+
+FILE = "skipped.jsonl"
+
+
+class BadStepGuard:
+    """Counts the steps that a run skipped, ``skipped`` of them before; one process writes them down."""
+
+    def __init__(self, config: GuardConfig, skipped: int, run: epath.Path):
+        self.skipped = skipped
+        self._config, self._file = config, run / FILE
+
+    def check(self, rows: list[dict[str, Any]], row_ids: Mapping[int, np.ndarray]) -> None:
+        """Takes the metrics of steps, and the ids of the rows that each had.
+
+        RunError where the run must end; the model is then as it was before the step.
+        """
+        for row in rows:
+            if not row["skipped"]:
+                continue
+            self.skipped += 1
+            cause = self._cause(row)
+            numbers = {name: str(row[name]) for name in ("loss", "grad_norm")}  # JSON has no word for infinity
+            self._note({"step": row["step"], "cause": cause, **numbers, "rows": row_ids[row["step"]].tolist()})
+            where = f"{cause} (step {row['step']}; rows and numbers are in {FILE} of the run folder)"
+            if self._config.action == "stop":
+                raise RunError(
+                    f"{where}: nothing was changed by it. Started again the run goes on from its last checkpoint; if "
+                    "it comes again, look at the rows, or go on without them by --guard.action skip"
+                )
+            print(f"skipped, {self.skipped} so far: {where}", flush=True)
+            if self.skipped > self._config.limit:
+                raise RunError(f"{self.skipped} steps were skipped, guard.limit is {self._config.limit}: {where}")
+
+    def _cause(self, row: dict[str, Any]) -> str:
+        if np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]):
+            if self._config.loss and row["loss"] > self._config.loss:
+                return f"the loss {row['loss']:.4g} is above guard.loss {self._config.loss:g}"
+            return f"the gradient's norm {row['grad_norm']:.4g} is above guard.grad_norm {self._config.grad_norm:g}"
+        return f"loss {row['loss']} and gradient norm {row['grad_norm']}: not finite numbers"
+
+    def _note(self, line: dict[str, Any]) -> None:
+        if jax.process_index() != 0:
+            return
+        text = json.dumps(line) + "\n"
+        if not is_remote(self._file):
+            with self._file.open("a") as file:
+                file.write(text)
+            return
+        before = self._file.read_text() if self._file.exists() else ""
+        write_whole(self._file, before + text)

@@ -1,0 +1,126 @@
+"""What looks after a run: that it alone writes its folder, gets on, hears that it is to end, says how it failed, and
+goes on from nothing but a good checkpoint.
+"""
+
+import contextlib
+import functools
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from medllm_jax.checkpoint.orbax import DamagedError, check_state, load_meta, load_state, set_aside, steps
+from medllm_jax.checkpoint.train_state import TrainState
+from medllm_jax.config.schema import RunConfig
+from medllm_jax.distributed.processes import run_on_all
+from medllm_jax.errors import Preempted, RunError, UserError
+from medllm_jax.reliability import crash_report
+from medllm_jax.reliability.lease import Lease
+from medllm_jax.reliability.preemption import PreemptionHandler
+from medllm_jax.reliability.watchdog import Watchdog
+from medllm_jax.storage.remote import storage_problem
+
+
+class Supervision(NamedTuple):
+    """Its parts: the right to write the folder, the stage that the run is in, and the notice that it is to end."""
+
+    lease: Lease
+    watch: Watchdog
+    notice: PreemptionHandler
+
+
+@contextlib.contextmanager
+def supervised(config: RunConfig, folder: epath.Path) -> Iterator[Supervision]:
+    """Looks after a run. What fails leaves a report in its folder, but for wrong input, whose one line says it all."""
+    watch = Watchdog(config.watchdog.seconds, report=lambda what: _report(folder, watch.now, what))
+    with contextlib.ExitStack() as stack:
+        lease, writes = Lease(folder), jax.process_index() == 0
+        run_on_all("taking the run folder", lambda: stack.enter_context(lease) if writes else None)
+        parts = Supervision(lease, stack.enter_context(watch), stack.enter_context(PreemptionHandler()))
+        try:
+            yield parts
+        except (UserError, Preempted, KeyboardInterrupt):
+            raise
+        except RunError as error:
+            _report(folder, watch.now, error)
+            raise
+        except Exception as error:
+            _report(folder, watch.now, error)
+            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                cause = str(error).splitlines()[0][:200]
+                raise RunError(
+                    f"in {watch.now} the processes of the run lost each other ({cause}): one has probably died, and "
+                    "its log says why; started again, the run goes on from its last checkpoint"
+                ) from error
+            problem = storage_problem(error)
+            if problem is not None:
+                raise RunError(
+                    f"{folder} can't be written ({problem}): make it writable and start again; the run goes on from "
+                    "its last checkpoint"
+                ) from error
+            raise
+
+
+def _report(folder: epath.Path, stage: str, problem: BaseException | str) -> None:
+    try:
+        path = crash_report.write_report(folder, stage, problem)
+    except Exception as error:
+        print(f"no report could be written ({type(error).__name__})", file=sys.stderr, flush=True)
+    else:
+        print(f"the run failed in: {stage} (report: {path})", file=sys.stderr, flush=True)
+
+
+class Restored(NamedTuple):
+    """What a run goes on from."""
+
+    step: int
+    state: TrainState
+    meta: dict[str, Any]
+
+
+def restore(folder: epath.Path, abstract: TrainState, watch: Watchdog) -> Restored | None:
+    """The newest checkpoint of a run that holds what was written; None where there is none.
+
+    One that does not is set aside, with a warning, and the steps from the one before it are made again. RunError where
+    there are checkpoints and none is good: to begin again is not for a program to decide.
+    """
+    bad: dict[int, DamagedError] = {}
+    for step in reversed(steps(folder)):
+        watch.stage(f"restoring step {step}")
+        for pause in (1.0, 0.0):
+            try:
+                restored = _read(folder, step, abstract)
+            except DamagedError as error:
+                bad[step] = error
+                time.sleep(pause)  # once again: it may be the way there, and not what is there
+            else:
+                _set_aside(folder, {other: error for other, error in bad.items() if other != step})
+                return restored
+    if bad:
+        raise RunError(
+            f"none of the checkpoints of {folder} ({', '.join(map(str, bad))}) can be read: copy one back, or start in "
+            f"another run folder ({next(iter(bad.values()))})"
+        )
+    return None
+
+
+def _set_aside(folder: epath.Path, bad: dict[int, DamagedError]) -> None:
+    for step, problem in bad.items():
+        aside = functools.partial(set_aside, folder, step)
+        became = run_on_all("setting it aside", aside if jax.process_index() == 0 else str)
+        if jax.process_index() == 0:
+            text = f"warning: {problem}; {became}, and the run goes on from the one before it"
+            print(text, file=sys.stderr, flush=True)
+
+
+def _read(folder: epath.Path, step: int, abstract: TrainState) -> Restored:
+    def read() -> Restored:
+        meta = load_meta(folder, step)
+        return Restored(step, load_state(folder, step, abstract), meta)
+
+    restored = run_on_all(f"reading checkpoint {step}", read, DamagedError)
+    check_state(folder, step, restored.state, restored.meta)
+    return restored

@@ -1,0 +1,173 @@
+"""A run is a folder, local or gs://.
+
+config.yaml     the resolved config          metrics.jsonl   every step's numbers
+checkpoints/    model, optimizer, position   tensorboard/    the same numbers as events
+tokenizer/      the model's tokenizer, carried from checkpoint to checkpoint and into the export
+sessions.jsonl  each start of the run        skipped.jsonl   steps that changed nothing, and their rows
+logs/           what each process did        crashes/        how it failed, if it did
+profile/        traces for xprof             damaged/        checkpoints that did not hold what was written
+writer.json     which program writes now
+"""
+
+import fnmatch
+from typing import Any
+
+from etils import epath
+
+from medllm_jax.config.load import build, read_yaml, to_plain, to_yaml
+from medllm_jax.config.schema import RunConfig
+from medllm_jax.errors import UserError
+from medllm_jax.storage.remote import move_folder, names_in, remove_folder, write_whole
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    # What must be passed on with a model stands with its tokenizer, and goes where that goes.
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+)
+
+# Where a tokenizer is before it is whole. In a bucket its files are moved one by one: as long as one is left here, what
+# stands in its place is not all.
+_UNFINISHED_TOKENIZER = ".tokenizer.tmp"
+_BEFORE_A_RUN = ("writer.json", "crashes")  # what a start leaves that died before there was a run
+_UNFINISHED_CONFIG = ".config.yaml."  # how the name of one begins that was not written to its end
+
+# Settings that may differ when a run goes on: they change speed, place or what is written, not what is computed
+# (sums may be taken in another order). The schedule depends on `steps` unless it is constant.
+_MAY_CHANGE = (
+    "run",
+    "mesh.*",
+    "checkpoint.*",
+    "logging.*",
+    "data.store",  # the rows are told apart by their digest, not by where they lie
+    "data.accumulate",
+    "data.threads",
+    "data.prefetch",
+    "distributed",
+    "guard.action",
+    "guard.limit",
+    "watchdog.*",
+    "profile",
+    "held_out*",
+    "init.checkpoint",  # read at the first start only
+    "objective.vocab_chunks",
+    "attention",
+    "remat",
+)
+
+
+# What the arrays of a checkpoint are, or what its position in the data means: no force makes another of it.
+_NEVER_CHANGES = (
+    "model.*",
+    "adapter*",
+    "precision.params",
+    "optimizer.state_dtype",
+    "objective.name",
+    "data.batch_size",
+)
+
+
+def open_run(config: RunConfig, *, force: bool = False) -> tuple[epath.Path, dict[str, Any]]:
+    """The folder of a new run, or of one that goes on, and what was changed by force: setting -> what it was and is.
+
+    UserError if the folder holds something else, or a run whose config differs in what it computes; by force it may,
+    but for what the checkpoints hold.
+    """
+    folder = epath.Path(config.run)
+    recorded = recorded_config(folder)
+    if recorded is not None:
+        return folder, _check_same_run(config, recorded, folder, force)
+    if not all(name.startswith(_UNFINISHED_CONFIG) or name in _BEFORE_A_RUN for name in names_in(folder)):
+        raise UserError(f"run folder {folder} is not empty and holds no run: choose another folder, or empty this one")
+    return folder, {}
+
+
+def recorded_config(run: str | epath.Path) -> RunConfig | None:
+    """The config that a run folder was begun with, or None."""
+    file = epath.Path(run) / "config.yaml"
+    return build(RunConfig, read_yaml(file), where=str(file)) if file.exists() else None
+
+
+def record_config(folder: epath.Path, config: RunConfig, *, replaced_at: int | None = None) -> None:
+    """Writes config.yaml of a new run; that of a run that goes on stays as it was first written.
+
+    replaced_at: step from which on another config holds; the one before is kept under that number.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "config.yaml"
+    if replaced_at is not None:
+        write_whole(folder / f"config-until-{replaced_at}.yaml", file.read_text())
+    if replaced_at is not None or not file.exists():
+        write_whole(file, to_yaml(config))
+
+
+def _check_same_run(config: RunConfig, recorded: RunConfig, folder: epath.Path, force: bool) -> dict[str, Any]:
+    before, now = _flat(to_plain(recorded)), _flat(to_plain(config))
+    free = _MAY_CHANGE + (("steps",) if config.optimizer.schedule == "constant" else ())
+
+    def matches(key: str, patterns: tuple[str, ...]) -> bool:
+        return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+    keys = sorted(before.keys() | now.keys())
+    changed = {key: [before.get(key), now.get(key)] for key in keys if before.get(key) != now.get(key)}
+    changed = {key: values for key, values in changed.items() if not matches(key, free)}
+    refused = {key: values for key, values in changed.items() if not force or matches(key, _NEVER_CHANGES)}
+    if refused:
+        differing = "; ".join(f"{key} was {was!r} and is now {now!r}" for key, (was, now) in refused.items())
+        forced = "" if force or any(matches(key, _NEVER_CHANGES) for key in refused) else ", or give --force"
+        raise UserError(
+            f"run {folder} can't go on with this config: {differing}; set it back, or choose another run folder{forced}"
+        )
+    return changed
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def find_tokenizer(*runs: str | epath.Path | None) -> epath.Path | None:
+    """The tokenizer folder of the first of some run folders that carries one, whole, or None."""
+    folders = [epath.Path(run) for run in runs if run is not None]
+    whole = (f for f in folders if (f / "tokenizer").exists() and not (f / _UNFINISHED_TOKENIZER).exists())
+    return next((folder / "tokenizer" for folder in whole), None)
+
+
+def tokenizer_of(run: str | epath.Path) -> epath.Path:
+    """The tokenizer folder of a run; UserError if the run carries none."""
+    folder = find_tokenizer(run)
+    if folder is None:
+        raise UserError(
+            f"{run} carries no tokenizer: start from a model that `python -m tools.convert_hf from-hf` converted"
+        )
+    return folder
+
+
+def carry_tokenizer(source: str | None, run: epath.Path) -> None:
+    """Copies the tokenizer that a run folder carries into another one that has none yet."""
+    folder = find_tokenizer(source)
+    if folder is not None and find_tokenizer(run) is None:
+        copy_tokenizer(folder, run)
+
+
+def copy_tokenizer(source: epath.Path, run: epath.Path) -> None:
+    """Copies the tokenizer's files, and the generation config beside them, into a run folder."""
+    target, unfinished = run / "tokenizer", run / _UNFINISHED_TOKENIZER
+    unfinished.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            (source / name).copy(unfinished / name, overwrite=True)
+    remove_folder(target)  # in part, if it is there: see find_tokenizer
+    move_folder(unfinished, target)

@@ -1,0 +1,168 @@
+"""Generation: greedy as in `transformers`, alone as in a batch, sampled from the right set, stopped in time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medllm_jax.checkpoint.load_model import LoadedModel
+from medllm_jax.config.schema import MeshConfig, PrecisionConfig
+from medllm_jax.data.tokenizer import load_tokenizer
+from medllm_jax.distributed.sharding import make_mesh
+from medllm_jax.errors import UserError
+from medllm_jax.inference.generator import Generator, Sampling, _draw, choose
+from medllm_jax.model.abstract import abstract_model, random_params
+from tests.world import tiny_config
+
+PROMPTS = ["The patient", "発熱と咳", "A", "Q7: heart liver test. Which drug? " * 3, "高血圧の治療には"]
+
+
+@pytest.fixture(scope="module")
+def generator(world):
+    return Generator.from_run(str(world.model), batch_size=8, precision=PrecisionConfig(compute="float32"))
+
+
+def one_device_generator(world, batch_size, seed=1):
+    """A model on one device whose random weights are wide, so that its likeliest tokens are no ties."""
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    plan = abstract_model(tiny_config(initializer_range=0.2), PrecisionConfig(compute="float32"), mesh)
+    model = LoadedModel(plan.config, plan.structure, random_params(plan, seed), mesh)
+    tokenizer = load_tokenizer(world.tokenizer)
+    return Generator(model, tokenizer, [tokenizer.eos_token_id], batch_size)
+
+
+def test_greedy_equals_transformers(world, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    ours = one_device_generator(world, batch_size=4)
+    config = tiny_config()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "tie_word_embeddings", "rms_norm_eps", "max_position_embeddings")
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    theirs = Qwen2ForCausalLM(Qwen2Config(**{name: getattr(config, name) for name in names}, rope_parameters=rope))
+    params = jax.device_get(ours._model.params)
+    state = {
+        "model.embed_tokens.weight": params["embed_tokens"]["weight"],
+        "model.norm.weight": params["norm"]["weight"],
+    }
+    for path, stacked in jax.tree_util.tree_leaves_with_path(params["layers"]):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        state |= {f"model.layers.{layer}.{name}": weight for layer, weight in enumerate(stacked)}
+    loaded = theirs.load_state_dict({k: torch.tensor(np.array(v)) for k, v in state.items()}, strict=False)
+    assert loaded.missing_keys == ["lm_head.weight"] and not loaded.unexpected_keys
+
+    eos = ours._tokenizer.eos_token_id
+    for prompt, completion in zip(PROMPTS, ours(PROMPTS, Sampling(24)), strict=True):
+        ids = torch.tensor([ours._tokenizer(prompt)["input_ids"]])
+        with torch.no_grad():
+            whole = theirs.generate(
+                ids, do_sample=False, max_new_tokens=24, eos_token_id=eos, pad_token_id=eos, use_cache=True
+            )
+        assert completion.tokens == tuple(whole[0, ids.shape[1] :].tolist())
+
+
+@pytest.mark.parametrize("sampling", [Sampling(20), Sampling(20, temperature=1.0, top_p=0.9, seed=3)])
+def test_a_batch_equals_prompts_alone(world, sampling):
+    """Left padding, the batch's size and the mesh change nothing."""
+    together = list(one_device_generator(world, batch_size=len(PROMPTS))(PROMPTS, sampling))
+    in_turn = list(one_device_generator(world, batch_size=1)(PROMPTS, sampling))
+    assert together == in_turn
+    assert len({completion.tokens for completion in together}) == len(PROMPTS)
+
+
+def test_on_eight_devices_equals_one(world, generator):
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    whole = generator._model.params
+    plan = abstract_model(generator._model.config, PrecisionConfig(compute="float32"), mesh)
+    model = LoadedModel(plan.config, plan.structure, jax.device_put(jax.device_get(whole), jax.devices()[0]), mesh)
+    alone = Generator(model, generator._tokenizer, np.asarray(generator._eos), 3)
+    assert list(alone(PROMPTS, Sampling(12))) == list(generator(PROMPTS, Sampling(12)))
+
+
+def test_samples_repeat_by_seed_and_differ_by_prompt_number(generator):
+    draw = lambda seed: [c.tokens for c in generator(["発熱"] * 10, Sampling(12, temperature=1.0, seed=seed))]  # noqa: E731
+    first = draw(0)
+    assert first == draw(0)
+    assert first != draw(1)
+    assert len(set(first)) > 5
+
+
+def test_a_seed_and_number_of_its_own_make_a_prompt_what_it_is_elsewhere(generator):
+    hot = Sampling(12, temperature=1.0)
+    apart = [list(generator(["発熱"] * 3, Sampling(12, temperature=1.0, seed=seed))) for seed in (7, 8)]
+    draws = [(8, 2), (7, 0), (7, 1), (8, 0)]
+    together = list(generator(["発熱"] * 4, hot, draws))
+    assert together == [apart[seed - 7][number] for seed, number in draws]
+    assert len({completion.tokens for completion in together}) == 4
+
+
+def test_stop_string_cuts_the_text_and_ends_the_completion(generator):
+    whole = next(iter(generator(["The patient"], Sampling(40, temperature=1.0, seed=5))))
+    stop = whole.text[4:7]
+    cut = next(iter(generator(["The patient"], Sampling(40, temperature=1.0, seed=5, stop=(stop,)))))
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert len(cut.tokens) < len(whole.tokens)
+
+
+def test_end_of_sequence_ends_a_completion(generator):
+    """Whatever greedy decoding says third, taken as an end-of-sequence token, ends it there."""
+    free = next(iter(generator(["The patient"], Sampling(8))))
+    third = free.tokens[2]
+    first = free.tokens.index(third)
+    ending = Generator(generator._model, generator._tokenizer, [third], 8)
+    ended = next(iter(ending(["The patient"], Sampling(8))))
+    assert ended.tokens == free.tokens[: first + 1]
+    assert ended.finish_reason == "stop"
+    assert ended.text == generator._tokenizer.decode(free.tokens[:first])
+
+
+def test_length_limit_is_kept_and_named(generator):
+    assert {len(c.tokens) <= 5 for c in generator(PROMPTS, Sampling(5, temperature=1.0))} == {True}
+    assert any(c.finish_reason == "length" for c in generator(PROMPTS, Sampling(5, temperature=1.0)))
+
+
+def test_top_p_draws_from_the_smallest_set_that_reaches_it():
+    probs = np.array([0.05, 0.4, 0.25, 0.3])
+    logits = jnp.tile(jnp.log(probs), (4000, 1))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = np.bincount(np.asarray(choose(logits, keys, 1.0, 0.6)), minlength=4) / 4000
+    assert drawn[0] == drawn[2] == 0
+    np.testing.assert_allclose(drawn[[1, 3]], [4 / 7, 3 / 7], atol=0.03)
+
+
+def test_temperature_sharpens():
+    probs = np.array([0.2, 0.8])
+    logits = jnp.tile(jnp.log(probs), (4000, 1))
+    keys = jax.random.split(jax.random.key(1), 4000)
+    drawn = np.bincount(np.asarray(choose(logits, keys, 0.5, 1.0)), minlength=2) / 4000
+    np.testing.assert_allclose(drawn, [0.04 / 0.68, 0.64 / 0.68], atol=0.02)
+
+
+@pytest.mark.parametrize("size", [1, 7, 384, 5000])
+def test_tokens_are_drawn_as_often_as_they_are_likely(size):
+    """Numbers spread evenly over [0, 1) find each token by its share; one of no probability is never found."""
+    rng = np.random.default_rng(size)
+    logits = 2 * rng.standard_normal(size).astype(np.float32)
+    logits[rng.random(size) < 0.3] = -np.inf
+    logits[size // 2] = 0.0
+    draws = 4_000
+    uniform = jnp.arange(draws, dtype=jnp.float32) / draws
+    found = np.bincount(jax.jit(_draw)(jnp.tile(logits, (draws, 1)), uniform), minlength=size)
+    probabilities = np.exp(np.float64(logits)) / np.exp(np.float64(logits)).sum()
+    assert found.shape == (size,) and not found[probabilities == 0].any()
+    np.testing.assert_allclose(found, draws * probabilities, atol=1.1)
+
+
+def test_a_prompt_without_room_is_refused(generator):
+    with pytest.raises(UserError, match=r"prompt 1 has \d+ tokens and up to 12 may follow, but .* context is 1024"):
+        list(generator(["ok", "word " * 600], Sampling(12)))
+    with pytest.raises(UserError, match="prompt 0 is empty"):
+        list(generator([""], Sampling(12)))
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_senseless_sampling_is_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Sampling(**({"max_new_tokens": 1} | wrong))

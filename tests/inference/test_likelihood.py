@@ -1,0 +1,123 @@
+"""The likeliest answer: its log-probability is that of the whole text, on every mesh, and training can watch it."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from medllm_jax.cli import main
+from medllm_jax.config.schema import HeldOutConfig, MeshConfig, PrecisionConfig
+from medllm_jax.data.batch import batch_of
+from medllm_jax.data.tokenizer import encode_plain, load_tokenizer
+from medllm_jax.distributed.sharding import make_mesh
+from medllm_jax.errors import UserError
+from medllm_jax.evaluation.exam import Exam, Question, load_exam
+from medllm_jax.evaluation.prompts import load_template
+from medllm_jax.inference.likelihood import Likelihood
+from medllm_jax.model.abstract import abstract_model, random_params
+from medllm_jax.training.loop import train
+from medllm_jax.training.losses import score_tokens
+from tests.tiny import write_json_lines
+from tests.training.test_train import config_of
+from tests.world import tiny_config
+
+TEMPLATE = load_template("plain")
+CONFIG = tiny_config(initializer_range=0.2, max_position_embeddings=256)
+
+
+def question(number, k=1, choices=5, points=1):
+    letters = "abcdefgh"[number % 2 :][:k]
+    text = f"{number}. " + "発熱 " * number
+    gold = frozenset({frozenset(letters)})
+    return Question(
+        id=f"q{number}", text=text, choices=tuple(f"選択{n}" for n in range(choices)), gold=gold, k=k, points=points
+    )
+
+
+EXAM = Exam("small", (*map(question, range(5)), question(5, k=2, points=3), question(6, k=2), question(7, 1, 7)))
+ANSWERS = {1: list("abcdefgh"), 2: list(itertools.combinations("abcde", 2))}
+NUMBER = Question(id="n", text="1+1", numbers=("2",))
+
+
+def scorer(world, sizes=(1, 1, 1), batch_size=4, exam=EXAM):
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    plan = abstract_model(CONFIG, PrecisionConfig(compute="float32"), mesh)
+    tokenizer = load_tokenizer(world.tokenizer)
+    found = Likelihood(exam, TEMPLATE, tokenizer, CONFIG, plan.structure, mesh, batch_size)
+    return found, random_params(plan, seed=1), plan
+
+
+@pytest.fixture(scope="module")
+def alone(world):
+    found, params, _ = scorer(world)
+    return {asked.question.id: log_probs for asked, log_probs in found.log_probs(params)}
+
+
+def test_an_answer_has_the_probability_of_the_whole_text(world, alone):
+    from flax import nnx
+
+    _, params, plan = scorer(world)
+    network, tokenizer = nnx.merge(plan.structure, params), load_tokenizer(world.tokenizer)
+    score = jax.jit(lambda batch: score_tokens(network, batch, pairs=0, vocab_chunks=1).log_probs)
+    for asked in (EXAM.questions[3], EXAM.questions[5]):
+        prompt, *answers = encode_plain(
+            tokenizer,
+            [
+                TEMPLATE.render(asked, "answer_only"),
+                *(f" {','.join(letters)}" for letters in itertools.combinations("abcde", asked.k)),
+            ],
+        )
+        rows = np.zeros((len(answers), 3, 256), np.int32)
+        for row, answer in zip(rows, answers, strict=True):
+            row[0, : len(prompt + answer)] = prompt + answer
+            row[1, : len(prompt + answer)] = 1
+        log_probs = np.asarray(score(batch_of(rows, "cpt")))
+        expected = [log_probs[row, len(prompt) : len(prompt) + len(answer)].sum() for row, answer in enumerate(answers)]
+        np.testing.assert_allclose(alone[asked.id], expected, atol=1e-4)
+        assert np.std(expected) > 0.1
+
+
+@pytest.mark.parametrize(("sizes", "batch_size"), [((1, 1, 1), 1), ((2, 2, 1), 8), ((1, 2, 2), 4)])
+def test_batches_and_meshes_change_nothing(world, alone, sizes, batch_size):
+    found, params, _ = scorer(world, sizes, batch_size)
+    for asked, log_probs in found.log_probs(params):
+        np.testing.assert_allclose(log_probs, alone[asked.question.id], atol=1e-4)
+
+
+def test_what_is_counted(world, alone):
+    long = dataclasses.replace(question(8), text="長い" * 200)
+    found, params, _ = scorer(world, exam=Exam("more", (*EXAM.questions, NUMBER, long)))
+    score = found.measure(params)
+    right = [q for q in EXAM.questions if frozenset(ANSWERS[q.k][alone[q.id].argmax()]) in q.gold]
+    assert 0 < len(right) < len(EXAM.questions)
+    assert (score.n, score.correct, score.left_out) == (8, len(right), 2)
+    assert (score.points, score.max_points) == (sum(q.points for q in right), 10)
+    with pytest.raises(UserError, match="exam none: no question with choices fits"):
+        scorer(world, exam=Exam("none", (NUMBER, long)))
+
+
+def test_the_command_and_the_held_out_metric_agree(world, tmp_path, metrics_of):
+    rows = [
+        {"id": f"q{n}", "question": f"{n}?", "choices": ["甲", "乙", "丙"], "answer": "abc"[n % 3]} for n in range(9)
+    ]
+    exam = write_json_lines(tmp_path / "exam.jsonl", rows)
+    held_out = HeldOutConfig(exam=str(exam), template="plain", every=2)
+    config = config_of(world, tmp_path / "run", "cpt", steps=3, held_out=held_out)
+    train(dataclasses.replace(config, init=dataclasses.replace(config.init, checkpoint=str(world.model))))
+    found = metrics_of(tmp_path / "run")
+    assert [step for step in found if "held_out/likelihood_accuracy" in found[step]] == [2, 3]
+
+    arguments = ["--run", str(tmp_path / "run"), "--exam", str(exam), "--template", "plain"]
+    assert main(["likelihood", *arguments, "--output", str(tmp_path / "out")]) == 0
+    written = json.loads((tmp_path / "out" / "likelihood.json").read_text())
+    assert (written["n"], written["step"], written["left_out"]) == (9, 3, 0)
+    assert written["accuracy"] == pytest.approx(found[3]["held_out/likelihood_accuracy"])
+    assert load_exam(exam).name == written["exam"]
+
+
+def test_a_held_out_section_that_holds_nothing_is_refused():
+    with pytest.raises(UserError, match="neither store nor exam"):
+        HeldOutConfig()
