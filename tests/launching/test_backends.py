@@ -100,7 +100,7 @@ def test_tpu_vms_are_asked_for_awaited_and_started(fakes, arguments, slices, nod
     kind = ["--accelerator-type=v5p-128", "--runtime-version=v2-alpha-tpuv5"]
     assert create == ["create", "cpt-72b", *place, *kind, *nodes, "--scopes=cloud-platform", "--spot"]
     assert describe == ["describe", "cpt-72b", *place, "--format=value(state.state)"]
-    assert scp == ["scp", str(ROOT / "launch" / "run_on_host.sh"), "cpt-72b:", *place, *everywhere]
+    assert scp == ["scp", str(ROOT / "medllm_jax" / "launching" / "run_on_host.sh"), "cpt-72b:", *place, *everywhere]
     assert ssh[:-1] == ["ssh", "cpt-72b", *place, *everywhere]
     assert shell_line(ssh).startswith(f"sudo nohup bash run_on_host.sh {IMAGE} 10 300 bash -c ")
     assert shell_line(ssh).endswith(" >medllm.log 2>&1 </dev/null &")
@@ -128,7 +128,7 @@ def test_the_command_on_tpu_vms_survives_every_shell_between(fakes, arguments, t
     assert main(arguments("tpu-vm", overrides=[*PLACES, "--held_out.exam", 'gs://bucket/it\'s "$HOME"'])) == 0
     on_host = shell_line(fakes.calls()[-1]["arguments"]).partition(">medllm.log")[0].removeprefix("sudo nohup ")
     fakes.answer("docker", "0 ")
-    subprocess.run(["bash", "-c", on_host], check=True, cwd=ROOT / "launch")
+    subprocess.run(["bash", "-c", on_host], check=True, cwd=ROOT / "medllm_jax" / "launching")
     gcloud, docker = fakes.calls()
     assert gcloud["arguments"] == ["auth", "configure-docker", "registry.example", "--quiet"]
     options, container = docker["arguments"][:6], docker["arguments"][6:]

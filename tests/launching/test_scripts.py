@@ -11,8 +11,8 @@ import pytest
 
 from tests.launching.fakes import ROOT
 
-LOOP = ROOT / "launch" / "run_on_host.sh"
-SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "launch").rglob("*.sh"))
+LOOP = ROOT / "medllm_jax" / "launching" / "run_on_host.sh"
+SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "medllm_jax").rglob("*.sh"))
 SCRIPTS += [(ROOT / ".ci" / "run").relative_to(ROOT)]
 
 
