@@ -45,7 +45,7 @@ LIMIT = 180  # seconds that any start may take
 WORKER = """
 import dataclasses, os, resource, signal, sys, time
 import numpy as np
-import medllm_jax.progress as progress, medllm_jax.train as train
+import medllm_jax.observability.progress as progress, medllm_jax.training.loop as train
 from medllm_jax.cli import main
 add, put, made = progress.Progress.add, train.put_batch, []
 

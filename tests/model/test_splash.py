@@ -108,7 +108,7 @@ COMPILE = """
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
     from medllm_jax.config import MeshConfig, PrecisionConfig
-    from medllm_jax.loading import attention_on
+    from medllm_jax.model.abstract import attention_on
     from medllm_jax.model.attention import TokenLayout
     from medllm_jax.model.qwen2 import REMAT_POLICIES
     from medllm_jax.sharding import ACTIVATIONS, make_mesh, rows_over
