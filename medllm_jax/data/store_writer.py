@@ -64,7 +64,7 @@ class RowStoreWriter:
         self._shard = self._new_shard()  # the one being filled, and its rows so far
         self._filled = 0
         self._written = 0
-        self._pending: ts.Future | None = None
+        self._pending: ts.WriteFutures | None = None
         self._digest = hashlib.sha256()
         self._corpora: dict[str, list[np.ndarray]] = {}  # name -> tokens of each of its rows
         self._max_token_id = 0

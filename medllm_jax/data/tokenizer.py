@@ -165,8 +165,9 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]]
 
     Raises UserError for messages where the tokenizer has no chat template, or one that refuses them.
     """
-    if not any(isinstance(prompt, list) for prompt in prompts):
-        return encode_plain(tokenizer, prompts)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if len(texts) == len(prompts):
+        return encode_plain(tokenizer, texts)
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template: put prompts as plain text, or give a tokenizer with one")
     import jinja2

@@ -10,7 +10,7 @@ import json
 import math
 import types
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from etils import epath
 
@@ -21,6 +21,12 @@ _WORDS = {str: "a string", list: "a list", bool: "true or false", int: "a whole 
 
 _BLOCK = 2**20  # bytes: how much of a line that is too long is read at a time
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors begin a file with it
+
+
+class ByteStream(Protocol):
+    """A binary stream, as far as lines are read from it."""
+
+    def readline(self, limit: int, /) -> bytes: ...
 
 
 class Line(NamedTuple):
@@ -43,7 +49,7 @@ class LineError(ValueError):
 
 
 def read_lines(
-    stream: IO[bytes], *, first_line: int = 1, max_stream_bytes: float = math.inf, max_line_bytes: int | None = None
+    stream: ByteStream, *, first_line: int = 1, max_stream_bytes: float = math.inf, max_line_bytes: int | None = None
 ) -> Iterator[Line]:
     """The lines of a binary stream from where it stands, blank ones too; memory holds one line.
 

@@ -46,7 +46,7 @@ def medllm(*arguments):
     from medllm_jax.cli import main
 
     be_impatient()
-    corpus_module._UNIT_BYTES = 1000
+    corpus_module._TASK_BYTES = 1000
     print("exit", main(arguments))
 
 

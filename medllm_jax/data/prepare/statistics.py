@@ -1,4 +1,4 @@
-"""What a corpus is made of, in numbers that add up: over batches, units and processes, in any division and order."""
+"""What a corpus is made of, in numbers that add up: over batches, tasks and processes, in any division and order."""
 
 import dataclasses
 import functools
@@ -52,6 +52,7 @@ def _script_table() -> np.ndarray:
     return table
 
 
+@dataclasses.dataclass
 class _Additive:
     """Dataclasses of counts, and of lists and dicts of counts."""
 
@@ -100,7 +101,7 @@ class TextStatistics(_Additive):
         lengths = np.fromiter(map(len, texts), np.int64, len(texts))
         by_document = _scripts(texts, lengths)
         self.merge(
-            TextStatistics(
+            type(self)(
                 documents=len(texts),
                 characters=int(lengths.sum()),
                 bytes=_bytes(texts),
@@ -152,7 +153,7 @@ class TokenStatistics(_Additive):
         [vocabulary].
         """
         self.merge(
-            TokenStatistics(
+            type(self)(
                 documents=len(texts),
                 characters=sum(map(len, texts)),
                 bytes=_bytes(texts),
@@ -229,14 +230,15 @@ def format_statistics(text: TextStatistics, token: TokenStatistics) -> str:
     )
 
 
-def _shares(title: str, unit: str, counts: Mapping[str, int]) -> str:
+def _shares(title: str, counted: str, counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
     return _table(
-        (title, unit, "share"), [(name, f"{count:,}", f"{_share(count, total):.1%}") for name, count in counts.items()]
+        (title, counted, "share"),
+        [(name, f"{count:,}", f"{_share(count, total):.1%}") for name, count in counts.items()],
     )
 
 
-def _bars(unit: str, histogram: Sequence[int]) -> str:
+def _bars(counted: str, histogram: Sequence[int]) -> str:
     """Documents by length, from the first length that occurs to the last."""
     occurring = [place for place, count in enumerate(histogram) if count]
     places = range(occurring[0], occurring[-1] + 1) if occurring else ()
@@ -244,7 +246,7 @@ def _bars(unit: str, histogram: Sequence[int]) -> str:
         (f"{2**place:,} to {2 ** (place + 1) - 1:,}", f"{histogram[place]:,}", _bar(histogram[place] / max(histogram)))
         for place in places
     ]
-    return _table((f"{unit} a document", "documents", ""), rows)
+    return _table((f"{counted} a document", "documents", ""), rows)
 
 
 def _bar(share: float) -> str:
