@@ -1,7 +1,7 @@
 """Exact and near duplicates of a corpus; of each group the document that comes first in corpus order is kept.
 
-A document is known by a digest of its text, and for near duplicates by a MinHash signature of its character 5-grams.
-Both are made where the document is read, and are all that the decision over the whole corpus sees.
+A document is represented by a digest of its text, and for near duplicates by a MinHash signature of its character
+5-grams. Both are made where the document is read; the decision over the whole corpus sees nothing else.
 """
 
 import functools
@@ -25,7 +25,7 @@ _BLOCK_CHARACTERS = 1 << 17
 # Odd multipliers with well mixed bits (Steele et al. 2014, SplitMix64, and the golden ratio).
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
-# A pair that shares a bucket by chance costs one comparison, a pair that shares none is missed for good.
+# A false positive (a shared bucket by chance) costs one comparison; a false negative is missed for good.
 _FALSE_POSITIVE_WEIGHT, _FALSE_NEGATIVE_WEIGHT = 0.1, 0.9
 
 
@@ -52,8 +52,8 @@ def text_digests(texts: Sequence[str]) -> np.ndarray:
 def signatures(texts: Sequence[str]) -> np.ndarray:
     """uint32 [n, PERMUTATIONS]: MinHash (Broder 1997) of the set of each text's character 5-grams.
 
-    White space does not count, so that neither line breaks nor indentation tell two texts apart; what is shorter than
-    five characters is one shingle. The share of places where two signatures are equal estimates the Jaccard similarity
+    White space does not count, so line breaks and indentation make no difference; a text of fewer than five characters
+    is one shingle. The share of places where two signatures are equal estimates the Jaccard similarity
     J of the sets, with a standard deviation of sqrt(J (1 - J) / PERMUTATIONS). Equal in every process; another
     version of rensa may draw other permutations. Memory: about 35 bytes a character of the longest text.
     """
