@@ -287,7 +287,7 @@ def _lone_model(path: epath.Path) -> epath.Path | None:
 
 @contextlib.contextmanager
 def _local_copy(path: epath.Path) -> Iterator[Path]:
-    """The folder itself; or a temporary copy of the small files of one in object storage: transformers can't read it."""
+    """The folder itself; of one in object storage, which transformers can't read, a copy of the files it needs."""
     if not is_remote(path):
         yield Path(path)
         return
