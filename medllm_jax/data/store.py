@@ -33,7 +33,7 @@ ARRAY = "rows"
 ARRAY_METADATA = "rows/zarr.json"
 TOKENS_PER_ROW = "tokens_per_row.npy"
 
-# What TensorStore says when storage cannot be reached: the rows may be as good as ever.
+# TensorStore's errors when storage cannot be reached; they say nothing about the rows.
 _UNREACHABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "CANCELLED")
 _COPY_AGAIN = "copy the store again or prepare it again"
 
@@ -104,7 +104,7 @@ class StoreMetadata:
         """ValueError, KeyError or TypeError where the text is not what ``to_json`` writes."""
         content = json.loads(data)
         if content.pop("checksum") != _checksum(content):
-            raise ValueError("it is not as it was written: its checksum differs")
+            raise ValueError("its checksum differs from the one written")
         content["corpora"] = tuple(CorpusRows(**corpus) for corpus in content["corpora"])
         return cls(**content)
 
@@ -123,7 +123,7 @@ class RowStore:
 
     @classmethod
     def open(cls, path: str | epath.PathLike) -> Self:
-        """Opens a store; UserError where it is missing, incomplete, of another format, or not what store.json says."""
+        """Opens a store; UserError where it is missing, incomplete, of another format, or unlike its store.json."""
         path = epath.Path(path)
         store = cls(path, _read_metadata(path))
         store._file(ARRAY_METADATA)
@@ -199,7 +199,7 @@ class RowStore:
                 "driver": "zarr3",
                 "kvstore": kvstore_spec(self.path / ARRAY),
                 "recheck_cached_metadata": "open",
-                "recheck_cached_data": False,  # rows never change once store.json stands
+                "recheck_cached_data": False,  # rows never change once store.json is written
                 "fill_missing_data_reads": False,  # a lost shard must not read as rows of padding
             }
             # A context of its own: a store that is replaced and opened again must not find the old rows in a cache.

@@ -181,7 +181,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]]
 
 def _encode(tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool) -> list[list[int]]:
     if tokenizer.is_fast:
-        # What calling the tokenizer comes to, without offsets and masks that nobody reads: they cost half the time.
+        # Equal to calling the tokenizer, without the offsets and masks that nobody reads: they take half the time.
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()

@@ -51,7 +51,7 @@ class LineError(ValueError):
 def read_lines(
     stream: ByteStream, *, first_line: int = 1, max_stream_bytes: float = math.inf, max_line_bytes: int | None = None
 ) -> Iterator[Line]:
-    """The lines of a binary stream from where it stands, blank ones too; memory holds one line.
+    """The lines of a binary stream from its position, blank ones too; memory holds one line.
 
     Lines end at ``\\n`` alone: other characters that split lines, such as U+2028, may stand inside a JSON string.
 
@@ -76,7 +76,7 @@ def read_lines(
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line; raises LineError where it is none."""
+    """The JSON object of a line; raises LineError where the line is not one."""
     try:
         content = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -90,7 +90,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One JSON object and where it stands ("file:line")."""
+    """One JSON object and its place ("file:line")."""
 
     fields: dict[str, Any]
     where: str
@@ -152,7 +152,7 @@ def read_appended_rows(file: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def parse_row(line: bytes | str, where: str) -> Row:
-    """The object of one line; UserError with its place where it is none."""
+    """The object of one line; UserError with its place where the line is not one."""
     try:
         # A lone surrogate, which has no UTF-8, is as good as any other text that is not JSON.
         return Row(parse_object(line.encode("utf-8", "replace") if isinstance(line, str) else line), where)

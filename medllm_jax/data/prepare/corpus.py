@@ -63,14 +63,14 @@ class Corpus:
     """One corpus: where its files are, and its manifest, which is kept with the store.
 
     Attributes:
-        name: what it is called in mixes and metrics
+        name: its name in mixes and metrics
         input: files, folders or globs, local or gs://
         text_field: field or column that holds the text, in .jsonl and .parquet
-        provenance: where it comes from
-        licence: under which terms it may be used
-        processing: what was done to it before, such as raw, cleaned, translated, synthetic
-        contact: whom to ask
-        checksum: what the input must be; `sha256sum FILES | cut -d' ' -f1 | sort | sha256sum` prints it
+        provenance: its origin
+        licence: the terms of its use
+        processing: its processing before, such as raw, cleaned, translated, synthetic
+        contact: a person or address for questions
+        checksum: the checksum that the input must have; `sha256sum FILES | cut -d' ' -f1 | sort | sha256sum` prints it
     """
 
     name: str
@@ -101,8 +101,8 @@ class Recipe:
         max_bytes: of one line or text; what is longer cannot be used
         duplicates: keep all, leave out exact ones, or near ones too; the first is kept
         near_threshold: share of equal 5-grams (Jaccard similarity) from which texts are near duplicates
-        pii: personal data: fail stops where it is found, mask replaces it, report goes on
-        pii_rate: share of a corpus' documents with findings up to which fail goes on
+        pii: personal data: fail stops where it is found, mask replaces it, report only counts it
+        pii_rate: share of a corpus' documents that may have findings before fail stops
         pii_patterns: files with more patterns
     """
 
@@ -137,14 +137,14 @@ def prepare_corpus(
     executor: Executor = in_this_process,
     progress: Progress = lambda job, done, total: None,
 ) -> StoreMetadata:
-    """Documents to a store of rows; returns what ``store.json`` says, which holds the report of all that was done.
+    """Prepares a store of rows from documents; returns the content of ``store.json``, which has the whole report.
 
     Each document is tokenised as plain text and ends with the tokenizer's end-of-sequence token. A document longer than
     a row is cut (counted as ``split_documents``); each piece is a segment that sees only itself. Rows hold one corpus
     each, in the order given. The same input and recipe give the same rows, whatever the executor.
 
-    Work in progress is kept beside the output, in ``.NAME.preparing``: repeated after an interruption or an error, the
-    preparation goes on where it was. executor: where the tasks run (see ``jobs.py``).
+    Work in progress is kept beside the output, in ``.NAME.preparing``: the same call after an interruption or an error
+    resumes the preparation. executor: where the tasks run (see ``jobs.py``).
 
     Raises UserError for input that cannot be used (unless on_bad is "skip"), a corpus without documents, personal data
     above the stated rate, a checksum that differs, a tokenizer without the end-of-sequence token, and an output that
@@ -193,12 +193,12 @@ def prepare_corpus(
     return metadata
 
 
-# --- the parts of the story ------------------------------------------------------------------------------------------
+# --- the steps of the preparation ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class _PreparedCorpus:
-    """A corpus on its way: what is known of it so far, all of which ends in the store's manifest."""
+    """A corpus while it is prepared; all that is known of it ends in the store's manifest."""
 
     corpus: Corpus
     input: dict[str, Any]
@@ -248,7 +248,7 @@ def _take_inventories(
     executor: Executor,
     progress: Progress,
 ) -> list[_PreparedCorpus]:
-    """The corpora's files and tasks; UserError where a name, a file or a checksum is not as it must be."""
+    """The corpora's files and tasks; UserError for a name that is used twice, a bad file or a wrong checksum."""
     names = [corpus.name for corpus in corpora]
     if len(set(names)) < len(names):
         raise UserError(f"corpora share a name: {', '.join(names)}")

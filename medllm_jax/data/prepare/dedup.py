@@ -180,7 +180,7 @@ def _repeated(digests: np.ndarray) -> np.ndarray:
 
 
 def _near(signatures: Sequence[Signatures], starts: np.ndarray, alive: np.ndarray, threshold: float) -> np.ndarray:
-    """Documents among ``alive`` (ascending) that are near duplicates of an earlier one that is none."""
+    """Documents among ``alive`` (ascending) that are near duplicates of an earlier one that is kept."""
     documents, buckets = _shared_buckets(_all_band_hashes(signatures, starts, alive, threshold))
     if not len(documents):
         return alive[:0]

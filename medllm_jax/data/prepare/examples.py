@@ -8,7 +8,7 @@ as an iterator of what the step before gives, in bounded memory; what is rejecte
     encode   Rendered -> Encoded    the token ids of its parts
     segment  Encoded -> Segment     as the kind of example has it; ``ExampleWriter.write`` packs and stores them
 
-Parts are tokenised apart, so that no token reaches from what a model is given into what it is to write.
+Parts are tokenised separately, so that no token spans the end of a prompt and the beginning of a response.
 """
 
 import itertools
@@ -145,7 +145,7 @@ def render(
 ) -> Iterator[Rendered | Rejected]:
     """The parts of each example as text, in order.
 
-    chat_parts: the parts of an example of messages as a template writes them, or None where it can't.
+    chat_parts: gives the parts of an example of messages as a template writes them, or None where it can't.
     """
     for example in examples:
         # A control token written out is an accident, or an attempt to pass text that a template has rendered; it would
@@ -191,7 +191,7 @@ def ended(response: np.ndarray, eos: int) -> np.ndarray:
 
 
 def fitting(segment: Segment, sequence_length: int, where: str, subject: str) -> Segment | Rejected:
-    """The segment, rejected where it is longer than a row; subject: what the reason says is too long, with its verb."""
+    """The segment, rejected where it is longer than a row; subject: subject and verb of the reason, "the pair is"."""
     if len(segment.tokens) <= sequence_length:
         return segment
     return Rejected(where, f"{subject} longer than a row of {sequence_length} tokens", too_long=True)
@@ -201,7 +201,7 @@ def fitting(segment: Segment, sequence_length: int, where: str, subject: str) ->
 
 
 class ExampleWriter:
-    """Writes a store of examples, used as a context manager: ``scan``, then ``write`` what ``masked`` gave in the end.
+    """Writes a store of examples, used as a context manager: ``scan`` the examples, then ``write`` their segments.
 
     kind: of the store; name: of its one corpus, and what errors call the examples. on_bad, on_long: what to do about
     a rejected example, and about one that is too long. Nothing is left at ``output`` on failure.
@@ -248,7 +248,7 @@ class ExampleWriter:
         self._gate.check(f"the {self._name}", self._findings)
 
     def masked(self, examples: Iterable[Example]) -> Iterator[Example]:
-        """The examples as they may be written: with personal data masked, if the gate says so."""
+        """The examples with personal data masked, if the gate masks it."""
         return (example.masked(self._gate.mask) for example in examples)
 
     def write(
@@ -259,7 +259,7 @@ class ExampleWriter:
         settings: Mapping[str, Any] = {},
         progress: Callable[[int], None],
     ) -> StoreMetadata:
-        """Packs the segments into rows and writes the store; returns what ``store.json`` says.
+        """Packs the segments into rows and writes the store; returns the content of ``store.json``.
 
         max_per_row: the most examples of a row. settings: more that the rows depend on, for the recipe. progress is
         called now and then with the examples kept so far. UserError for what is rejected, unless it is to be skipped,

@@ -53,7 +53,7 @@ def find_files(inputs: Inputs, suffixes: Sequence[str]) -> list[epath.Path]:
 
 
 def _files_under(path: epath.Path) -> list[epath.Path]:
-    """The file itself, or the visible files of a folder and the folders in it, in order; none where nothing is."""
+    """The file itself, or the visible files of a folder and its folders, in order; empty where nothing exists."""
     if is_remote(path):
         return _remote_files(path, glob=False)
     if path.is_dir():

@@ -1,7 +1,7 @@
 """Instructions with their responses: from JSON lines to a packed store for supervised fine-tuning.
 
 A row of input has ``prompt`` and ``response``, two plain strings, or ``messages``, a chat (``[{"role": ..., "content":
-...}]``) that ends with an assistant's message. What is learnt is every message of the assistant, and nothing else.
+...}]``) that ends with an assistant's message. The model learns every message of the assistant, and nothing else.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -79,9 +79,9 @@ def prepare_instructions(
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda conversations: None,
 ) -> StoreMetadata:
-    """Conversations to a store of rows of ``sequence_length`` tokens; returns what ``store.json`` says.
+    """Prepares a store of rows of ``sequence_length`` tokens from conversations; returns the content of ``store.json``.
 
-    What is given and what is learnt are tokenised apart, and the last response ends with the tokenizer's
+    Context and responses are tokenised separately, and the last response ends with the tokenizer's
     end-of-sequence token. Messages go through the tokenizer's chat template. A conversation is never cut, and a row
     takes as many as fit.
 

@@ -1,8 +1,8 @@
 """Jobs over many tasks, on one machine or on many: results are kept, and no task is done twice.
 
 A job maps a task to a result. The result is a JSON file (with files of bulk data beside it) named by a hash of all that
-it depends on, and written last. So an interrupted job goes on with the tasks that are left, a changed setting or input
-makes anew just what depends on it, and workers need to agree on nothing but the folder.
+it depends on, and written last. So an interrupted job resumes with the remaining tasks, a changed setting or input
+repeats only what depends on it, and workers share nothing but the folder.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ Executor = Callable[[Callable[[Any], str | None], Sequence[Any]], Iterable[str |
 def run_job(
     job: Job[T], tasks: Sequence[T], folder: epath.Path, executor: Executor, progress: Progress
 ) -> list[TaskOutput]:
-    """The outputs of all tasks, in their order; those that are there are not made again.
+    """The outputs of all tasks, in their order; tasks whose result exists are not repeated.
 
     Raises the UserError of a task that has one; the outputs of other tasks stay.
     """
@@ -109,8 +109,8 @@ def in_this_process(function: Callable[[Any], str | None], arguments: Sequence[A
 def in_processes(workers: int) -> Iterator[Executor]:
     """Worker processes on this machine, started when they are first needed; a single argument stays in this process."""
     pool = None
-    # Forked from a clean process, since a fork of this one would copy the locks of whatever threads run here. What is
-    # slow to import it has imported once for all of them, beginning now, while this process goes on.
+    # Workers are forked from a clean process, since a fork of this one would copy the locks of whatever threads run
+    # here. That process imports once for all of them what is slow to import, beginning now, beside this process.
     context = get_context("forkserver")
     if workers > 1:
         context.set_forkserver_preload(_PRELOADED)

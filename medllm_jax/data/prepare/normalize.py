@@ -65,7 +65,7 @@ def normalise(text: str, form: Form) -> str:
 
 
 def _nfc(text: str) -> str:
-    """NFC of what stands between CJK compatibility ideographs; no character composes with one."""
+    """NFC of the text between CJK compatibility ideographs; no character composes with one."""
     parts = _COMPATIBILITY_IDEOGRAPH.split(text)
     parts[::2] = [unicodedata.normalize("NFC", part) for part in parts[::2]]
     return "".join(parts)

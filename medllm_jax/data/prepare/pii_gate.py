@@ -1,4 +1,4 @@
-"""The personal data gate: whether a preparation goes on, given what a scan of all its texts has found."""
+"""The personal data gate: decides from the findings in all texts of a preparation whether it continues."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from medllm_jax.errors import UserError
 
 PiiMode = Literal["fail", "mask", "report"]
 
-# What stood glued to a finding may only be seen once that is masked. Bounded, for a mask may itself match a pattern.
+# A finding beside another may only be found once that is masked. Bounded, since a mask may itself match a pattern.
 _MASK_ROUNDS = 3
 
 
@@ -48,9 +48,9 @@ class PiiFindings:
 
 @dataclasses.dataclass(frozen=True)
 class PiiGate:
-    """What is done about personal data (see ``pii.py``).
+    """How a preparation treats personal data (see ``pii.py``).
 
-    mode: "fail" stops where more than the stated rate of documents has any; "mask" replaces it; "report" goes on.
+    mode: "fail" stops where more than the stated rate of documents has any; "mask" replaces it; "report" counts it.
     patterns: files with more patterns. Raises UserError for a rate that is no share, and for pattern files that cannot
     be used.
     """

@@ -90,11 +90,11 @@ def prepare_pairs(
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda pairs: None,
 ) -> StoreMetadata:
-    """Preference pairs to a store of rows of ``sequence_length`` tokens; returns what ``store.json`` says.
+    """Prepares a store of rows of ``sequence_length`` tokens from pairs; returns the content of ``store.json``.
 
-    Prompt and responses are tokenised apart, and each response ends with the tokenizer's end-of-sequence token. Plain
-    strings are plain text; messages go through the tokenizer's chat template, the response being what it adds to the
-    prompt. A pair is never cut; a row takes as many as fit, or at most ``pairs_per_row``. prompts: "shared" has each
+    Prompt and responses are tokenised separately, and each response ends with the tokenizer's end-of-sequence token.
+    Plain strings are plain text; messages go through the tokenizer's chat template, and a response is what it adds to
+    the prompt. A pair is never cut; a row takes as many as fit, or at most ``pairs_per_row``. prompts: "shared" has each
     prompt once, for both responses; "repeated" has it again for the rejected one, which is the same to learn from and
     more to compute.
 

@@ -1,4 +1,4 @@
-"""How input files are read: record by record, or document by document, in bounded memory.
+"""Reading input files: record by record, or document by document, in bounded memory.
 
 A record is an object of a .jsonl file or a row of a .parquet file, as a dict; a document is a text with its place.
 """
@@ -29,7 +29,7 @@ class ReadOptions(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A document and where it stands, "file" or "file:line"."""
+    """A document and its place, "file" or "file:line"."""
 
     text: str
     where: str

@@ -1,4 +1,4 @@
-"""Files as streams: decompressed ones, and .parquet files; damaged content is told apart from storage that fails."""
+"""Opening files: decompressed streams and .parquet files; damaged content and failing storage are different errors."""
 
 import contextlib
 import gzip
@@ -81,7 +81,7 @@ class _Zstandard(io.RawIOBase):
 
 
 def open_parquet(file: str, stream: WatchedFile) -> "pyarrow.parquet.ParquetFile":
-    """A .parquet file; UserError where the stream is none."""
+    """Opens a .parquet file; UserError where the stream is not one."""
     import pyarrow as pa
     import pyarrow.parquet
 
