@@ -94,9 +94,9 @@ def prepare_pairs(
 
     Prompt and responses are tokenised separately, and each response ends with the tokenizer's end-of-sequence token.
     Plain strings are plain text; messages go through the tokenizer's chat template, and a response is what it adds to
-    the prompt. A pair is never cut; a row takes as many as fit, or at most ``pairs_per_row``. prompts: "shared" has each
-    prompt once, for both responses; "repeated" has it again for the rejected one, which is the same to learn from and
-    more to compute.
+    the prompt. A pair is never cut; a row takes as many as fit, or at most ``pairs_per_row``. prompts: "shared" has
+    each prompt once, for both responses; "repeated" has it again for the rejected one, which gives the same loss and
+    costs more.
 
     on_bad: what to do about a row that is no pair. on_long: what to do about a pair longer than a row, or with a prompt
     of more than ``max_prompt_tokens``. "skip" counts them by reason, with the first line numbers. gate: what is done
