@@ -127,7 +127,7 @@ class RowStoreWriter:
         if self._array is None or self._pending is None:
             raise ValueError("a store needs at least one row")
         if [name for name in corpora if name in self._corpora] != list(self._corpora):
-            raise ValueError(f"there are rows of {list(self._corpora)} and facts of {list(corpora)}")
+            raise ValueError(f"rows are of {list(self._corpora)}, facts are of {list(corpora)}")
         self._pending.result()
         rows = self._written
         self._array.resize(exclusive_max=[rows, 3, self.sequence_length], shrink_only=True).result()
