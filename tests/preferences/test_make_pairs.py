@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medllm_jax.data.prepare.preference_pairs import read_pairs
-from medllm_jax.data.prepare.reading import Dropped
+from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam, load_exam
 from medllm_jax.evaluation.prompts import load_template
@@ -157,7 +157,7 @@ def test_chat_samples_make_rows_of_messages(exam, pairs_of, tmp_path):
     rows, _ = pairs_of(exam, "explain", ["x\n答え: c", "y\n答え: b"], chat=True)
     assert rows[0]["prompt"] == TEMPLATE.render_messages(exam.questions[0], "explain")
     assert rows[0]["chosen"] == [{"role": "assistant", "content": "Leaves.\n答え: b"}]
-    read = read_pairs(str(write_json_lines(tmp_path / "rows.jsonl", rows)), "error", Dropped())
+    read = read_pairs(str(write_json_lines(tmp_path / "rows.jsonl", rows)), "error", RejectionCounts())
     assert len(list(read)) == len(rows) > 0
 
 
