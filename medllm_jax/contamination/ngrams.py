@@ -39,10 +39,11 @@ def grams(text: str, n: int = GRAM) -> np.ndarray:
         return np.zeros(0, np.uint64)
     characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     with np.errstate(over="ignore"):
-        hashes, width, done, done_width = characters + np.uint64(1), 1, None, 0
+        hashes, width = characters + np.uint64(1), 1
+        done, done_width = np.zeros(0, np.uint64), 0
         while True:
             if n & width:  # the stretch that n's binary digits ask for
-                if done is None:
+                if not done_width:
                     done = hashes
                 else:
                     size = len(text) - done_width - width + 1

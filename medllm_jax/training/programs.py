@@ -33,7 +33,7 @@ class TrainProgram(NamedTuple):
     plan: AbstractModel
     abstract: TrainState
     initialise: Callable[[Any], TrainState]
-    step: Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]
+    step: jax.stages.Wrapped
     measure: Callable[[Any, Batch, Any], LossSum]
 
 
@@ -88,9 +88,7 @@ def _state_maker(plan: AbstractModel, optimizer: optax.GradientTransformation, s
     return abstract, jax.jit(make, donate_argnums=0, out_shardings=shardings)
 
 
-def score_program(
-    config: RunConfig, structure: nnx.GraphDef, mesh: Mesh, pairs_per_row: int
-) -> Callable[[Any, Batch], jax.Array]:
+def score_program(config: RunConfig, structure: nnx.GraphDef, mesh: Mesh, pairs_per_row: int) -> jax.stages.Wrapped:
     """``(params, batch) -> float32 [B, P, 2]``: log-probabilities of a micro-batch's pairs, whole on each device."""
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh))
