@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from medllm_jax.contamination.ngrams import GRAM, Overlap
+from medllm_jax.contamination.exams import Overlap
+from medllm_jax.contamination.ngrams import GRAM
 from medllm_jax.data.prepare.reading import (
     DOCUMENT_FILES,
     ROW_FILES,
