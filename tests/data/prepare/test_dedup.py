@@ -85,7 +85,7 @@ def test_blocks_change_nothing(monkeypatch):
 
 def test_another_process_finds_the_same():
     program = (
-        "from medllm_jax.data.duplicates import *\n"
+        "from medllm_jax.data.prepare.dedup import *\n"
         "found = signatures(['患者は発熱を訴えている。', 'fever'])\n"
         "print(found.tolist(), band_hashes(found, 0.8).tolist(), text_digests(['fever']).tolist())"
     )

@@ -392,7 +392,7 @@ def test_rows_of_all_files_in_order(tmp_path):
 IN_STORAGE = """
 import json, os, sys
 from medllm_jax import __version__
-from medllm_jax.data.reading import *
+from medllm_jax.data.prepare.reading import *
 from medllm_jax.errors import UserError
 
 found = {}
