@@ -70,8 +70,8 @@ def _pairs(options: argparse.Namespace) -> None:
     from medllm_jax.terminal.progress import Console
 
     drawn = SampleOptions(options.samples, options.temperature, options.top_p, options.seed)
-    names = ("strategy", "most", "min_characters", "max_characters", "format_failures")
-    wanted = PairOptions(**{name: getattr(options, name) for name in names})
+    names = ("strategy", "min_characters", "max_characters", "format_failures")
+    wanted = PairOptions(most=options.max_pairs_per_prompt, **{name: getattr(options, name) for name in names})
     template = load_template(options.template)
     exam = load_exam(options.exam, years=options.years, text_only=options.text_only)
     judged_by = list(map(load_exam, options.evaluation_exam))
@@ -271,7 +271,11 @@ def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     kept = "where the samples are kept, and gone on from (default: beside the output)"
     parser.add_argument("--samples-file", metavar="PATH", help=kept)
     parser.add_argument("--strategy", choices=("gold", "onpolicy", "both"), default="both", help="what is preferred")
-    parser.add_argument("--most", type=int, default=10, help="pairs of one prompt, at most (default 10)")
+    most = {"dest": "max_pairs_per_prompt", "type": int, "default": 10}
+    parser.add_argument(
+        "--max-pairs-per-prompt", **most, metavar="N", help="make at most N pairs of one prompt (default 10)"
+    )
+    parser.add_argument("--most", **most, help=argparse.SUPPRESS)  # the option's older name
     parser.add_argument("--min-characters", type=int, default=1, help="shorter samples are left out (default 1)")
     parser.add_argument("--max-characters", type=int, help="longer samples are left out (default: none)")
     failures = "samples in which no answer can be read: rejected like wrong ones (default), or left out"

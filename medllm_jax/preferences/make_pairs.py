@@ -47,7 +47,7 @@ class PairOptions:
 
     def __post_init__(self):
         if self.most < 1:
-            raise UserError(f"most is {self.most}: it must be at least 1")
+            raise UserError(f"max_pairs_per_prompt is {self.most}: it must be at least 1")
         longest = self.min_characters if self.max_characters is None else self.max_characters
         if not 1 <= self.min_characters <= longest:
             raise UserError(
@@ -112,7 +112,7 @@ class Report:
         if self.gold.counts:
             yield f"ground truths left out: {_listed(self.gold.counts)}"
         if self.rows:
-            beyond = f"; {self.beyond_most} more left out by --most" if self.beyond_most else ""
+            beyond = f"; {self.beyond_most} more left out by --max-pairs-per-prompt" if self.beyond_most else ""
             lengths = ", ".join(f"{side} {mean:.0f}" for side, mean in self.characters.items())
             yield f"pairs by what is preferred: {_listed(self.rows)}{beyond}; mean characters: {lengths}"
 
