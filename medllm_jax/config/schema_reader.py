@@ -204,7 +204,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def _current_keys(cls: type, settings: Any, known: Sequence[str], prefix: str = "") -> dict[str, Any]:
-    """Settings under today's keys; UserError for a key that is unknown or given twice, and for a value that is not plain."""
+    """Settings under today's keys; UserError for a key that is unknown or given twice, or a value that is not plain."""
     if not isinstance(settings, Mapping):
         raise UserError(f"{prefix.rstrip('.') or 'the config'}: a mapping is expected, got {settings!r}")
     current = {}
