@@ -196,7 +196,7 @@ class Run:
 
         if self.gcs is None:
             return load_meta(self.folder, STEPS)["digests"]
-        code = "import sys, json; from medllm_jax.checkpoint import load_meta; "
+        code = "import sys, json; from medllm_jax.checkpoint.orbax import load_meta; "
         code += "print('META', json.dumps(load_meta(sys.argv[1])))"
         command = [sys.executable, "-c", code, self.folder]
         out = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, check=True)

@@ -13,6 +13,7 @@ import jax
 from etils import epath
 
 from medllm_jax.errors import UserError
+from medllm_jax.storage.json_lines import read_appended_rows
 from medllm_jax.storage.remote import is_remote, write_whole
 
 
@@ -30,7 +31,7 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         self._run, self._path = run, run / "metrics.jsonl"
-        kept = [line for line in read_lines(self._path) if line["step"] <= after_step]
+        kept = [line for line in read_appended_rows(self._path) if line["step"] <= after_step]
         self.seconds_before = sum(line.get("step_seconds", 0.0) for line in kept)
         text = "".join(map(_dump, kept))
         write_whole(self._path, text)
@@ -106,17 +107,6 @@ def _join_wandb(project: str, run: epath.Path, config: Mapping[str, Any]) -> Any
     identity = hashlib.sha256(os.fspath(run).encode()).hexdigest()[:16]
     folder = None if is_remote(run) else os.fspath(run)
     return wandb.init(project=project, name=run.name, id=identity, resume="allow", dir=folder, config=dict(config))
-
-
-def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a line that a killed run cut short ends it."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def _dump(row: dict[str, Any]) -> str:
