@@ -47,7 +47,7 @@ def _config(run: str, store: str, rows: int, steps: int) -> Any:
         PrecisionConfig,
         RunConfig,
     )
-    from medllm_jax.training.setup import with_model
+    from medllm_jax.training.setup import open_source, with_model
 
     config = RunConfig(
         run=f"{store}-run",
@@ -58,7 +58,7 @@ def _config(run: str, store: str, rows: int, steps: int) -> Any:
         objective=ObjectiveConfig(name="rpo", beta=BETA, alpha=1.0),
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, weight_decay=0.0),
     )
-    return with_model(config)
+    return with_model(config, open_source(config))
 
 
 def reference(run: str, store: str, rows: int) -> dict[str, Any]:
@@ -78,12 +78,12 @@ def ours(run: str, store: str, rows: int, warm_up: int, steps: int) -> dict[str,
     from medllm_jax.distributed.sharding import make_mesh, put_batch
     from medllm_jax.model.abstract import merge_params
     from medllm_jax.training.programs import train_program
-    from medllm_jax.training.setup import open_rows, open_stream
+    from medllm_jax.training.setup import open_rows, open_source, open_stream
 
     config = _config(run, store, rows, warm_up + steps)
     stored, mesh = open_rows(config, config.data.stores), make_mesh(config.mesh)
     program = train_program(config, mesh)
-    params, frozen, _ = initial_weights(config, program.plan)
+    params, frozen, _ = initial_weights(program.plan, open_source(config), config.seed)
     scores = read_references(stored, model_fingerprint(merge_params(params, frozen)))
     state = program.initialise(params)
     clock, losses, pairs = _Clock(), [], []

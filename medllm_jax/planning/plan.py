@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
-from medllm_jax.checkpoint.orbax import load_model_config
+from medllm_jax.checkpoint.handle import open_checkpoint
 from medllm_jax.config.load import to_plain
 from medllm_jax.config.schema import RunConfig
 from medllm_jax.distributed.chips import MARGIN, Chip, Topology, chips_of, ici_bandwidth
@@ -110,7 +110,7 @@ def search(config: RunConfig, question: Question, show: Callable[[str], None]) -
 
 def with_model(config: RunConfig) -> RunConfig:
     """The config with the shape of the model that it starts from, where it names none itself."""
-    return config if config.model else dataclasses.replace(config, model=load_model_config(config.init.checkpoint))
+    return config if config.model else dataclasses.replace(config, model=open_checkpoint(config.init.checkpoint).model)
 
 
 def _rows(config: RunConfig, question: Question) -> int:

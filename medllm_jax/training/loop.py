@@ -22,6 +22,7 @@ from medllm_jax.training.setup import (
     open_held_out,
     open_rows,
     open_session,
+    open_source,
     open_stream,
     references_of,
     restore_or_init,
@@ -39,7 +40,8 @@ def train(config: RunConfig, *, force: bool = False) -> epath.Path:
       Preempted: the process was told to end, and what there was to save is saved.
       RunError: the run can't go on, and says why.
     """
-    config = with_model(config)
+    source = open_source(config)
+    config = with_model(config, source)
     folder, changes = run_on_all("opening the run folder", lambda: run_folder.open_run(config, force=force), UserError)
     rows = open_rows(config, config.data.stores)
     if config.data.mix is not None:
@@ -48,7 +50,7 @@ def train(config: RunConfig, *, force: bool = False) -> epath.Path:
     program = train_program(config, mesh)
 
     with supervised(config, folder) as (lease, watch, preemption):
-        start, state, meta, frozen = restore_or_init(config, folder, rows, program, watch)
+        start, state, meta, frozen = restore_or_init(config, source, folder, rows, program, watch)
         reference = references_of(config, rows, meta["reference_model"])
         held_out = open_held_out(config, program, mesh, meta["reference_model"]) if config.held_out else None
         seen, step = Seen(rows, meta["seen"]), start

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from medllm_jax.checkpoint.fingerprint import model_fingerprint
+from medllm_jax.checkpoint.handle import open_on_all
 from medllm_jax.checkpoint.load_model import initial_weights
 from medllm_jax.config.schema import RunConfig
 from medllm_jax.data.loader import in_order
@@ -26,7 +27,6 @@ def cache_reference(config: RunConfig) -> int:
     The log-probabilities are stored beside the pairs under a hash of model and pairs, computed with the run's own mesh,
     precision and batch; `medllm train` reads them, so the reference model itself is not in memory there.
     """
-    config = with_model(config)
     if config.objective.name != "rpo" or config.init.checkpoint is None:
         raise UserError(
             "reference log-probabilities belong to an RPO run: set objective.name to rpo, "
@@ -34,12 +34,14 @@ def cache_reference(config: RunConfig) -> int:
         )
     if config.objective.reference != "cached":
         raise UserError(f"objective.reference is {config.objective.reference}: the run reads no cached ones")
+    source = open_on_all(config.init.checkpoint)
+    config = with_model(config, source)
     mesh = make_mesh(config.mesh)
     stores = [config.data.stores, *([config.held_out.stores] if config.held_out and config.held_out.stores else [])]
     sources = [open_rows(config, group) for group in stores]
     check_divisible(mesh, config.model, config.data.batch_size // config.data.accumulate)
     plan = abstract_model(config.model, config.precision, mesh, attention=config.attention, adapter=config.adapter)
-    first = initial_weights(config, plan)  # by the same road as the run itself, adapters and all
+    first = initial_weights(plan, source, config.seed)  # by the same road as the run itself, adapters and all
     params = merge_params(first.params, first.frozen)
     model = model_fingerprint(params)
     for rows in sources:

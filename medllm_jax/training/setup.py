@@ -10,8 +10,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from medllm_jax.checkpoint.fingerprint import model_fingerprint
+from medllm_jax.checkpoint.handle import Base, Checkpoint, open_on_all
 from medllm_jax.checkpoint.load_model import initial_weights, load_frozen
-from medllm_jax.checkpoint.orbax import Base, load_adapted, load_model_config
 from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.config.load import to_plain
 from medllm_jax.config.schema import RunConfig
@@ -37,17 +37,27 @@ STORE_KINDS = {"cpt": ("cpt",), "sft": ("sft",), "rpo": ("pairs", "sft")}
 
 
 def restore_or_init(
-    config: RunConfig, folder: epath.Path, rows: Rows, program: TrainProgram, watch: Watchdog
+    config: RunConfig,
+    source: Checkpoint | None,
+    folder: epath.Path,
+    rows: Rows,
+    program: TrainProgram,
+    watch: Watchdog,
 ) -> tuple[int, TrainState, dict[str, Any], Any]:
-    """Step, state, meta and frozen parameters that a run goes on from, or starts with."""
+    """Step, state, meta and frozen parameters that a run goes on from, or starts with.
+
+    source: `open_source` of the config; opened here where a run that was begun has saved nothing yet.
+    """
     restored = restore(folder, program.abstract, watch)
     if restored is not None:
         check_same_data(folder, restored.meta, rows)
-        frozen = load_frozen(program.plan, load_adapted(folder, restored.step))
+        frozen = load_frozen(program.plan, restored.checkpoint)
         return restored.step, restored.state, restored.meta | {"config": to_plain(config)}, frozen
     watch.stage("reading the model")
-    check_reference(config)
-    params, frozen, base = initial_weights(config, program.plan)
+    if source is None and config.init.checkpoint is not None:
+        source = open_on_all(config.init.checkpoint)
+    check_reference(config, source)
+    params, frozen, base = initial_weights(program.plan, source, config.seed)
     meta = initial_metadata(config, rows, base, params, frozen)
     return 0, program.initialise(params), meta, frozen
 
@@ -61,14 +71,21 @@ def open_session(config: RunConfig, folder: epath.Path, start: int, changes: dic
     return sessions.begin(folder, start, changes)[0]["time"]
 
 
-def with_model(config: RunConfig) -> RunConfig:
-    """The config with the model's shape filled in from the checkpoint it starts from, and checked against it."""
+def open_source(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint that a new run starts from; None for random weights, and for a run that was begun before."""
+    if config.init.checkpoint is None or run_folder.recorded_config(config.run) is not None:
+        return None
+    return open_on_all(config.init.checkpoint)
+
+
+def with_model(config: RunConfig, source: Checkpoint | None) -> RunConfig:
+    """The config with the model's shape filled in from `open_source`'s checkpoint, and checked against it."""
     recorded = run_folder.recorded_config(config.run)
     if recorded is not None:  # a run that goes on no longer needs the checkpoint that it started from
         return config if config.model else dataclasses.replace(config, model=recorded.model)
-    if config.init.checkpoint is None:
+    if source is None:
         return config
-    found = load_model_config(config.init.checkpoint)
+    found = source.model
     if config.model is not None and config.model != found:
         before, now = to_plain(found), to_plain(config.model)
         name = next(name for name in before if before[name] != now[name])
@@ -154,11 +171,11 @@ def initial_metadata(config: RunConfig, rows: Rows, base: Base | None, params: A
     }
 
 
-def check_reference(config: RunConfig) -> None:
+def check_reference(config: RunConfig, source: Checkpoint | None) -> None:
     """UserError where turning adapters off would compare with the model from before continued pretraining."""
-    if config.objective.reference == "adapters_off" and load_adapted(config.init.checkpoint) is not None:
+    if config.objective.reference == "adapters_off" and source is not None and source.adapter is not None:
         raise UserError(
-            f"objective.reference is adapters_off and {config.init.checkpoint} holds adapters, without which it is its "
+            f"objective.reference is adapters_off and {source.run} holds adapters, without which it is its "
             "raw base and not the model to compare with: choose cached"
         )
 
