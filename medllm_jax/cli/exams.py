@@ -72,8 +72,8 @@ def _pairs(options: argparse.Namespace) -> None:
 
     drawn = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
     params = SamplingParams(n=options.samples, **drawn)
-    names = ("strategy", "most", "min_characters", "max_characters", "format_failures")
-    wanted = PairOptions(**{name: getattr(options, name) for name in names})
+    names = ("strategy", "min_characters", "max_characters", "format_failures")
+    wanted = PairOptions(most=options.max_pairs_per_prompt, **{name: getattr(options, name) for name in names})
     template = load_template(options.template)
     exam = load_exam(options.exam, years=options.years, text_only=options.text_only)
     judged_by = list(map(load_exam, options.evaluation_exam))
@@ -147,6 +147,7 @@ def _opened(options: argparse.Namespace) -> Any:
 
 def _sampler(options: argparse.Namespace, checkpoint: Any) -> Any:
     """The model that is asked, one of the three kinds; None where none is named."""
+    from medllm_jax.distributed.mesh_sizes import parse_mesh_sizes
     from medllm_jax.inference import samplers
 
     if bool(options.server) != bool(options.model):
@@ -159,7 +160,7 @@ def _sampler(options: argparse.Namespace, checkpoint: Any) -> Any:
         return samplers.folder_sampler(options.hf, dtype=options.compute_dtype, **of_machine)
     if checkpoint is None:
         return None
-    mesh, precision = arguments.mesh_of(options.mesh), arguments.precision_of(options)
+    mesh, precision = parse_mesh_sizes(options.mesh), arguments.precision_of(options)
     return samplers.checkpoint_sampler(checkpoint, mesh=mesh, precision=precision, **of_machine)
 
 
@@ -218,6 +219,7 @@ def _likelihood(options: argparse.Namespace) -> None:
     from etils import epath
 
     from medllm_jax.checkpoint.handle import open_checkpoint
+    from medllm_jax.distributed.mesh_sizes import parse_mesh_sizes
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
     from medllm_jax.inference.likelihood import likelihood_of_checkpoint
@@ -227,7 +229,7 @@ def _likelihood(options: argparse.Namespace) -> None:
     template = load_template(options.template)
     checkpoint = open_checkpoint(options.run)
     output = epath.Path(options.output or f"{options.run}/evaluation/{exam.name}-{template.name}-step{checkpoint.step}")
-    placed = {"mesh": arguments.mesh_of(options.mesh), "precision": arguments.precision_of(options)}
+    placed = {"mesh": parse_mesh_sizes(options.mesh), "precision": arguments.precision_of(options)}
     score = likelihood_of_checkpoint(checkpoint, exam, template, batch_size=options.batch_size, **placed)
     output.mkdir(parents=True, exist_ok=True)
     found = {"exam": exam.name, "template": template.name, "model": checkpoint.label, "step": checkpoint.step}
@@ -278,7 +280,11 @@ def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     kept = "where the samples are kept, and gone on from (default: beside the output)"
     parser.add_argument("--samples-file", metavar="PATH", help=kept)
     parser.add_argument("--strategy", choices=("gold", "onpolicy", "both"), default="both", help="what is preferred")
-    parser.add_argument("--most", type=int, default=10, help="pairs of one prompt, at most (default 10)")
+    most = {"dest": "max_pairs_per_prompt", "type": int, "default": 10}
+    parser.add_argument(
+        "--max-pairs-per-prompt", **most, metavar="N", help="make at most N pairs of one prompt (default 10)"
+    )
+    parser.add_argument("--most", **most, help=argparse.SUPPRESS)  # the option's older name
     parser.add_argument("--min-characters", type=int, default=1, help="shorter samples are left out (default 1)")
     parser.add_argument("--max-characters", type=int, help="longer samples are left out (default: none)")
     failures = "samples in which no answer can be read: rejected like wrong ones (default), or left out"

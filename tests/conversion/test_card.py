@@ -106,11 +106,15 @@ def test_of_a_model_that_was_only_converted(place):
 
 def test_results_are_added_by_their_folders(place):
     evaluate(EXAM, TEMPLATE, BOTH, asked_of(Model({})), (place / "other"))
-    text = documents(open_checkpoint(place / "start", 0), adapter=False, parameters=1, evaluations=[str(place / "other")])
+    text = documents(
+        open_checkpoint(place / "start", 0), adapter=False, parameters=1, evaluations=[str(place / "other")]
+    )
     assert "| small | other |" in text["README.md"]
     for wrong in ("rpo", "texts"):
         with pytest.raises(UserError, match="exam results"):
-            documents(open_checkpoint(place / "start", 0), adapter=False, parameters=1, evaluations=[str(place / wrong)])
+            documents(
+                open_checkpoint(place / "start", 0), adapter=False, parameters=1, evaluations=[str(place / wrong)]
+            )
 
 
 def test_adapters_are_described_and_loaded_as_such(place):
@@ -121,7 +125,9 @@ def test_adapters_are_described_and_loaded_as_such(place):
     assert "library_name: peft" in text
     assert "rank 8, scale 11.3137 (rsLoRA)" in text
     assert "trained on a base in nf4, exported alone" in text
-    assert "exported merged" in documents(open_checkpoint(place / "lora", STEP), adapter=False, parameters=1)["README.md"]
+    assert (
+        "exported merged" in documents(open_checkpoint(place / "lora", STEP), adapter=False, parameters=1)["README.md"]
+    )
 
 
 @pytest.mark.parametrize(

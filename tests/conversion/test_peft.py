@@ -50,7 +50,9 @@ def convert(*arguments):
 
 def logits_of_run(run):
     """float32 [tokens, V], of base and adapters unmerged where it has some."""
-    model = load_model(open_checkpoint(run), PrecisionConfig(compute="float32"), make_mesh(MeshConfig(), jax.devices()[:1]))
+    model = load_model(
+        open_checkpoint(run), PrecisionConfig(compute="float32"), make_mesh(MeshConfig(), jax.devices()[:1])
+    )
     row = jnp.asarray([TOKENS], jnp.int32)
     network = nnx.merge(model.structure, model.params)
     with jax.default_matmul_precision("highest"):

@@ -21,7 +21,9 @@ PROMPTS = ["The patient", "発熱と咳", "A", "Q7: heart liver test. Which drug
 
 @pytest.fixture(scope="module")
 def generator(world):
-    return Generator.from_checkpoint(open_checkpoint(world.model), batch_size=8, precision=PrecisionConfig(compute="float32"))
+    return Generator.from_checkpoint(
+        open_checkpoint(world.model), batch_size=8, precision=PrecisionConfig(compute="float32")
+    )
 
 
 def one_device_generator(world, batch_size, seed=1):
@@ -64,7 +66,10 @@ def test_greedy_equals_transformers(world, tmp_path):
         assert completion.tokens == tuple(whole[0, ids.shape[1] :].tolist())
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(max_new_tokens=20), SamplingParams(max_new_tokens=20, temperature=1.0, top_p=0.9, seed=3)])
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingParams(max_new_tokens=20), SamplingParams(max_new_tokens=20, temperature=1.0, top_p=0.9, seed=3)],
+)
 def test_a_batch_equals_prompts_alone(world, sampling):
     """Left padding, the batch's size and the mesh change nothing."""
     together = list(one_device_generator(world, batch_size=len(PROMPTS))(PROMPTS, sampling))
@@ -79,11 +84,16 @@ def test_on_eight_devices_equals_one(world, generator):
     plan = abstract_model(generator._model.config, PrecisionConfig(compute="float32"), mesh)
     model = LoadedModel(plan.config, plan.structure, jax.device_put(jax.device_get(whole), jax.devices()[0]), mesh)
     alone = Generator(model, generator._tokenizer, np.asarray(generator._eos), 3)
-    assert list(alone(PROMPTS, SamplingParams(max_new_tokens=12))) == list(generator(PROMPTS, SamplingParams(max_new_tokens=12)))
+    assert list(alone(PROMPTS, SamplingParams(max_new_tokens=12))) == list(
+        generator(PROMPTS, SamplingParams(max_new_tokens=12))
+    )
 
 
 def test_samples_repeat_by_seed_and_differ_by_prompt_number(generator):
-    draw = lambda seed: [c.tokens for c in generator(["発熱"] * 10, SamplingParams(max_new_tokens=12, temperature=1.0, seed=seed))]  # noqa: E731
+    def draw(seed):
+        params = SamplingParams(max_new_tokens=12, temperature=1.0, seed=seed)
+        return [completion.tokens for completion in generator(["発熱"] * 10, params)]
+
     first = draw(0)
     assert first == draw(0)
     assert first != draw(1)
@@ -92,7 +102,9 @@ def test_samples_repeat_by_seed_and_differ_by_prompt_number(generator):
 
 def test_a_seed_and_number_of_its_own_make_a_prompt_what_it_is_elsewhere(generator):
     hot = SamplingParams(max_new_tokens=12, temperature=1.0)
-    apart = [list(generator(["発熱"] * 3, SamplingParams(max_new_tokens=12, temperature=1.0, seed=seed))) for seed in (7, 8)]
+    apart = [
+        list(generator(["発熱"] * 3, SamplingParams(max_new_tokens=12, temperature=1.0, seed=seed))) for seed in (7, 8)
+    ]
     draws = [(8, 2), (7, 0), (7, 1), (8, 0)]
     together = list(generator(["発熱"] * 4, hot, draws))
     assert together == [apart[seed - 7][number] for seed, number in draws]
@@ -102,7 +114,9 @@ def test_a_seed_and_number_of_its_own_make_a_prompt_what_it_is_elsewhere(generat
 def test_stop_string_cuts_the_text_and_ends_the_completion(generator):
     whole = next(iter(generator(["The patient"], SamplingParams(max_new_tokens=40, temperature=1.0, seed=5))))
     stop = whole.text[4:7]
-    cut = next(iter(generator(["The patient"], SamplingParams(max_new_tokens=40, temperature=1.0, seed=5, stop=(stop,)))))
+    cut = next(
+        iter(generator(["The patient"], SamplingParams(max_new_tokens=40, temperature=1.0, seed=5, stop=(stop,))))
+    )
     assert cut.finish_reason == "stop"
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert len(cut.tokens) < len(whole.tokens)
@@ -122,7 +136,9 @@ def test_end_of_sequence_ends_a_completion(generator):
 
 def test_length_limit_is_kept_and_named(generator):
     assert {len(c.tokens) <= 5 for c in generator(PROMPTS, SamplingParams(max_new_tokens=5, temperature=1.0))} == {True}
-    assert any(c.finish_reason == "length" for c in generator(PROMPTS, SamplingParams(max_new_tokens=5, temperature=1.0)))
+    assert any(
+        c.finish_reason == "length" for c in generator(PROMPTS, SamplingParams(max_new_tokens=5, temperature=1.0))
+    )
 
 
 def test_top_p_draws_from_the_smallest_set_that_reaches_it():

@@ -14,8 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from medllm_jax.errors import UserError
-from medllm_jax.inference import openai_client as server_module
 from medllm_jax.evaluation.sampling import Completion, SamplingParams
+from medllm_jax.inference import openai_client as server_module
 from medllm_jax.inference.openai_client import OpenAIClient
 
 
@@ -108,7 +108,9 @@ def test_what_is_asked_is_what_was_said():
         hot = dataclasses.replace(LIMITS, temperature=0.8, top_p=0.9)
         assert list(server(["a", "b"], hot, seeds=[5, 6])) == [Completion("A", "length"), Completion("B", "length")]
         chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "hello"}]
-        assert list(server([chat], dataclasses.replace(hot, max_new_tokens=3, stop=()))) == [Completion("HELLO", "stop")]
+        assert list(server([chat], dataclasses.replace(hot, max_new_tokens=3, stop=()))) == [
+            Completion("HELLO", "stop")
+        ]
     asked = {body.get("prompt", "chat"): (path, body) for path, body in engine.requests}
     path, body = asked["b"]
     assert path == "/v1/completions"

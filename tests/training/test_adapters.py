@@ -33,7 +33,8 @@ from medllm_jax.config.schema import (
 from medllm_jax.conversion.hf_weights import open_hf
 from medllm_jax.conversion.run_weights import RunWeights
 from medllm_jax.conversion.verify import logits_here, stacked_weights
-from medllm_jax.distributed.sharding import make_mesh, put_batch
+from medllm_jax.data.prefetch import put_batch
+from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import UserError
 from medllm_jax.model.abstract import abstract_model, merge_params, random_params
 from medllm_jax.training import loop as train_module
@@ -95,10 +96,10 @@ def steps(base, *, kind="rpo", devices=8, number=3, adapter=INT8, **how):
     config = config_of("unused", base, kind=kind, adapter=adapter, **how)
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     program = train_program(config, mesh)
-    params, frozen, _ = initial_weights(program.plan, open_checkpoint(base), config.seed)
+    params, frozen, _ = initial_weights(program.model, open_checkpoint(base), config.seed)
     before = jax.tree.map(np.array, frozen)
     batches = [put_batch(rows_of(kind, step), mesh) for step in range(number)]
-    compiled = program.step.lower(program.abstract, batches[0], program.plan.frozen).compile()
+    compiled = program.step.lower(program.abstract, batches[0], program.model.frozen).compile()
     state, losses = program.initialise(params), []
     for batch in batches:
         state, metrics = compiled(state, batch, frozen)
@@ -144,7 +145,7 @@ def test_dropout_is_in_the_step_where_it_is_asked_for(dropout):
     config = config_of("unused", "unused", adapter=dataclasses.replace(QLORA, dropout=dropout))
     program = train_program(config, make_mesh(config.mesh))
     batch = abstract_batch(make_mesh(config.mesh), 8, 24, None)
-    text = program.step.lower(program.abstract, batch, program.plan.frozen).as_text()
+    text = program.step.lower(program.abstract, batch, program.model.frozen).as_text()
     assert ("bernoulli" in text) == (dropout > 0)
 
 
@@ -190,7 +191,8 @@ def test_resumed_equals_uninterrupted(world, base, finished, tmp_path, monkeypat
             train(config)
     train(config)
     assert metrics_of(tmp_path / "run") == metrics_of(finished / "cpt")
-    models = (load_model(open_checkpoint(run), FLOAT32, make_mesh(MeshConfig())).params for run in (tmp_path / "run", finished / "cpt"))
+    runs = map(open_checkpoint, (tmp_path / "run", finished / "cpt"))
+    models = (load_model(run, FLOAT32, make_mesh(MeshConfig())).params for run in runs)
     jax.tree.map(np.testing.assert_array_equal, *models)
 
 
@@ -235,7 +237,8 @@ def test_merged_equals_unmerged(finished, tmp_path):
     assert convert(["to-hf", str(finished / "rpo"), str(tmp_path / "hf")]) == 0
     (merged,) = logits_here(open_hf(tmp_path / "hf"), [tokens])
     np.testing.assert_allclose(merged, unmerged, atol=1e-4)
-    ours, exported = (stacked_weights(side) for side in (RunWeights(open_checkpoint(finished / "rpo")), open_hf(tmp_path / "hf")))
+    sides = RunWeights(open_checkpoint(finished / "rpo")), open_hf(tmp_path / "hf")
+    ours, exported = map(stacked_weights, sides)
     jax.tree.map(np.testing.assert_array_equal, ours, exported)
 
 
