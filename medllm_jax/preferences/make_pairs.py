@@ -20,7 +20,8 @@ from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.extraction.extract import extract
 from medllm_jax.evaluation.grading import grade
 from medllm_jax.evaluation.prompts import PromptTemplate
-from medllm_jax.evaluation.samples import Sample, Samples, prompt_of
+from medllm_jax.evaluation.samples import Samples, prompt_of
+from medllm_jax.evaluation.sampling import Completion
 
 Strategy = Literal["gold", "onpolicy", "both"]
 
@@ -191,7 +192,7 @@ def _sides(
     return right, wrong
 
 
-def _verdict(question: Question, condition: str, sample: Sample, options: PairOptions, seen: set[str]) -> str:
+def _verdict(question: Question, condition: str, sample: Completion, options: PairOptions, seen: set[str]) -> str:
     """One of the three verdicts that a sample is used by, or why it is in no pair."""
     if sample.finish_reason != "stop":
         return "cut at the length limit" if sample.finish_reason == "length" else "cut by the server"

@@ -12,7 +12,8 @@ from medllm_jax.config.schema import RunConfig
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.grading import Grade, read_grades
 from medllm_jax.evaluation.prompts import CONDITIONS
-from medllm_jax.evaluation.samples import Sample, Samples
+from medllm_jax.evaluation.samples import Samples
+from medllm_jax.evaluation.sampling import Completion
 from medllm_jax.storage.json_lines import read_appended_rows
 from medllm_jax.storage.remote import names_in
 from medllm_jax.storage.run_folder import recorded_config
@@ -42,7 +43,7 @@ class Results:
     likelihood: dict[str, Any] | None
     contamination: dict[str, Any] | None
 
-    def outputs(self, question: str, condition: str) -> tuple[Sample, ...]:
+    def outputs(self, question: str, condition: str) -> tuple[Completion, ...]:
         """The raw outputs to a question; none where they were not kept."""
         samples = Samples.read(self.folder / "samples.jsonl")
         try:
