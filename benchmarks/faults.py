@@ -45,7 +45,7 @@ LIMIT = 180  # seconds that any start may take
 WORKER = """
 import os, resource, signal, sys, time
 import numpy as np
-import medllm_jax.progress as progress, medllm_jax.train as train
+import medllm_jax.observability.progress as progress, medllm_jax.training.loop as train
 from medllm_jax.cli import main
 add, put, made = progress.Progress.add, train.put_batch, []
 
@@ -195,7 +195,7 @@ class Run:
 
         if self.gcs is None:
             return load_meta(self.folder, STEPS)["digests"]
-        code = "import sys, json; from medllm_jax.checkpoint import load_meta; "
+        code = "import sys, json; from medllm_jax.checkpoint.orbax import load_meta; "
         code += "print('META', json.dumps(load_meta(sys.argv[1])))"
         command = [sys.executable, "-c", code, self.folder]
         out = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, check=True)
