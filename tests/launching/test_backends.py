@@ -242,7 +242,7 @@ def test_help_imports_nothing_heavy(arguments_):
         "import sys, contextlib, io\nfrom medllm_jax.cli.launch import main\nout = io.StringIO()\n"
         "with contextlib.redirect_stdout(out):\n"
         f"    try: main({arguments_!r})\n    except SystemExit: pass\n"
-        "assert 'usage: python -m launch' in out.getvalue()\n"
+        "assert 'usage: medllm launch' in out.getvalue()\n"
         "print(sorted({'jax', 'numpy', 'transformers', 'etils', 'gcsfs'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
