@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medllm_jax.errors import UserError
 
@@ -45,7 +45,7 @@ def names_in(folder: "epath.Path") -> set[str]:
 
 
 @contextlib.contextmanager
-def open_buffered(path: "epath.Path", buffer_bytes: int = 2**20) -> Iterator[io.BufferedReader]:
+def open_buffered(path: "epath.Path", buffer_bytes: int = 2**20) -> "Iterator[io.BufferedReader[Any]]":
     """A file open for reading, with a buffer of our own.
 
     Files under gs:// look for line ends in Python, and cannot bound the length of a line.
