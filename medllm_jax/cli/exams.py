@@ -70,8 +70,8 @@ def _pairs(options: argparse.Namespace) -> None:
     from medllm_jax.terminal.progress import Console
 
     drawn = SampleOptions(options.samples, options.temperature, options.top_p, options.seed)
-    names = ("strategy", "most", "min_characters", "max_characters", "format_failures")
-    wanted = PairOptions(**{name: getattr(options, name) for name in names})
+    names = ("strategy", "min_characters", "max_characters", "format_failures")
+    wanted = PairOptions(most=options.max_pairs_per_prompt, **{name: getattr(options, name) for name in names})
     template = load_template(options.template)
     exam = load_exam(options.exam, years=options.years, text_only=options.text_only)
     judged_by = list(map(load_exam, options.evaluation_exam))
@@ -131,6 +131,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _sampler(options: argparse.Namespace, drawn: Any) -> Any:
     """The model that is asked, one of the three kinds; None where none is named."""
+    from medllm_jax.distributed.mesh_sizes import parse_mesh_sizes
     from medllm_jax.inference import samplers
 
     kinds = {"--run": options.run, "--hf": options.hf, "--server": options.server}
@@ -148,7 +149,7 @@ def _sampler(options: argparse.Namespace, drawn: Any) -> Any:
     if not options.run:
         return None
 
-    mesh, precision = arguments.mesh_of(options.mesh), arguments.precision_of(options)
+    mesh, precision = parse_mesh_sizes(options.mesh), arguments.precision_of(options)
     return samplers.run_sampler(options.run, drawn, mesh=mesh, precision=precision, **of_machine)
 
 
@@ -209,6 +210,7 @@ def _likelihood(options: argparse.Namespace) -> None:
     from etils import epath
 
     from medllm_jax.checkpoint.orbax import latest_step
+    from medllm_jax.distributed.mesh_sizes import parse_mesh_sizes
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
     from medllm_jax.inference.likelihood import likelihood_of_run
@@ -218,7 +220,7 @@ def _likelihood(options: argparse.Namespace) -> None:
     template = load_template(options.template)
     step = latest_step(options.run)
     output = epath.Path(options.output or f"{options.run}/evaluation/{exam.name}-{template.name}-step{step}")
-    placed = {"mesh": arguments.mesh_of(options.mesh), "precision": arguments.precision_of(options)}
+    placed = {"mesh": parse_mesh_sizes(options.mesh), "precision": arguments.precision_of(options)}
     score = likelihood_of_run(options.run, exam, template, batch_size=options.batch_size, **placed)
     output.mkdir(parents=True, exist_ok=True)
     found = {"exam": exam.name, "template": template.name, "model": f"{options.run}@{step}", "step": step}
@@ -269,7 +271,11 @@ def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     kept = "where the samples are kept, and gone on from (default: beside the output)"
     parser.add_argument("--samples-file", metavar="PATH", help=kept)
     parser.add_argument("--strategy", choices=("gold", "onpolicy", "both"), default="both", help="what is preferred")
-    parser.add_argument("--most", type=int, default=10, help="pairs of one prompt, at most (default 10)")
+    most = {"dest": "max_pairs_per_prompt", "type": int, "default": 10}
+    parser.add_argument(
+        "--max-pairs-per-prompt", **most, metavar="N", help="make at most N pairs of one prompt (default 10)"
+    )
+    parser.add_argument("--most", **most, help=argparse.SUPPRESS)  # the option's older name
     parser.add_argument("--min-characters", type=int, default=1, help="shorter samples are left out (default 1)")
     parser.add_argument("--max-characters", type=int, help="longer samples are left out (default: none)")
     failures = "samples in which no answer can be read: rejected like wrong ones (default), or left out"

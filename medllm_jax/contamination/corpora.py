@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from medllm_jax.contamination.ngrams import GRAM, Overlap
+from medllm_jax.contamination.exams import Overlap
+from medllm_jax.contamination.ngrams import GRAM
 from medllm_jax.data.prepare.files import DOCUMENT_FILES, RECORD_FILES, find_files
 from medllm_jax.data.prepare.inventory import whole_file
 from medllm_jax.data.prepare.readers import ReadOptions, read_documents, read_records

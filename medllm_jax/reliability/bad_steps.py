@@ -41,8 +41,10 @@ class BadStepGuard:
                     "it comes again, look at the rows, or go on without them by --guard.action skip"
                 )
             print(f"skipped, {self.skipped} so far: {where}", flush=True)
-            if self.skipped > self._config.limit:
-                raise RunError(f"{self.skipped} steps were skipped, guard.limit is {self._config.limit}: {where}")
+            if self.skipped > self._config.max_skipped:
+                raise RunError(
+                    f"{self.skipped} steps were skipped, guard.max_skipped is {self._config.max_skipped}: {where}"
+                )
 
     def _cause(self, row: dict[str, Any]) -> str:
         if np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]):

@@ -62,8 +62,8 @@ def collect(paths: Iterable[str]) -> tuple[list[Run], list[Results]]:
     for path in dict.fromkeys(str(path).rstrip("/") for path in paths):
         folder = epath.Path(path)
         held = names_in(folder)
-        if "config.yaml" in held:
-            runs[folder], inside = recorded_config(folder), folder / "evaluation"
+        if (config := recorded_config(folder)) is not None:
+            runs[folder], inside = config, folder / "evaluation"
             found = [inside / each for each in sorted(names_in(inside)) if _is_results(names_in(inside / each))]
             results |= dict.fromkeys(found, folder)
         elif _is_results(held):

@@ -116,7 +116,8 @@ def test_without_pairs_it_ends_and_says_so(file, capsys):
         ("rounds: 3", "rounds: 4", "temperature has 3 numbers and there are 4 rounds"),
         ("samples: 3", "sample: 3", "did you mean samples?"),
         ("samples: 3", "samples: 0", "samples is 0"),
-        ("samples: 3", "samples: 3\nmost: 0", "most is 0"),
+        ("samples: 3", "samples: 3\nmost: 0", "max_pairs_per_prompt is 0"),
+        ("samples: 3", "samples: 3\nmax_pairs_per_prompt: 0", "max_pairs_per_prompt is 0"),
         ("train: rpo.yaml", "train: nowhere.yaml", "nowhere.yaml"),
     ],
 )

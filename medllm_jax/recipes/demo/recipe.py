@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parent / "configs"
 ROW = 128  # tokens; the documents of the world are short
 MODELS = (("base", "base"), ("CPT", "cpt"), ("CPT + RPO", "rpo"))
 CONDITIONS = ("answer_only", "explain")
-SAMPLES = ("--samples", "8", "--temperature", "1.0", "--most", "4", "--strategy", "both")
+SAMPLES = ("--samples", "8", "--temperature", "1.0", "--max-pairs-per-prompt", "4", "--strategy", "both")
 
 
 def run_demo(workdir: str, seed: int, medllm: Runner) -> Path:
