@@ -88,7 +88,7 @@ def read_store(store: str, rows: int, batch_size: int, threads: int) -> dict[str
     def batches() -> Iterator[Any]:
         with BatchStream(there, batch_size, seed=0, threads=threads, prefetch=max(8, threads)) as stream:
             for batch in stream:
-                yield batch.tokens
+                yield batch.arrays.tokens
 
     return _timed(batches(), rows)
 

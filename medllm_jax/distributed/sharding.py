@@ -136,12 +136,6 @@ def rows_over(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Global arrays of the rows that each process holds its part of; starts the copies and does not wait for them."""
-    sharding = rows_over(mesh)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
-
-
 def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     """`(array, kind) -> array` that pins an activation to its row of `ACTIVATIONS`."""
 

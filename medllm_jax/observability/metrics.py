@@ -59,9 +59,12 @@ class MetricsLog:
         self._writing = self._thread.submit(self._write, rows)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
+        events = self._events.file_writer
+        if events is None:
+            raise ValueError(f"the log of {self._run} is closed")
         for row in rows:
             numbers = {name: value for name, value in row.items() if name != "step"}
-            self._events.file_writer.add_summary(_summary(numbers), row["step"])
+            events.add_summary(_summary(numbers), row["step"])
             if self._wandb is not None:
                 self._wandb.log(numbers, step=row["step"])
         self._events.flush()
@@ -88,7 +91,8 @@ class MetricsLog:
 
 def _summary(numbers: Mapping[str, float]) -> Any:
     """All numbers of a step as one event of TensorBoard's."""
-    from tensorboardX.proto.summary_pb2 import Summary
+    # Protocol buffers make their classes when they are imported: type checkers see none.
+    from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
 
     return Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()])
 

@@ -67,7 +67,7 @@ def row_ids(store, start, stop, hosts):
 
     rows = RowStore.open(store)
     streams = [BatchStream(rows, 8, 0, position=start, process_index=i, process_count=hosts) for i in range(hosts)]
-    seen = [int(row) for _ in range(start, stop) for stream in streams for row in next(stream).tokens[:, 0]]
+    seen = [int(row) for _ in range(start, stop) for stream in streams for row in next(stream).arrays.tokens[:, 0]]
     for stream in streams:
         assert stream.position == stop
         stream.close()

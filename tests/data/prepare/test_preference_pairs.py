@@ -262,7 +262,7 @@ def test_reference_comes_back_for_its_model_and_pairs_alone(tmp_path, pair_store
     assert np.array_equal(read, second) and read.dtype == np.float32
     write_reference(pair_store, "model a", second)
     assert np.array_equal(read_reference(pair_store, "model a"), second)
-    batch = next(BatchStream(pair_store, 4, 0, reference=read))
+    batch = next(BatchStream(pair_store, 4, 0, reference=read)).arrays
     assert np.array_equal(batch.reference_log_probs, second[batch.tokens[:, 0]])
     with pytest.raises(UserError, match="run `medllm reference`"):
         read_reference(pair_store, "model c")
