@@ -262,10 +262,10 @@ def _contamination(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from medllm_jax.report.collect import collect
-    from medllm_jax.report.page import write_report
+    from medllm_jax.report.page import write_page
 
     runs, results = collect(options.folder)
-    page = write_report(runs, results, options.output, options.example)
+    page = write_page(runs, results, options.output, options.example)
     print(f"{page}: {len(runs)} runs, {len(results)} exam results; pictures: {page.parent / 'figures'}")
 
 
