@@ -204,7 +204,11 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def _current_keys(cls: type, settings: Any, known: Sequence[str], prefix: str = "") -> dict[str, Any]:
-    """Settings under today's keys; UserError for a key that is unknown or given twice, and for a value that is not plain."""
+    """Settings under today's keys.
+
+    Raises:
+      UserError: a key is unknown or given under both its names, or a value is not plain.
+    """
     if not isinstance(settings, Mapping):
         raise UserError(f"{prefix.rstrip('.') or 'the config'}: a mapping is expected, got {settings!r}")
     current = {}

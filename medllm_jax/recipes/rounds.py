@@ -7,7 +7,6 @@ a round is in its folder.
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from etils import epath
