@@ -53,11 +53,11 @@ def precision_of(options: argparse.Namespace) -> Any:
 
 
 def mesh_of(text: str) -> Any:
-    from medllm_jax.config.load import build
     from medllm_jax.config.schema import MeshConfig
+    from medllm_jax.config.schema_reader import build
 
-    sizes = dict(part.partition("=")[::2] for part in text.split(",") if part)
-    return build(MeshConfig, {axis: int(size) if _is_int(size) else size for axis, size in sizes.items()}, "--mesh")
+    parts = [part.partition("=") for part in text.split(",") if part]
+    return build(MeshConfig, {axis: int(size) if _is_int(size) else size for axis, _, size in parts}, "--mesh")
 
 
 def _is_int(text: str) -> bool:
