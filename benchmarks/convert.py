@@ -32,9 +32,7 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "model"
 
 # A program's last line: the most memory it had, in KiB. (What getrusage says is never below what its parent had.)
 MEASURED = "print('PEAK', *(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
-CONVERT = (
-    f"import sys; from tools.convert_hf.__main__ import main; code = main(sys.argv[1:]); {MEASURED}; sys.exit(code)"
-)
+CONVERT = f"import sys; from medllm_jax.cli.convert import main; code = main(sys.argv[1:]); {MEASURED}; sys.exit(code)"
 TRANSFORMERS = f"""
 import sys, torch
 from transformers import Qwen2ForCausalLM

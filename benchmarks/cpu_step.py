@@ -18,10 +18,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from medllm_jax.checkpoint.train_state import new_state
 from medllm_jax.config.schema import MeshConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, PrecisionConfig
 from medllm_jax.data.batch import batch_of
-from medllm_jax.distributed.sharding import make_mesh, put_batch
+from medllm_jax.data.prefetch import put_batch
+from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.model.abstract import abstract_model, random_params
 from medllm_jax.training.losses import objective
-from medllm_jax.training.optimizer import make_optimizer
+from medllm_jax.training.optimizer import make_optimizer, make_schedule
 from medllm_jax.training.step import train_step
 
 SHAPE = {
@@ -38,12 +39,13 @@ SHAPE = {
 def ours(rows: np.ndarray):
     """A function that makes one step."""
     mesh = make_mesh(MeshConfig())
-    plan = abstract_model(ModelConfig(**SHAPE), PrecisionConfig(compute="float32"), mesh)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-4), steps=1000)
-    state = new_state(random_params(plan, seed=0), optimizer, seed=0)
+    model = abstract_model(ModelConfig(**SHAPE), PrecisionConfig(compute="float32"), mesh)
+    settings = OptimizerConfig(learning_rate=1e-4)
+    optimizer, schedule = make_optimizer(settings, steps=1000), make_schedule(settings, steps=1000)
+    state = new_state(random_params(model, seed=0), optimizer, seed=0)
     loss = objective(ObjectiveConfig())
     step = jax.jit(
-        functools.partial(train_step, structure=plan.structure, loss=loss, optimizer=optimizer, accumulate=1),
+        functools.partial(train_step, model=model, loss=loss, optimizer=optimizer, schedule=schedule, accumulate=1),
         donate_argnums=0,
     )
     batch = np.zeros((len(rows), 3, rows.shape[1]), np.int32)

@@ -36,8 +36,9 @@ def prepare(corpus: str, tokenizer: str, output: str, workers: int, duplicates: 
         last = now
 
     recipe = Recipe(sequence_length=SEQUENCE_LENGTH, duplicates=duplicates)
-    with in_processes(workers) as engine:
-        made = prepare_corpus([Corpus("corpus", corpus)], tokenizer, output, recipe, engine=engine, progress=progress)
+    with in_processes(workers) as executor:
+        corpora = [Corpus("corpus", corpus)]
+        made = prepare_corpus(corpora, tokenizer, output, recipe, executor=executor, progress=progress)
     stages["writing the rest"] = time.perf_counter() - last
     return {
         "seconds": time.perf_counter() - start,
@@ -88,7 +89,7 @@ def read_store(store: str, rows: int, batch_size: int, threads: int) -> dict[str
     def batches() -> Iterator[Any]:
         with BatchStream(there, batch_size, seed=0, threads=threads, prefetch=max(8, threads)) as stream:
             for batch in stream:
-                yield batch.tokens
+                yield batch.arrays.tokens
 
     return _timed(batches(), rows)
 

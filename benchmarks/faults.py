@@ -43,9 +43,9 @@ LIMIT = 180  # seconds that any start may take
 
 # Each start: slow steps, so that there are moments to hit; NaN at a step, or little disk, where asked for.
 WORKER = """
-import os, resource, signal, sys, time
+import dataclasses, os, resource, signal, sys, time
 import numpy as np
-import medllm_jax.progress as progress, medllm_jax.train as train
+import medllm_jax.observability.progress as progress, medllm_jax.training.loop as train
 from medllm_jax.cli import main
 add, put, made = progress.Progress.add, train.put_batch, []
 
@@ -56,7 +56,8 @@ def slowly(self, step, *rest):
 def poisoned(batch, mesh):
     made.append(None)
     if len(made) == int(os.environ.get("NAN_AT", 0)):
-        batch = batch._replace(loss_weights=batch.loss_weights * np.float32("nan"))
+        weights = batch.arrays.loss_weights * np.float32("nan")
+        batch = dataclasses.replace(batch, arrays=batch.arrays._replace(loss_weights=weights))
     return put(batch, mesh)
 
 progress.Progress.add, train.put_batch = slowly, poisoned
@@ -195,7 +196,7 @@ class Run:
 
         if self.gcs is None:
             return load_meta(self.folder, STEPS)["digests"]
-        code = "import sys, json; from medllm_jax.checkpoint import load_meta; "
+        code = "import sys, json; from medllm_jax.checkpoint.orbax import load_meta; "
         code += "print('META', json.dumps(load_meta(sys.argv[1])))"
         command = [sys.executable, "-c", code, self.folder]
         out = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, check=True)

@@ -68,7 +68,7 @@ _SAME_KEPT = "remat_policy=custom " + " ".join(
 _OURS = f"""
 import sys
 from pathlib import Path
-from medllm_jax.compiler import OPTIONS
+from medllm_jax.distributed.compiler_options import OPTIONS
 from medllm_jax.planning.child import main
 for name in sys.argv[2:]:
     del OPTIONS["{_DEVICE}"][name]

@@ -47,7 +47,7 @@ def _config(run: str, store: str, rows: int, steps: int) -> Any:
         PrecisionConfig,
         RunConfig,
     )
-    from medllm_jax.training.setup import with_model
+    from medllm_jax.training.resolve import resolve
 
     config = RunConfig(
         run=f"{store}-run",
@@ -58,7 +58,7 @@ def _config(run: str, store: str, rows: int, steps: int) -> Any:
         objective=ObjectiveConfig(name="rpo", beta=BETA, alpha=1.0),
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, weight_decay=0.0),
     )
-    return with_model(config)
+    return resolve(config)
 
 
 def reference(run: str, store: str, rows: int) -> dict[str, Any]:
@@ -74,8 +74,9 @@ def ours(run: str, store: str, rows: int, warm_up: int, steps: int) -> dict[str,
     """The step that `medllm train` compiles, on the batches that it reads."""
     from medllm_jax.checkpoint.fingerprint import model_fingerprint
     from medllm_jax.checkpoint.load_model import initial_weights
+    from medllm_jax.data.prefetch import put_batch
     from medllm_jax.data.reference_log_probs import read_references
-    from medllm_jax.distributed.sharding import make_mesh, put_batch
+    from medllm_jax.distributed.sharding import make_mesh
     from medllm_jax.model.abstract import merge_params
     from medllm_jax.training.programs import train_program
     from medllm_jax.training.setup import open_rows, open_stream
@@ -83,13 +84,13 @@ def ours(run: str, store: str, rows: int, warm_up: int, steps: int) -> dict[str,
     config = _config(run, store, rows, warm_up + steps)
     stored, mesh = open_rows(config, config.data.stores), make_mesh(config.mesh)
     program = train_program(config, mesh)
-    params, frozen, _ = initial_weights(config, program.plan)
+    params, frozen, _ = initial_weights(config, program.model)
     scores = read_references(stored, model_fingerprint(merge_params(params, frozen)))
     state = program.initialise(params)
     clock, losses, pairs = _Clock(), [], []
     with open_stream(config, stored, 0, scores) as stream:
         for _ in range(warm_up + steps):
-            state, metrics = program.step(state, put_batch(next(stream), mesh), frozen)
+            state, metrics = program.step(state, put_batch(next(stream).arrays, mesh), frozen)
             losses.append(float(metrics["loss"]))
             pairs.append(float(metrics["pairs"]))
             clock.note()
@@ -116,7 +117,7 @@ def flops(run: str, store: str, layouts: dict[str, tuple[int, int, int]]) -> dic
         config = _config(run, store, rows, 1)
         mesh = make_mesh(config.mesh)
         program, batch = train_program(config, mesh), abstract_batch(mesh, rows, length, pairs)
-        score = score_program(config, program.plan.structure, mesh, pairs)
+        score = score_program(program.model.structure, mesh, pairs, config.objective.vocab_chunks)
         lowered = {
             "step": program.step.lower(program.abstract, batch, {}),
             "score": score.lower(program.abstract.params, batch),

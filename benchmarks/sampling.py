@@ -26,7 +26,7 @@ from benchmarks.rpo import Regime, make_model, write_pairs
 from medllm_jax.checkpoint.load_model import load_model
 from medllm_jax.config.schema import MeshConfig, PrecisionConfig
 from medllm_jax.data.prepare.preference_pairs import read_pairs
-from medllm_jax.data.prepare.reading import Dropped
+from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.inference.generator import Generator, Sampling
 
@@ -74,7 +74,7 @@ def main() -> None:
         folder = Path(temporary)
         hf, run = make_model(folder)
         write_pairs(folder / "pairs.jsonl", Regime(options.prompt, 2), max(options.batch))
-        prompts = [pair.sides[0] for pair in read_pairs([str(folder / "pairs.jsonl")], "error", Dropped())]
+        prompts = [pair.sides[0] for pair in read_pairs([str(folder / "pairs.jsonl")], "error", RejectionCounts())]
         print("\n| prompts at a time | ours, tokens/s | transformers, tokens/s | times | CPU s, ours | theirs |")
         print("| ---: | ---: | ---: | ---: | ---: | ---: |")
         for batch in options.batch:

@@ -72,7 +72,7 @@ def test_secrets_of_the_environment_are_nowhere(world, tmp_path, monkeypatch):
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/secret/place/key.json")
     (tmp_path / "run.yaml").write_text(to_yaml(config_of(world, tmp_path / "run", steps=2)))
     code = (
-        "import os, sys, medllm_jax.progress as p\n"
+        "import os, sys, medllm_jax.observability.progress as p\n"
         "def fail(*_): raise RuntimeError('401 with ' + os.environ['HF_TOKEN'])\n"
         "p.Progress.summarise = fail\n"
         "from medllm_jax.cli import main\n"

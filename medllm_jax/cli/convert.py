@@ -143,12 +143,12 @@ def _part(text: str) -> tuple[int, int]:
 def _mesh(text: str | None) -> dict[str, int] | None:
     if text is None:
         return None
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
-    for entry in text.split(","):
-        axis, _, size = entry.partition("=")
-        if axis not in sizes or not size.isdecimal() or int(size) < 1:
-            raise UserError(f"--mesh {text}: sizes of axes are expected, such as fsdp=16,tensor=4")
-        sizes[axis] = int(size)
+    from medllm_jax.config.schema import MeshConfig
+    from medllm_jax.distributed.mesh_sizes import parse_mesh_sizes
+
+    sizes = vars(parse_mesh_sizes(text, MeshConfig(data=1, fsdp=1, tensor=1)))
+    if -1 in sizes.values():
+        raise UserError(f"--mesh {text}: there are no devices to resolve -1 by; give sizes such as fsdp=16,tensor=4")
     return sizes
 
 

@@ -131,6 +131,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _sampler(options: argparse.Namespace, drawn: Any) -> Any:
     """The model that is asked, one of the three kinds; None where none is named."""
+    from medllm_jax.distributed.mesh_sizes import parse_mesh_sizes
     from medllm_jax.inference import samplers
 
     kinds = {"--run": options.run, "--hf": options.hf, "--server": options.server}
@@ -148,7 +149,7 @@ def _sampler(options: argparse.Namespace, drawn: Any) -> Any:
     if not options.run:
         return None
 
-    mesh, precision = arguments.mesh_of(options.mesh), arguments.precision_of(options)
+    mesh, precision = parse_mesh_sizes(options.mesh), arguments.precision_of(options)
     return samplers.run_sampler(options.run, drawn, mesh=mesh, precision=precision, **of_machine)
 
 
@@ -209,6 +210,7 @@ def _likelihood(options: argparse.Namespace) -> None:
     from etils import epath
 
     from medllm_jax.checkpoint.orbax import latest_step
+    from medllm_jax.distributed.mesh_sizes import parse_mesh_sizes
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
     from medllm_jax.inference.likelihood import likelihood_of_run
@@ -218,7 +220,7 @@ def _likelihood(options: argparse.Namespace) -> None:
     template = load_template(options.template)
     step = latest_step(options.run)
     output = epath.Path(options.output or f"{options.run}/evaluation/{exam.name}-{template.name}-step{step}")
-    placed = {"mesh": arguments.mesh_of(options.mesh), "precision": arguments.precision_of(options)}
+    placed = {"mesh": parse_mesh_sizes(options.mesh), "precision": arguments.precision_of(options)}
     score = likelihood_of_run(options.run, exam, template, batch_size=options.batch_size, **placed)
     output.mkdir(parents=True, exist_ok=True)
     found = {"exam": exam.name, "template": template.name, "model": f"{options.run}@{step}", "step": step}

@@ -5,13 +5,16 @@ and process p of n reads the p-th of its n equal slices; so how many processes o
 interrupted, changes nothing, and the whole state of the stream is one integer.
 """
 
+import dataclasses
 import hashlib
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from typing import Self
 
 import grain
+import jax
 import numpy as np
 
 from medllm_jax.data.batch import Batch, batch_of
@@ -22,8 +25,22 @@ from medllm_jax.errors import UserError
 _MAX_SEED = 2**32
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StreamBatch:
+    """A global batch, as one process has it; a pytree of its arrays, so that what maps them keeps what belongs to them.
+
+    arrays: this process' B / process_count rows. row_ids: int64 [B], of the rows of all processes; it stays on the
+    host. position: global batches delivered up to this one, all that a checkpoint needs to keep of the data.
+    """
+
+    arrays: Batch
+    row_ids: np.ndarray = dataclasses.field(metadata={"static": True})
+    position: int = dataclasses.field(metadata={"static": True})
+
+
 class BatchStream:
-    """An endless iterator of this process' slice of each global batch, as numpy (``Batch``, B / process_count rows).
+    """An endless iterator of global batches, each with the ids of its rows (``StreamBatch``, arrays of numpy).
 
     Without a mix all rows are shuffled together, anew in every epoch. With one, each corpus is shuffled by itself, has
     epochs of its own, and gives its share of the rows. A batch may reach over the end of an epoch, and rows fewer than
@@ -59,13 +76,11 @@ class BatchStream:
         if position < 0:
             raise ValueError(f"position {position} is negative")
         _check_reference(rows, reference)
-        # Row ids are shuffled and batched, and only then read: a batch is one request for all its rows. The slices
-        # of all processes, one after the other, are the batches of local_size rows.
-        order = _order(rows, seed, mix)
+        self._rows, self._reference = rows, reference
+        self._local = slice(process_index * local_size, (process_index + 1) * local_size)
+        # Row ids are shuffled and batched, and only then read: a batch is one request for all its rows.
         # (drop_remainder: there is none in an endless order, and without it Grain's length overflows at size 1.)
-        self._row_ids = order.batch(batch_size, drop_remainder=True)
-        slices = order.batch(local_size, drop_remainder=True).slice(slice(process_index, None, process_count))
-        batches = slices.map(lambda row_ids: _read(rows, reference, row_ids))
+        batches = row_order(rows, seed, mix).batch(batch_size, drop_remainder=True).map(self._read)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
         self._iterator = iter(batches.to_iter_dataset(options))
         self._position = position
@@ -76,21 +91,22 @@ class BatchStream:
         """Global batches delivered so far: all that a checkpoint needs to keep of the data."""
         return self._position
 
-    def row_ids(self, position: int) -> np.ndarray:
-        """int64 [B]: the ids of the rows of the global batch at a position, whatever process asks. Reads nothing."""
-        return np.asarray(self._row_ids[position], np.int64)
+    def _read(self, row_ids: np.ndarray) -> tuple[Batch, np.ndarray]:
+        mine = np.asarray(row_ids[self._local], np.int64)
+        reference = None if self._reference is None else self._reference[mine]
+        return batch_of(self._rows.read(mine), self._rows.kind, reference), np.asarray(row_ids, np.int64)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> StreamBatch:
         try:
-            batch = next(self._iterator)
+            arrays, row_ids = next(self._iterator)
         except Exception:
             self._seek()  # Grain would pass over the batch that it could not read
             raise
         self._position += 1
-        return batch
+        return StreamBatch(arrays, row_ids, self._position)
 
     def _seek(self) -> None:
         self._iterator.set_state({"next_index": self._position})
@@ -99,7 +115,7 @@ class BatchStream:
         """Stops reading ahead; so does leaving the stream as a context."""
         self._iterator.close()
 
-    def __enter__(self) -> "BatchStream":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -123,8 +139,8 @@ def check_mix(rows: Rows, mix: Mapping[str, float]) -> None:
         raise UserError(f"the mix does not fit the rows: {'; '.join(problems)}; there is {there}")
 
 
-def _order(rows: Rows, seed: int, mix: Mapping[str, float] | None) -> grain.MapDataset[int]:
-    """Row ids without end."""
+def row_order(rows: Rows, seed: int, mix: Mapping[str, float] | None = None) -> grain.MapDataset[int]:
+    """The row ids of training, in their order, without end."""
     if mix is None:
         return grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
     check_mix(rows, mix)

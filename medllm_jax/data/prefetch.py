@@ -1,54 +1,59 @@
-"""What comes next is made while the present is in use."""
+"""Batches are on the device before the training loop asks for them."""
 
 import collections
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from typing import Generic, Self, TypeVar
+
+import jax
+from jax.sharding import Mesh
+
+from medllm_jax.distributed.sharding import rows_over
+
+Item = TypeVar("Item")
+Tree = TypeVar("Tree")
 
 
-class Prefetcher:
-    """An iterator over ``put(item)`` of another one's items, made by one background thread, at most ``depth`` early.
+def put_batch(batch: Tree, mesh: Mesh) -> Tree:
+    """Global arrays of the rows that each process holds its part of; starts the copies and does not wait for them.
 
-    With a ``put`` that copies to the device, a training loop finds its next batch already there. What goes wrong in the
-    thread comes out of ``next``, and of every later one. A context; leaving it, or ``close``, stops the thread.
+    batch: a tree of arrays [rows, ...] of this process, such as a ``Batch`` or a ``StreamBatch``.
+    """
+    sharding = rows_over(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
-    position: items handed out, counted on from the argument; those made early do not count.
+
+class Prefetcher(Generic[Item]):
+    """An iterator over another one's items, which one background thread asks for, at most ``depth`` early.
+
+    Over ``map(put, stream)``, with a ``put`` that copies to the device, a training loop finds its next batch already
+    there. An error in the thread comes out of ``next``, and of every later one. A context; leaving it, or ``close``,
+    stops the thread.
+
     waited: seconds that ``next`` has waited in all; but a wait at whose end ``busy()`` says that what was handed out
     before is still being worked on has held nothing up, and does not count.
     """
 
-    def __init__(
-        self,
-        items: Iterator[Any],
-        put: Callable[[Any], Any],
-        *,
-        position: int = 0,
-        depth: int = 2,
-        busy: Callable[[], bool] = lambda: False,
-    ):
-        self.position, self.waited = position, 0.0
-        self._items, self._put, self._busy = items, put, busy
+    def __init__(self, items: Iterator[Item], *, depth: int = 2, busy: Callable[[], bool] = lambda: False):
+        self.waited = 0.0
+        self._items, self._busy = items, busy
         # One thread, so items are made one after the other and in order.
-        self._thread = ThreadPoolExecutor(1, "ahead")
-        self._made = collections.deque(self._thread.submit(self._make) for _ in range(depth))
+        self._thread = ThreadPoolExecutor(1, "prefetch")
+        self._made = collections.deque(self._thread.submit(next, items) for _ in range(depth))
 
-    def _make(self) -> Any:
-        return self._put(next(self._items))
-
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Any:
-        began = time.monotonic()
+    def __next__(self) -> Item:
+        start = time.monotonic()
         try:
             item = self._made[0].result()
         finally:
             if not self._busy():
-                self.waited += time.monotonic() - began
+                self.waited += time.monotonic() - start
         self._made.popleft()  # not before it was there: an item that failed is never passed over
-        self._made.append(self._thread.submit(self._make))
-        self.position += 1
+        self._made.append(self._thread.submit(next, self._items))
         return item
 
     def close(self) -> None:

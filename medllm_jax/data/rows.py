@@ -139,8 +139,8 @@ class Seen:
     def add(self, row_ids: np.ndarray) -> None:
         """Counts the rows of a global batch."""
         corpus = np.searchsorted(self._first_rows, row_ids, side="right") - 1
-        np.add.at(self._totals, (0, corpus), 1)
-        np.add.at(self._totals, (1, corpus), self._tokens_per_row[row_ids])
+        np.add.at(self._totals[0], corpus, 1)
+        np.add.at(self._totals[1], corpus, self._tokens_per_row[row_ids])
 
     @property
     def counts(self) -> dict[str, int]:

@@ -94,7 +94,7 @@ class Topology:
         # A dimension of 4 or more closes to a ring. The compiler does not assume it, and without rings every gather
         # over a whole slice becomes a synchronous all-reduce.
         wrap = tuple(size >= 4 for size in self.sizes) + (False,) * (3 - len(self.sizes))
-        more = {"num_slices": self.slices} if self.slices > 1 else {}
+        more: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
         if self.chip.config:
             more["chip_config_name"] = self.chip.config
         try:

@@ -36,9 +36,10 @@ def run_on_all(what: str, act: Callable[[], Result], known: type[Exception] = Ru
     it failed, or else RunError, and say which process it was. `act` must not wait for other processes: one that fails
     early would never come.
     """
-    problem, result = None, None
+    problem: Exception | None = None
+    results: list[Result] = []
     try:
-        result = act()
+        results.append(act())
     except Exception as error:
         problem = error
     if jax.process_count() > 1:
@@ -49,7 +50,7 @@ def run_on_all(what: str, act: Callable[[], Result], known: type[Exception] = Ru
             raise error(f"{what} failed on process {codes.argmax()} of {len(codes)}, whose own log says why")
     if problem is not None:
         raise problem
-    return result
+    return results[0]
 
 
 def several() -> bool:

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from medllm_jax.config.schema import MeshConfig, ModelConfig
+from medllm_jax.distributed.mesh_sizes import mesh_sizes
 from medllm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -55,13 +56,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     Several TPU slices lie along data, which has the least traffic: between slices it takes the data centre's network.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
-    known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
-        shape = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise UserError(f"mesh {shape} does not divide {len(devices)} devices: the sizes must multiply to that number")
+    sizes = list(mesh_sizes(config, len(devices)).values())
     auto = (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
     if slices <= 1:
@@ -139,12 +134,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def rows_over(mesh: Mesh) -> NamedSharding:
     """First dimension split over data and fsdp: rows of a batch."""
     return NamedSharding(mesh, P(BATCH_AXES))
-
-
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Global arrays of the rows that each process holds its part of; starts the copies and does not wait for them."""
-    sharding = rows_over(mesh)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
 def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:

@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from etils import epath
 
@@ -24,7 +24,7 @@ class Grade:
 
     `answer` is letters with commas between them, or a number, or None. `correct` is of the strict tier; what was only
     mentioned in prose is read in the lenient one, and `lenient_correct` is `correct` of that. `problem` says why there
-    is no answer (answers.PROBLEMS), or is None: in the strict tier a lenient answer is unparseable. `max_points` are
+    is no answer (extract.PROBLEMS), or is None: in the strict tier a lenient answer is unparseable. `max_points` are
     the question's, `contraindicated` says that a choice was taken that endangers the patient.
     """
 
@@ -146,7 +146,7 @@ _PASS = {
     2022: _Pass(158, 197, 214, 297),
 }
 _REQUIRED_SECTIONS, _SECTIONS = ("B", "E"), ("A", "B", "C", "D", "E", "F")
-_MOST_CONTRAINDICATED = 3
+_MAX_CONTRAINDICATED = 3
 
 
 def grade(question: Question, extraction: Extraction) -> Grade:
@@ -192,10 +192,8 @@ def write_grades(file: epath.PathLike, grades: Iterable[Grade]) -> None:
 
 def read_grades(file: epath.PathLike) -> list[Grade]:
     """What `write_grades` wrote; UserError names the line that is none."""
-    return [
-        Grade(**{field.name: row.get(field.name, field.type) for field in dataclasses.fields(Grade)})
-        for row in read_rows(file)
-    ]
+    types = get_type_hints(Grade)
+    return [Grade(**{name: row.get(name, kind) for name, kind in types.items()}) for row in read_rows(file)]
 
 
 def summarize(grades: Sequence[Grade]) -> Summary:
@@ -230,13 +228,14 @@ def _counts(grades: Sequence[Grade], by_year: dict[int, Summary]) -> Summary:
 
 
 def _passed(years: set[int | None], required: Group | None, general: Group | None, contraindicated: int) -> bool | None:
-    if required is None or general is None or len(years) != 1:
+    year = next(iter(years)) if len(years) == 1 else None
+    if required is None or general is None or year is None:
         return None
-    line = _PASS[years.pop()]
+    line = _PASS[year]
     if (required.max_points, general.max_points) != (line.required_of, line.general_of):
         return None  # not all of that exam
     enough = required.points >= line.required and general.points >= line.general
-    return enough and contraindicated <= _MOST_CONTRAINDICATED
+    return enough and contraindicated <= _MAX_CONTRAINDICATED
 
 
 def _grouped(grades: Sequence[Grade]) -> dict[str, list[Grade]]:

@@ -65,7 +65,7 @@ def _years(summary: Summary) -> dict[str, Summary]:
 
 def _points(systems: Sequence[SystemScore]) -> list[tuple[str, ...]]:
     years = list(_years(systems[0].summaries["strict"]))
-    rows = [("system", "tier", *years, "of", "weighted [95%]", "unweighted [95%]")]
+    rows: list[tuple[str, ...]] = [("system", "tier", *years, "of", "weighted [95%]", "unweighted [95%]")]
     for system in systems:
         for tier, summary in system.summaries.items():
             points = [str(of_year.points) for of_year in _years(summary).values()]

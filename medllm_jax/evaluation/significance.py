@@ -148,8 +148,9 @@ def _ratio(
         clusters[stratum][grade.case or grade.id] += (numerator, denominator)
     strata = [np.stack(list(clusters[stratum].values())) for stratum in sorted(clusters)]
     drawn = _resampled(tuple(map(len, strata)), resamples, seed)
-    whole = sum(values.sum(axis=0) for values in strata)
-    sums = sum(times @ values for times, values in zip(drawn, strata, strict=True))
+    zeros = np.zeros((resamples, 2))
+    whole = sum((values.sum(axis=0) for values in strata), zeros[0])
+    sums = sum((times @ values for times, values in zip(drawn, strata, strict=True)), zeros)
     # A resample without a point in it (tiny exams) says nothing.
     ratios = sums[sums[:, 1] > 0]
     ratios = ratios[:, 0] / ratios[:, 1]

@@ -1,7 +1,6 @@
 """What is launched, whichever way: a run's config and its command, checked before anything is asked for."""
 
 import json
-import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from medllm_jax.config.load import load_run_config, to_plain
 from medllm_jax.config.schema import RunConfig
 from medllm_jax.distributed.chips import parse_topology
+from medllm_jax.distributed.mesh_sizes import mesh_sizes
 from medllm_jax.errors import UserError
 from medllm_jax.launching.slices import Slices, slices_of
 
@@ -114,14 +114,8 @@ def _check_paths(config: RunConfig) -> None:
 
 
 def _check_mesh(config: RunConfig, slices: Slices) -> None:
-    """As the mesh is made when the run starts, without its devices (see medllm_jax/sharding.py)."""
-    mesh, devices = config.mesh, slices.devices
-    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
-    known = math.prod(size for size in sizes.values() if size != -1)
-    resolved = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
-    if math.prod(resolved.values()) != devices:
-        shape = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise UserError(f"mesh {shape} does not divide {devices} devices ({slices.number} x {slices.topology.name})")
+    """Checks the mesh as the run will, without its devices (see distributed/sharding.py)."""
+    resolved = mesh_sizes(config.mesh, slices.devices)
     if resolved["data"] % slices.number:
         raise UserError(
             f"mesh.data {resolved['data']} is not a multiple of the {slices.number} slices: they lie along it, so add "

@@ -14,15 +14,15 @@ from medllm_jax.config.schema import AdapterConfig, ModelConfig, PrecisionConfig
 from medllm_jax.distributed.sharding import ACTIVATIONS, activation_constraint, parameter_shardings
 from medllm_jax.errors import UserError
 from medllm_jax.model.attention import attend_by_cudnn, attend_in_blocks
-from medllm_jax.model.lora import adapted_linear, new_factors, storage_of
+from medllm_jax.model.lora import adapted_linear, new_factors, set_dropout, storage_of, without_adapters
 from medllm_jax.model.qwen2 import Backend, Qwen2
 
 
 class AbstractModel(NamedTuple):
     """A model without its weights.
 
-    structure: `nnx.merge(structure, params, frozen)` is the model. abstract, frozen: trees of ShapeDtypeStructs with
-    shardings, of what is trained and of what is not; without an adapter everything is trained, and frozen is {}.
+    structure: what `merge` puts parameters into. abstract, frozen: trees of ShapeDtypeStructs with shardings, of what
+    is trained and of what is not; without an adapter everything is trained, and frozen is {}.
     """
 
     config: ModelConfig
@@ -31,6 +31,21 @@ class AbstractModel(NamedTuple):
     frozen: Any
     backend: Backend
     adapter: AdapterConfig | None
+
+    def merge(self, params: Any, frozen: Any = None, key: jax.Array | None = None) -> Qwen2:
+        """The model of some parameters, trained and frozen.
+
+        key: of what is random in training, which is dropout where the config has it; None is for measuring.
+        """
+        model = nnx.merge(self.structure, params, frozen or {})
+        if key is not None and self.adapter is not None and self.adapter.dropout:
+            set_dropout(model, key)
+        return model
+
+
+def base_of(model: Qwen2) -> Qwen2:
+    """The model that a trained one stands on: its adapters are off."""
+    return without_adapters(model)
 
 
 def abstract_model(
@@ -102,12 +117,12 @@ def merge_params(params: Any, frozen: Any) -> Any:
     return unflatten_dict(flatten_dict(params) | flatten_dict(frozen))
 
 
-def random_params(plan: AbstractModel, seed: int) -> Any:
+def random_params(model: AbstractModel, seed: int) -> Any:
     """Random values of what is trained, each drawn in its own sharding; the same on every mesh."""
 
     def draw() -> Any:
-        if plan.adapter is not None:
-            return new_factors(plan.abstract, seed)
-        return nnx.to_pure_dict(nnx.state(Qwen2(plan.config, plan.backend, rngs=nnx.Rngs(seed))))
+        if model.adapter is not None:
+            return new_factors(model.abstract, seed)
+        return nnx.to_pure_dict(nnx.state(Qwen2(model.config, model.backend, rngs=nnx.Rngs(seed))))
 
-    return jax.jit(draw, out_shardings=jax.tree.map(lambda x: x.sharding, plan.abstract))()
+    return jax.jit(draw, out_shardings=jax.tree.map(lambda x: x.sharding, model.abstract))()

@@ -5,7 +5,7 @@ Every back end has the signature of `attend`, and names what its backward pass n
 Shapes: B rows, Q queries and T keys a row, H query heads, K key/value heads, G = H / K, E width of a head.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,13 @@ def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, query: TokenLayou
 
 
 def attend_by_cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, query: TokenLayout, key: TokenLayout, *, implementation: str = "cudnn"
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query: TokenLayout,
+    key: TokenLayout,
+    *,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """`attend` by cuDNN's flash attention: bfloat16 or float16, on Nvidia GPUs.
 

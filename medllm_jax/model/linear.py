@@ -1,11 +1,23 @@
 """The linear layer, stored as Hugging Face stores it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 
-class Linear(nnx.Module):
+class LinearLayer(nnx.Module):
+    """A layer [..., in] -> [..., out], however its weight is stored."""
+
+    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs, **options: Any):
+        raise NotImplementedError
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+
+class Linear(LinearLayer):
     """``y = x W^T (+ b)``.
 
     weight: [out, in], bias: [out], in ``param_dtype``; the product is computed in ``x``'s dtype.

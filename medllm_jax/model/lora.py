@@ -7,7 +7,7 @@ Kaiming-uniform, B [out, rank] zero, as in PEFT. Its parameters are those of the
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,14 @@ import numpy as np
 from flax import nnx
 
 from medllm_jax.config.schema import AdapterConfig
-from medllm_jax.model.linear import Linear
+from medllm_jax.model.linear import Linear, LinearLayer
 from medllm_jax.model.quantize import QuantizedLinear, Storage, dequantize, quantize
 
+Model = TypeVar("Model", bound=nnx.Module)
 ROW_PARALLEL = ("o_proj", "down_proj")
 
 
-class _LowRank(nnx.Module):
+class _LowRank(LinearLayer):
     """Adds an adapter to the linear layer that stands beside it among a class' bases.
 
     whole: puts one of its matrices whole on each device, where it is used. They are small, and left to choose, XLA's
@@ -43,7 +44,7 @@ class _LowRank(nnx.Module):
         self.lora_A = nnx.LoRAParam(_kaiming_uniform(rngs.params(), (adapter.rank, in_features), dtype))
         self.lora_B = nnx.LoRAParam(jnp.zeros((out_features, adapter.rank), dtype))
         self.adapter, self.whole = adapter, whole
-        self.key = nnx.data(None)  # of the dropout; there is none as long as there is no key
+        self.key: nnx.Variable | None = nnx.data(None)  # of the dropout; there is none as long as there is no key
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y, kept = super().__call__(x), 1 - self.adapter.dropout
@@ -81,8 +82,9 @@ class QLoRALinear(_LowRank, QuantizedLinear):
 
 def storage_of(adapter: AdapterConfig) -> Storage | None:
     """How the projections of the base are quantised; None where they aren't."""
-    quantised = adapter.base in ("int8", "int4", "nf4")
-    return Storage(adapter.base, adapter.double_quantization) if quantised else None
+    if adapter.base in ("float32", "bfloat16"):
+        return None
+    return Storage(adapter.base, adapter.double_quantization)
 
 
 def adapted_linear(
@@ -106,17 +108,12 @@ def adapted_linear(
     return constructor_of
 
 
-def with_dropout(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """The loss of the same model with dropout on what its adapters see, drawn from the loss's key."""
-
-    def dropped(model: nnx.Module, batch: Any, key: jax.Array, whole: Any) -> Any:
-        layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, _LowRank)]
-        for number, module in enumerate(layers):
-            blocks = module.lora_A.shape[0]  # stacked, so each has its own key
-            module.key = nnx.Variable(jax.random.split(jax.random.fold_in(key, number), blocks))
-        return loss(model, batch, key, whole)
-
-    return dropped
+def set_dropout(model: nnx.Module, key: jax.Array) -> None:
+    """From now on the model drops some of what its adapters see, drawn from a key."""
+    layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, _LowRank)]
+    for number, module in enumerate(layers):
+        blocks = module.lora_A.shape[0]  # stacked, so each has its own key
+        module.key = nnx.Variable(jax.random.split(jax.random.fold_in(key, number), blocks))
 
 
 # --- the base ----------------------------------------------------------------------------------------------------
@@ -124,7 +121,10 @@ def with_dropout(loss: Callable[..., Any]) -> Callable[..., Any]:
 
 def freeze(weight: jax.Array, adapter: AdapterConfig) -> dict[str, jax.Array]:
     """The stored arrays of a quantised base, by name, of blocks' weights [L, out, in], one block at a time."""
-    return jax.lax.map(functools.partial(quantize, storage=storage_of(adapter)), weight)
+    storage = storage_of(adapter)
+    if storage is None:
+        raise ValueError(f"a base in {adapter.base} is not quantised")
+    return jax.lax.map(functools.partial(quantize, storage=storage), weight)
 
 
 def as_frozen(weight: np.ndarray, adapter: AdapterConfig) -> np.ndarray:
@@ -164,7 +164,7 @@ def _merge(
     return merged + adapter.scale * jnp.matmul(b, a, precision="highest")
 
 
-def without_adapters(model: nnx.Module) -> nnx.Module:
+def without_adapters(model: Model) -> Model:
     """The model that the adapters of another stand on: theirs are zero."""
     structure, factors, rest = nnx.split(model, nnx.LoRAParam, ...)
     return nnx.merge(structure, jax.tree.map(jnp.zeros_like, factors), rest)

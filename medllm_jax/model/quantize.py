@@ -16,6 +16,7 @@ float32 or uint8; absmax_low, absmax_step float32 [..., out].
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -26,6 +27,7 @@ import numpy as np
 from flax import nnx
 
 from medllm_jax.errors import UserError
+from medllm_jax.model.linear import LinearLayer
 
 BLOCK = 64  # columns
 
@@ -91,8 +93,8 @@ def _encode(scaled: jax.Array, format: str) -> jax.Array:
         return jnp.round(127 * scaled).astype(jnp.int8)
     if format == "int4":
         return (jnp.round(7 * scaled) + 8).astype(jnp.uint8)
-    middles = np.float32((np.array(NF4[1:]) + np.array(NF4[:-1])) / 2)
-    return sum((scaled > middle).astype(jnp.uint8) for middle in middles)
+    middles = ((np.array(NF4[1:]) + np.array(NF4[:-1])) / 2).astype(np.float32)
+    return functools.reduce(operator.add, [(scaled > middle).astype(jnp.uint8) for middle in middles])
 
 
 def _decode(codes: jax.Array, format: str) -> jax.Array:
@@ -109,7 +111,7 @@ def _decode(codes: jax.Array, format: str) -> jax.Array:
     return values[0]
 
 
-class QuantizedLinear(nnx.Module):
+class QuantizedLinear(LinearLayer):
     """``y = x W^T (+ b)`` of a frozen, quantised W; the product is computed in ``x``'s dtype.
 
     gather: what is done to each stored array, [out, ...], before it is used. Pinning them to where the product needs

@@ -13,6 +13,7 @@ import jax
 from etils import epath
 
 from medllm_jax.errors import UserError
+from medllm_jax.storage.json_lines import read_appended_rows
 from medllm_jax.storage.remote import is_remote, write_whole
 
 
@@ -30,7 +31,7 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         self._run, self._path = run, run / "metrics.jsonl"
-        kept = [line for line in read_lines(self._path) if line["step"] <= after_step]
+        kept = [line for line in read_appended_rows(self._path) if line["step"] <= after_step]
         self.seconds_before = sum(line.get("step_seconds", 0.0) for line in kept)
         text = "".join(map(_dump, kept))
         write_whole(self._path, text)
@@ -59,9 +60,12 @@ class MetricsLog:
         self._writing = self._thread.submit(self._write, rows)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
+        events = self._events.file_writer
+        if events is None:
+            raise ValueError(f"the log of {self._run} is closed")
         for row in rows:
             numbers = {name: value for name, value in row.items() if name != "step"}
-            self._events.file_writer.add_summary(_summary(numbers), row["step"])
+            events.add_summary(_summary(numbers), row["step"])
             if self._wandb is not None:
                 self._wandb.log(numbers, step=row["step"])
         self._events.flush()
@@ -88,7 +92,8 @@ class MetricsLog:
 
 def _summary(numbers: Mapping[str, float]) -> Any:
     """All numbers of a step as one event of TensorBoard's."""
-    from tensorboardX.proto.summary_pb2 import Summary
+    # Protocol buffers make their classes when they are imported: type checkers see none.
+    from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
 
     return Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()])
 
@@ -102,17 +107,6 @@ def _join_wandb(project: str, run: epath.Path, config: Mapping[str, Any]) -> Any
     identity = hashlib.sha256(os.fspath(run).encode()).hexdigest()[:16]
     folder = None if is_remote(run) else os.fspath(run)
     return wandb.init(project=project, name=run.name, id=identity, resume="allow", dir=folder, config=dict(config))
-
-
-def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a line that a killed run cut short ends it."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def _dump(row: dict[str, Any]) -> str:

@@ -18,30 +18,31 @@ class Profiler:
 
     def __init__(self, steps: tuple[int, int], run: epath.Path):
         self._first, self._last = steps
-        self._run, self._traced = run, None
+        self._run = run
+        self._trace: Path | None = None  # of this session; it may be done
         self._places = contextlib.ExitStack()
 
     def before(self, step: int) -> None:
         """Starts the trace where it is to start with this step (or should have, before the session began)."""
-        if self._traced is None and self._first <= step <= self._last:
+        if self._trace is None and self._first <= step <= self._last:
             place = self._run / "profile"
             if is_remote(self._run):
                 place = self._places.enter_context(tempfile.TemporaryDirectory())
-            self._traced = Path(place)
-            jax.profiler.start_trace(self._traced)
+            self._trace = Path(place)
+            jax.profiler.start_trace(self._trace)
 
     def after(self, step: int, state: object) -> None:
         """Ends the trace where it is to end with this step; waits for what the step computes."""
-        if self._traced is not None and step == self._last:
+        if self._trace is not None and step == self._last:
             jax.block_until_ready(state)
-            self._end()
+            self._end(self._trace)
 
-    def _end(self) -> None:
+    def _end(self, trace: Path) -> None:
         jax.profiler.stop_trace()
-        files = [path for path in self._traced.rglob("*") if path.is_file()]
+        files = [path for path in trace.rglob("*") if path.is_file()]
         if is_remote(self._run):
             for path in files:
-                target = self._run / "profile" / path.relative_to(self._traced).as_posix()
+                target = self._run / "profile" / path.relative_to(trace).as_posix()
                 epath.Path(path).copy(target, overwrite=True)
         print(f"traced steps {self._first} to {self._last}: {self._run / 'profile'}", flush=True)
         self._last = 0
@@ -50,6 +51,6 @@ class Profiler:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._traced is not None and self._last:  # the run ended within the trace
-            self._end()
+        if self._trace is not None and self._last:  # the run ended within the trace
+            self._end(self._trace)
         self._places.close()

@@ -1,18 +1,18 @@
 """How a run is going: what its steps say, how fast they are, and where people and programs look for it."""
 
+import math
 import resource
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from medllm_jax.config.load import to_plain
-from medllm_jax.config.schema import RunConfig
-from medllm_jax.data.rows import Rows, Seen
+from medllm_jax.config.schema import LoggingConfig
+from medllm_jax.data.rows import Seen
 from medllm_jax.distributed.chips import peak_flops
-from medllm_jax.distributed.flops import train_flops
 from medllm_jax.observability.host_log import HostLog
 from medllm_jax.observability.metrics import Meter, MetricsLog
 from medllm_jax.observability.sessions import Goodput
@@ -28,35 +28,42 @@ class Progress:
     The numbers stay on the device until `logging.every` steps have gathered, so the loop does not wait for each. They
     are fetched by every process, which so find alike that a step was skipped; one of them writes.
 
-    start: step that the run goes on from. began: when it was first started, seconds since the epoch.
+    name: of the objective. start: step that the run goes on from. started: when it was first started, seconds since the
+    epoch. step_flops: that the model needs for a step. mixed: whether each corpus has epochs of its own. settings: the
+    run's config as plain values, for W&B.
     """
 
     def __init__(
         self,
-        config: RunConfig,
         folder: epath.Path,
-        start: int,
+        logging: LoggingConfig,
         seen: Seen,
         guard: BadStepGuard,
-        rows: Rows,
-        began: float,
+        *,
+        name: str,
+        start: int,
+        steps: int,
+        started: float,
+        step_flops: float,
+        mixed: bool,
+        settings: Mapping[str, Any],
     ):
         writes = jax.process_index() == 0
-        self._every = config.logging.every
-        self._seen, self._mixed, self._guard = seen, config.data.mix is not None, guard
+        self._every = logging.every
+        self._seen, self._mixed, self._guard = seen, mixed, guard
         self._newest: jax.Array | None = None
         self._waited = 0.0
         self._row_ids: dict[int, np.ndarray] = {}
         self._meter = Meter()
-        self._mfu = _share_of_peak(config, rows.sequence_length)
+        self._mfu = _share_of_peak(step_flops)
         self._seconds: list[float] = []  # of each step of this session, but the first
         self._log = None
         if writes:
-            self._log = MetricsLog(folder, after_step=start, wandb=config.logging.wandb, config=to_plain(config))
-            self._goodput = Goodput(began, self._log.seconds_before)
+            self._log = MetricsLog(folder, after_step=start, wandb=logging.wandb, config=settings)
+            self._goodput = Goodput(started, self._log.seconds_before)
         self._host = HostLog(folder)
-        self._host.say(f"from step {start} on, of {config.steps}; {len(jax.local_devices())} devices here")
-        self._console = Console(f"{config.objective.name} {folder.name}", config.steps, done=start, enabled=writes)
+        self._host.say(f"from step {start} on, of {steps}; {len(jax.local_devices())} devices here")
+        self._console = Console(f"{name} {folder.name}", steps, done=start, enabled=writes)
 
     @property
     def skipped(self) -> int:
@@ -65,17 +72,19 @@ class Progress:
 
     def device_is_busy(self) -> bool:
         """Whether a step is still being computed; does not wait for it."""
-        return self._newest is not None and not self._newest.is_ready()
+        # jax.Array's stub does not know is_ready, which every array of a computation has.
+        return self._newest is not None and not self._newest.is_ready()  # pyrefly: ignore[missing-attribute]
 
-    def add(self, step: int, metrics: dict[str, jax.Array], row_ids: np.ndarray, waited: float) -> None:
+    def add(self, step: int, metrics: Mapping[str, jax.Array | float], row_ids: np.ndarray, waited: float) -> None:
         """Takes a step's numbers and the ids of its rows; waited: seconds that it and those before waited for data."""
         self._seen.add(row_ids)
         self._row_ids[step] = row_ids
-        self._newest, self._waited = metrics["loss"], waited
-        seen = self._seen.counts
+        loss = metrics["loss"]
+        self._newest, self._waited = loss if isinstance(loss, jax.Array) else None, waited
+        seen: dict[str, float] = {**self._seen.counts}
         if not self._mixed:  # else each corpus has its own
             seen["epoch"] = self._seen.epochs
-        self._meter.add(step, metrics | seen)
+        self._meter.add(step, {**metrics, **seen})
         if step % self._every == 0 or self._meter.first:
             self.flush(step)
 
@@ -153,22 +162,18 @@ def _note(row: dict[str, Any]) -> str:
     return note
 
 
-def _share_of_peak(config: RunConfig, sequence_length: int) -> float | None:
+def _share_of_peak(step_flops: float) -> float | None:
     """MFU of a step that takes a second; None where the devices' peak is not known, as a CPU's."""
     peak = peak_flops(jax.devices()[0].device_kind)
-    if peak is None:
-        return None
-    return train_flops(config.model, config.data.batch_size, sequence_length, config.adapter) / (
-        peak * jax.device_count()
-    )
+    return None if peak is None else step_flops / (peak * jax.device_count())
 
 
 def memory_in_use() -> dict[str, float]:
     """The most memory that was in use so far, GiB: of the fullest device here, where it says so, and of the process."""
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", math.nan) for device in jax.local_devices()]
     unit = 1 if sys.platform == "darwin" else 1024
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     found = {"host_memory_gib": round(host / _GIB, 3)}
-    if None not in peaks:
+    if not any(map(math.isnan, peaks)):
         found["device_memory_gib"] = round(max(peaks) / _GIB, 3)
     return found

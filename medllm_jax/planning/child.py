@@ -14,7 +14,7 @@ import jax
 
 from medllm_jax.checkpoint.load_model import LoadedModel
 from medllm_jax.config.load import build
-from medllm_jax.config.schema import PrecisionConfig, RunConfig
+from medllm_jax.config.schema import PrecisionConfig
 from medllm_jax.distributed.chips import parse_topology
 from medllm_jax.distributed.compiler_options import compiler_options
 from medllm_jax.distributed.sharding import check_divisible, make_mesh
@@ -22,6 +22,7 @@ from medllm_jax.errors import UserError
 from medllm_jax.inference.generator import Generator, Sampling
 from medllm_jax.model.abstract import abstract_model, merge_params
 from medllm_jax.training.programs import abstract_batch, score_program, train_program
+from medllm_jax.training.resolve import ResolvedConfig
 
 Compile = Callable[[str, jax.stages.Lowered, dict[str, Any]], jax.stages.Compiled]
 
@@ -29,7 +30,7 @@ Compile = Callable[[str, jax.stages.Lowered, dict[str, Any]], jax.stages.Compile
 def compile_request(folder: Path) -> None:
     """Compiles what a folder's request asks for, as a run would, for devices that are not there."""
     request = json.loads((folder / "request.json").read_text())
-    config = build(RunConfig, request["config"], "the config")
+    config = build(ResolvedConfig, request["config"], "the config")
     topology = parse_topology(request["topology"], request["slices"])
     mesh = make_mesh(config.mesh, topology.devices())
     places = [[*device.coords, getattr(device, "slice_index", 0)] for device in mesh.devices.flat]
@@ -50,27 +51,27 @@ def compile_request(folder: Path) -> None:
     prepare(config, mesh, request, compile_program)
 
 
-def _train(config: RunConfig, mesh: Any, request: dict, compile_program: Compile) -> None:
+def _train(config: ResolvedConfig, mesh: Any, request: dict, compile_program: Compile) -> None:
     pairs = request["pairs_per_row"] if config.objective.name == "rpo" else None
     program = train_program(config, mesh)
     batch = abstract_batch(mesh, config.data.batch_size, request["sequence_length"], pairs)
-    state, frozen = program.abstract, program.plan.frozen
+    state, frozen = program.abstract, program.model.frozen
     rest = (state.opt_state, state.step, state.key)
     arguments = {"parameters": state.params, "frozen": frozen, "optimizer": rest, "batch": batch}
     compile_program("train", program.step.lower(state, batch, frozen), arguments)
 
 
-def _reference(config: RunConfig, mesh: Any, request: dict, compile_program: Compile) -> None:
+def _reference(config: ResolvedConfig, mesh: Any, request: dict, compile_program: Compile) -> None:
     rows = config.data.batch_size // config.data.accumulate
     check_divisible(mesh, config.model, rows)
     plan = abstract_model(config.model, config.precision, mesh, attention=config.attention, adapter=config.adapter)
     batch = abstract_batch(mesh, rows, request["sequence_length"], None)
-    score = score_program(config, plan.structure, mesh, request["pairs_per_row"])
+    score = score_program(plan.structure, mesh, request["pairs_per_row"], config.objective.vocab_chunks)
     params = merge_params(plan.abstract, plan.frozen)
     compile_program("reference", score.lower(params, batch), {"parameters": params, "batch": batch})
 
 
-def _generate(config: RunConfig, mesh: Any, request: dict, compile_program: Compile) -> None:
+def _generate(config: ResolvedConfig, mesh: Any, request: dict, compile_program: Compile) -> None:
     compute = config.precision.compute
     precision = PrecisionConfig(params=compute, compute=compute)
     plan = abstract_model(config.model, precision, mesh, adapter=config.adapter)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from medllm_jax.distributed.chips import Topology, ici_bandwidth
 from medllm_jax.planning.activations import phase_of
-from medllm_jax.planning.hlo import COLLECTIVES, Array, Instruction, Module, group_of, product_flops
+from medllm_jax.planning.hlo import COLLECTIVES, Array, Instruction, Module, first_match, group_of, product_flops
 
 # Share of the links' sum that collectives reach: 270 GB/s of a v5p chip's six links of 90 GB/s.
 ICI_EFFICIENCY = 0.5
@@ -347,7 +347,7 @@ class _Replay:
 
 def _rendezvous(i: Instruction) -> str:
     """The name by which a send finds its recv: ``all-reduce.121_0``."""
-    return re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes).group(1)
+    return first_match(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes).group(1)
 
 
 def _of(arrays: list[Array]) -> float:

@@ -142,6 +142,16 @@ def _closing(text: str, start: int) -> int:
     return len(text) - 1
 
 
+def first_match(pattern: str, text: str) -> re.Match[str]:
+    """The first match in a compiler's text; ValueError where it has another form than the one read here."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(
+            f"the compiler's text has no {pattern}: this libtpu writes another form than the one read here"
+        )
+    return found
+
+
 # --- products and collectives ------------------------------------------------------------------------------------
 
 
@@ -152,13 +162,12 @@ def product_flops(i: Instruction, operand: list[Array]) -> float:
     """
     out = i.arrays[0]
     if i.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
+        contracted = first_match(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
         sizes = [operand[0].shape[int(d)] for d in contracted.group(1).split(",") if d]
         return 2.0 * out.size * math.prod(sizes)
     if i.opcode != "convolution":
         return 0.0
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
-    lhs, rhs, result = labels.groups()
+    lhs, rhs, result = first_match(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
     spatial = [label for label in rhs if label.isdigit()]
     size = {label: operand[1].shape[n] for n, label in enumerate(rhs)}
     input_size = {label: operand[0].shape[n] for n, label in enumerate(lhs)}
@@ -200,7 +209,7 @@ def group_of(i: Instruction) -> list[int]:
     """Partitions of the first group that a collective works in."""
     text = i.attributes
     if i.opcode.startswith("collective-permute"):
-        pairs = re.findall(r"\{(\d+),(\d+)\}", re.search(r"source_target_pairs=\{(.*?)\}\}", text).group(0))
+        pairs = re.findall(r"\{(\d+),(\d+)\}", first_match(r"source_target_pairs=\{(.*?)\}\}", text).group(0))
         return sorted({int(place) for place in pairs[0]}) if pairs else []
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:[^{]*)\{([^}]*)\}", text):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named.group(1))}

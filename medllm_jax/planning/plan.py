@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
-from medllm_jax.checkpoint.orbax import load_model_config
 from medllm_jax.config.load import to_plain
 from medllm_jax.config.schema import RunConfig
 from medllm_jax.distributed.chips import MARGIN, Chip, Topology, chips_of, ici_bandwidth
@@ -27,6 +26,7 @@ from medllm_jax.planning.estimate import (
 )
 from medllm_jax.planning.hlo import parse
 from medllm_jax.planning.search import search as search_settings
+from medllm_jax.training.resolve import ResolvedConfig, resolve
 
 DECODE_CHUNK = 16  # tokens that one call of the decoding program adds
 
@@ -55,7 +55,7 @@ def plan(config: RunConfig, question: Question, *, memory_only: bool = False) ->
 
     memory_only: seconds instead of minutes, and no estimate of time.
     """
-    config = with_model(config)
+    config = resolve(config, elsewhere=True)
     return report_of(config, question, compile_programs(request_of(config, question), memory_only=memory_only))
 
 
@@ -72,7 +72,7 @@ def request_of(config: RunConfig, question: Question) -> dict[str, Any]:
     }
 
 
-def report_of(config: RunConfig, question: Question, compiled: list[Compiled]) -> dict[str, Any]:
+def report_of(config: ResolvedConfig, question: Question, compiled: list[Compiled]) -> dict[str, Any]:
     """What `plan` reports of its compiled programs."""
     devices = len(compiled[0].places)
     report = {
@@ -99,7 +99,7 @@ def search(config: RunConfig, question: Question, show: Callable[[str], None]) -
     """The report of the fastest settings that fit, with what was tried; show: takes a line for each as it is known."""
     if question.program != "train":
         raise UserError(f"--search is for training: --program {question.program} has no settings to try")
-    config = with_model(config)
+    config = resolve(config, elsewhere=True)
     require_compiler()  # else each of what is tried would fail for want of it
     topology = question.topology
     devices = chips_of(topology) * topology.chip.devices
@@ -108,12 +108,7 @@ def search(config: RunConfig, question: Question, show: Callable[[str], None]) -
     return found.best | {"search": {"tried": found.tried, "overrides": found.overrides}}
 
 
-def with_model(config: RunConfig) -> RunConfig:
-    """The config with the shape of the model that it starts from, where it names none itself."""
-    return config if config.model else dataclasses.replace(config, model=load_model_config(config.init.checkpoint))
-
-
-def _rows(config: RunConfig, question: Question) -> int:
+def _rows(config: ResolvedConfig, question: Question) -> int:
     """Rows that one run of a program sees."""
     whole = question.program == "train"
     return config.data.batch_size if whole else config.data.batch_size // config.data.accumulate
@@ -133,7 +128,7 @@ def _assumed(topology: Topology) -> dict[str, float]:
     }
 
 
-def _program(config: RunConfig, question: Question, compiled: Compiled) -> dict[str, Any]:
+def _program(config: ResolvedConfig, question: Question, compiled: Compiled) -> dict[str, Any]:
     machine = Machine(question.topology, compiled.mesh, compiled.places)
     module = parse(compiled.hlo)
     estimated = estimate(module, machine)
@@ -166,7 +161,7 @@ def _memory(question: Question, compiled: Compiled, held: StepMemory) -> dict[st
     }
 
 
-def _flops(config: RunConfig, question: Question, compiled: Compiled, estimated: Estimate) -> dict[str, float]:
+def _flops(config: ResolvedConfig, question: Question, compiled: Compiled, estimated: Estimate) -> dict[str, float]:
     """FLOPs of one run of a program, on one device: needed by the model, and in the compiled program."""
     rows, length = _rows(config, question), question.sequence_length
     needed = {
@@ -183,7 +178,7 @@ def _flops(config: RunConfig, question: Question, compiled: Compiled, estimated:
     }
 
 
-def _time(config: RunConfig, question: Question, compiled: Compiled, estimated: Estimate) -> dict[str, Any]:
+def _time(config: ResolvedConfig, question: Question, compiled: Compiled, estimated: Estimate) -> dict[str, Any]:
     chip, devices, rows = question.topology.chip, len(compiled.places), _rows(config, question)
     model = _flops(config, question, compiled, estimated)["model"]
     tokens = rows * (DECODE_CHUNK if compiled.name == "decode" else question.sequence_length)

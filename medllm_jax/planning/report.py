@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from medllm_jax.distributed.chips import GIB
+from medllm_jax.distributed.mesh_sizes import mesh_text
 
 _KINDS = ("matrix products", "kernels", "everything else")
 
@@ -14,9 +15,9 @@ def as_text(plan: dict[str, Any]) -> str:
 
 
 def _lines(plan: dict[str, Any]) -> Iterator[str]:
-    mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     slices = f"{plan['slices']} slices of " if plan["slices"] > 1 else ""
-    yield f"{plan['program']} ({plan['objective']}) on {slices}{plan['topology']}: {plan['chips']} chips, mesh {mesh}"
+    chips = f"{plan['chips']} chips, mesh {mesh_text(plan['mesh'])}"
+    yield f"{plan['program']} ({plan['objective']}) on {slices}{plan['topology']}: {chips}"
     yield (
         f"{plan['rows']} rows of {plan['sequence_length']} tokens in {plan['accumulate']} micro-batches, "
         f"remat {plan['remat']}, vocab_chunks {plan['vocab_chunks']}; compiled in {plan['compile_seconds']:.0f} s"

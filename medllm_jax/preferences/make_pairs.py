@@ -11,10 +11,10 @@ Nothing here asks a model: the same samples and options give the same pairs.
 import dataclasses
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from medllm_jax.contamination.ngrams import GRAM, plain_question
+from medllm_jax.contamination.exams import overlapping
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.extraction.extract import extract
@@ -251,47 +251,6 @@ def pair_up(chosen: Sequence[str], rejected: Sequence[str], most: int) -> Iterat
 
 
 # --- what must not be trained on -------------------------------------------------------------------------------------
-
-_SHARE = 0.5
-
-
-def overlapping(exam: Exam, others: Iterable[Exam]) -> dict[str, str]:
-    """Ids of questions that another exam asks too, and why they are taken for the same: "same id", "same text", or
-    "similar text".
-
-    A question's text is its own and its choices', in NFKC, without white space, punctuation and case. Similar means
-    that of the 13 characters from each place of the shorter text, at least half stand in the other one too (a text of
-    fewer than 13 is compared whole).
-    """
-    ids: set[str] = set()
-    texts: set[str] = set()
-    sizes: list[int] = []
-    places = defaultdict(list)
-    for question in (question for other in others for question in other.questions):
-        ids.add(question.id)
-        texts.add(plain := plain_question(question))
-        grams = _grams(plain)
-        for gram in grams:
-            places[gram].append(len(sizes))
-        sizes.append(len(grams))
-
-    found = {}
-    for question in exam.questions:
-        plain = plain_question(question)
-        if question.id in ids:
-            found[question.id] = "same id"
-        elif plain in texts:
-            found[question.id] = "same text"
-        else:
-            grams = _grams(plain)
-            shared = Counter(place for gram in grams for place in places.get(gram, ()))
-            if any(count >= _SHARE * min(len(grams), sizes[place]) for place, count in shared.items()):
-                found[question.id] = "similar text"
-    return found
-
-
-def _grams(text: str) -> set[str]:
-    return {text[start : start + GRAM] for start in range(max(1, len(text) - GRAM + 1))}
 
 
 def choose_questions(

@@ -7,6 +7,7 @@ before is whole.
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 import jax
@@ -24,7 +25,7 @@ class PreemptionHandler:
 
     def __init__(self) -> None:
         self._given = self._armed = False
-        self._before: signal.Handlers | None = None
+        self._before: Callable[[int, FrameType | None], object] | signal.Handlers | int | None = None
 
     def __enter__(self) -> "PreemptionHandler":
         # Of several processes, JAX hears the notice of any, and has all agree on the step to save.

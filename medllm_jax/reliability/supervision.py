@@ -14,7 +14,6 @@ from etils import epath
 
 from medllm_jax.checkpoint.orbax import DamagedError, check_state, load_meta, load_state, set_aside, steps
 from medllm_jax.checkpoint.train_state import TrainState
-from medllm_jax.config.schema import RunConfig
 from medllm_jax.distributed.processes import run_on_all
 from medllm_jax.errors import Preempted, RunError, UserError
 from medllm_jax.reliability import crash_report
@@ -33,9 +32,12 @@ class Supervision(NamedTuple):
 
 
 @contextlib.contextmanager
-def supervised(config: RunConfig, folder: epath.Path) -> Iterator[Supervision]:
-    """Looks after a run. What fails leaves a report in its folder, but for wrong input, whose one line says it all."""
-    watch = Watchdog(config.watchdog.seconds, report=lambda what: _report(folder, watch.now, what))
+def supervised(folder: epath.Path, stage_seconds: float) -> Iterator[Supervision]:
+    """Looks after a run. What fails leaves a report in its folder, but for wrong input, whose one line says it all.
+
+    stage_seconds: the longest that a stage may last; 0 is for ever.
+    """
+    watch = Watchdog(stage_seconds, report=lambda what: _report(folder, watch.now, what))
     with contextlib.ExitStack() as stack:
         lease, writes = Lease(folder), jax.process_index() == 0
         run_on_all("taking the run folder", lambda: stack.enter_context(lease) if writes else None)

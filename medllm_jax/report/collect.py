@@ -13,7 +13,7 @@ from medllm_jax.errors import UserError
 from medllm_jax.evaluation.grading import Grade, read_grades
 from medllm_jax.evaluation.prompts import CONDITIONS
 from medllm_jax.evaluation.samples import Sample, Samples
-from medllm_jax.observability.metrics import read_lines
+from medllm_jax.storage.json_lines import read_appended_rows
 from medllm_jax.storage.remote import names_in
 from medllm_jax.storage.run_folder import recorded_config
 
@@ -62,8 +62,8 @@ def collect(paths: Iterable[str]) -> tuple[list[Run], list[Results]]:
     for path in dict.fromkeys(str(path).rstrip("/") for path in paths):
         folder = epath.Path(path)
         held = names_in(folder)
-        if "config.yaml" in held:
-            runs[folder], inside = recorded_config(folder), folder / "evaluation"
+        if (config := recorded_config(folder)) is not None:
+            runs[folder], inside = config, folder / "evaluation"
             found = [inside / each for each in sorted(names_in(inside)) if _is_results(names_in(inside / each))]
             results |= dict.fromkeys(found, folder)
         elif _is_results(held):
@@ -79,7 +79,7 @@ def collect(paths: Iterable[str]) -> tuple[list[Run], list[Results]]:
     names |= {
         f: run_names[run] if of_run[run] == 1 else f"{run_names[run]}/{f.name}" for f, run in results.items() if run
     }
-    read = [Run(run_names[f], config, read_lines(f / "metrics.jsonl")) for f, config in runs.items()]
+    read = [Run(run_names[f], config, read_appended_rows(f / "metrics.jsonl")) for f, config in runs.items()]
     return read, [_results(folder, names[folder]) for folder in results]
 
 

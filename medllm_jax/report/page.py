@@ -116,15 +116,14 @@ def _run_table(runs: Sequence[Run]) -> Table:
     ]
     for run in runs:
         config, last = run.config, run.metrics[-1] if run.metrics else {}
-        shape = config.model and f"{config.model.num_hidden_layers} layers of {config.model.hidden_size}"
-        adapter = config.adapter and f"rank {config.adapter.rank} on {config.adapter.base}"
+        model, adapter = config.model, config.adapter
         tokens = sum(line.get("tokens", 0) for line in run.metrics)
         rows.append(
             [
                 run.name,
                 config.objective.name,
-                shape or "-",
-                adapter or "-",
+                f"{model.num_hidden_layers} layers of {model.hidden_size}" if model else "-",
+                f"rank {adapter.rank} on {adapter.base}" if adapter else "-",
                 f"{last.get('step', 0):,} of {config.steps:,}",
                 f"{config.data.batch_size:,}",
                 f"{config.optimizer.learning_rate:.2g}",
@@ -162,7 +161,10 @@ def _exam(name: str, results: Sequence[Results]) -> dict[str, Any]:
     estimates = {r.name: {condition: accuracy(found) for condition, found in r.grades.items()} for r in results}
     compared = {r.name: _compared(r) for r in results if len(r.grades) == len(CONDITIONS)}
     slug = "".join(c if c.isalnum() and c.isascii() else "-" for c in name)
-    spread = {model: {c: (e.value, *e.interval) for c, e in found.items()} for model, found in estimates.items()}
+    spread = {
+        model: {c: (e.value, e.interval.low, e.interval.high) for c, e in found.items()}
+        for model, found in estimates.items()
+    }
     values = "; ".join(
         f"{model}: {', '.join(f'{_CONDITION_NAMES[c]} {e.value:.3f}' for c, e in found.items())}"
         for model, found in estimates.items()

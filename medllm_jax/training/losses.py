@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from medllm_jax.config.schema import ObjectiveConfig
 from medllm_jax.data.batch import Batch
+from medllm_jax.model.abstract import base_of
 
 Model = Any  # a Qwen2: callable to hidden states, with head_weight
 
@@ -27,20 +28,21 @@ class LossSum(NamedTuple):
     counts: dict[str, jax.Array]
 
 
-# (model, rows, key, whole) -> sums over the rows, which are all or some of a step's whole batch.
-Loss = Callable[[Model, Batch, jax.Array, Batch], LossSum]
+# (model, rows, whole) -> sums over the rows, which are all or some of a step's whole batch.
+Loss = Callable[[Model, Batch, Batch], LossSum]
 
 
 def objective(config: ObjectiveConfig) -> Loss:
     """The loss function that a config names."""
-    return {"cpt": next_token, "sft": next_token, "rpo": rpo}[config.name](config)
+    loss = {"cpt": next_token, "sft": next_token, "rpo": rpo}[config.name](config)
+    return loss if config.name != "rpo" or config.reference == "cached" else compared_with(base_of, config, loss)
 
 
 def next_token(config: ObjectiveConfig) -> Loss:
     """Cross-entropy of every weighted token given its own past, averaged over tokens."""
 
-    def loss(model: Model, batch: Batch, key: jax.Array, whole: Batch) -> LossSum:
-        del key, whole
+    def loss(model: Model, batch: Batch, whole: Batch) -> LossSum:
+        del whole
         scores = score_tokens(model, batch, pairs=0, vocab_chunks=config.vocab_chunks)
         total, weight = -jnp.sum(scores.log_probs * batch.loss_weights), jnp.sum(batch.loss_weights)
         counts = {"tokens": _tokens(batch)}
@@ -71,16 +73,16 @@ def rpo(config: ObjectiveConfig) -> Loss:
     response (sft) counts its NLL alone.
     """
 
-    def loss(model: Model, batch: Batch, key: jax.Array, whole: Batch) -> LossSum:
-        del key  # nothing random in the model
-        pairs = batch.reference_log_probs.shape[1]
+    def loss(model: Model, batch: Batch, whole: Batch) -> LossSum:
+        reference = _reference_of(batch)
+        pairs = reference.shape[1]
         scores = score_tokens(model, batch, pairs=pairs, vocab_chunks=config.vocab_chunks, with_entropy=True)
         log_probs = sum_by_response(scores.log_probs * batch.loss_weights, batch, pairs)
         lengths = sum_by_response(batch.loss_weights, batch, pairs)
         # [B, P]: rows hold different numbers of examples.
         exists, is_pair = lengths[..., 0] > 0, lengths[..., 1] > 0
 
-        rewards = config.beta * (log_probs - batch.reference_log_probs)
+        rewards = config.beta * (log_probs - reference)
         margins = rewards[..., 0] - rewards[..., 1]
         preference = PAIR_LOSSES[config.pair_loss](margins, config)
         by_sequence = config.nll_reduction == "sequence"
@@ -103,7 +105,7 @@ def rpo(config: ObjectiveConfig) -> Loss:
             "logps/rejected": mean(log_probs[..., 1], is_pair),
             "entropy": (jnp.sum(scores.entropies * chosen), jnp.sum(chosen)),
         }
-        return LossSum(total, weight, means, {"tokens": _tokens(batch), "pairs": mean(1.0, is_pair)[1]})
+        return LossSum(total, weight, means, {"tokens": _tokens(batch), "pairs": jnp.sum(is_pair, dtype=jnp.float32)})
 
     return loss
 
@@ -111,12 +113,18 @@ def rpo(config: ObjectiveConfig) -> Loss:
 def compared_with(reference: Callable[[Model], Model], config: ObjectiveConfig, loss: Loss) -> Loss:
     """The loss whose reference log-probabilities are computed on the spot, under a model that is made of the model."""
 
-    def compared(model: Model, batch: Batch, key: jax.Array, whole: Batch) -> LossSum:
-        pairs = batch.reference_log_probs.shape[1]
+    def compared(model: Model, batch: Batch, whole: Batch) -> LossSum:
+        pairs = _reference_of(batch).shape[1]
         found = pair_log_probs(reference(model), batch, pairs, config.vocab_chunks)
-        return loss(model, batch._replace(reference_log_probs=jax.lax.stop_gradient(found)), key, whole)
+        return loss(model, batch._replace(reference_log_probs=jax.lax.stop_gradient(found)), whole)
 
     return compared
+
+
+def _reference_of(batch: Batch) -> jax.Array:
+    if batch.reference_log_probs is None:
+        raise ValueError("a batch of pairs without reference log-probabilities: float32 [B, P, 2] is needed")
+    return batch.reference_log_probs
 
 
 def _mean_chosen_length(batch: Batch, pairs: int) -> jax.Array:

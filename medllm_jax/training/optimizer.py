@@ -60,8 +60,8 @@ def _kept_in(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.Gra
     def init(params: Any) -> Any:
         return cast(inner.init(params), dtype)
 
-    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        updates, state = inner.update(cast(grads, jnp.float32), cast(state, jnp.float32), params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(cast(updates, jnp.float32), cast(state, jnp.float32), params)
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)

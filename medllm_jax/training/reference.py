@@ -10,14 +10,16 @@ from medllm_jax.checkpoint.fingerprint import model_fingerprint
 from medllm_jax.checkpoint.load_model import initial_weights
 from medllm_jax.config.schema import RunConfig
 from medllm_jax.data.loader import in_order
+from medllm_jax.data.prefetch import put_batch
 from medllm_jax.data.reference_log_probs import write_references
 from medllm_jax.data.rows import Rows
-from medllm_jax.distributed.sharding import check_divisible, make_mesh, put_batch
+from medllm_jax.distributed.sharding import check_divisible, make_mesh
 from medllm_jax.errors import UserError
 from medllm_jax.model.abstract import AbstractModel, abstract_model, merge_params
 from medllm_jax.terminal.progress import Console
 from medllm_jax.training.programs import score_program
-from medllm_jax.training.setup import open_rows, with_model
+from medllm_jax.training.resolve import ResolvedConfig, resolve
+from medllm_jax.training.setup import open_rows
 
 
 def cache_reference(config: RunConfig) -> int:
@@ -26,7 +28,7 @@ def cache_reference(config: RunConfig) -> int:
     The log-probabilities are stored beside the pairs under a hash of model and pairs, computed with the run's own mesh,
     precision and batch; `medllm train` reads them, so the reference model itself is not in memory there.
     """
-    config = with_model(config)
+    config = resolve(config)
     if config.objective.name != "rpo" or config.init.checkpoint is None:
         raise UserError(
             "reference log-probabilities belong to an RPO run: set objective.name to rpo, "
@@ -37,23 +39,22 @@ def cache_reference(config: RunConfig) -> int:
     mesh = make_mesh(config.mesh)
     stores = [config.data.stores, *([config.held_out.stores] if config.held_out and config.held_out.stores else [])]
     sources = [open_rows(config, group) for group in stores]
-    check_divisible(mesh, config.model, config.data.batch_size // config.data.accumulate)
-    plan = abstract_model(config.model, config.precision, mesh, attention=config.attention, adapter=config.adapter)
-    first = initial_weights(config, plan)  # by the same road as the run itself, adapters and all
-    params = merge_params(first.params, first.frozen)
-    model = model_fingerprint(params)
+    check_divisible(mesh, config.model, config.micro_batch)
+    model = abstract_model(config.model, config.precision, mesh, attention=config.attention, adapter=config.adapter)
+    initial = initial_weights(config, model)  # by the same road as the run itself, adapters and all
+    params = merge_params(initial.params, initial.frozen)
+    fingerprint = model_fingerprint(params)
     for rows in sources:
-        values = _score(config, plan, mesh, params, rows)
+        values = _score(config, model, mesh, params, rows)
         if jax.process_index() == 0:
-            write_references(rows, model, values)
+            write_references(rows, fingerprint, values)
     return sum(corpus.examples for rows in sources for corpus in rows.corpora)
 
 
-def _score(config: RunConfig, plan: AbstractModel, mesh: Mesh, params: Any, rows: Rows) -> np.ndarray:
+def _score(config: ResolvedConfig, model: AbstractModel, mesh: Mesh, params: Any, rows: Rows) -> np.ndarray:
     """float32 [N, P, 2]: log-probabilities of the pairs of all rows."""
-    score, scored = score_program(config, plan.structure, mesh, rows.pairs_per_row), []
-    batch_size = config.data.batch_size // config.data.accumulate
-    batches = in_order(rows, batch_size, process_index=jax.process_index(), process_count=jax.process_count())
+    score, scored = score_program(model.structure, mesh, rows.pairs_per_row, config.objective.vocab_chunks), []
+    batches = in_order(rows, config.micro_batch, process_index=jax.process_index(), process_count=jax.process_count())
     with Console("reference", len(rows), unit="row", enabled=jax.process_index() == 0) as console:
         for batch, real in batches:
             scored.append(np.asarray(score(params, put_batch(batch, mesh)))[:real])

@@ -1,6 +1,5 @@
 """The parts of the story that `train` tells."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,49 +10,54 @@ from jax.sharding import Mesh
 
 from medllm_jax.checkpoint.fingerprint import model_fingerprint
 from medllm_jax.checkpoint.load_model import initial_weights, load_frozen
-from medllm_jax.checkpoint.orbax import Base, load_adapted, load_model_config
+from medllm_jax.checkpoint.orbax import Base, load_adapted
 from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.config.load import to_plain
-from medllm_jax.config.schema import RunConfig
+from medllm_jax.data.batch import Kind
 from medllm_jax.data.loader import BatchStream
 from medllm_jax.data.reference_log_probs import no_references, read_references
 from medllm_jax.data.rows import Rows, Seen
 from medllm_jax.data.store import check_compatible
 from medllm_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from medllm_jax.data.tokenizer import load_tokenizer
+from medllm_jax.distributed.flops import train_flops
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import load_exam
 from medllm_jax.evaluation.prompts import load_template
 from medllm_jax.inference.likelihood import Likelihood
 from medllm_jax.model.abstract import merge_params
 from medllm_jax.observability import sessions
+from medllm_jax.observability.progress import Progress
+from medllm_jax.reliability.bad_steps import BadStepGuard
 from medllm_jax.reliability.supervision import restore
 from medllm_jax.reliability.watchdog import Watchdog
 from medllm_jax.storage import run_folder
 from medllm_jax.training.programs import TrainProgram
+from medllm_jax.training.resolve import ResolvedConfig
 from medllm_jax.training.validation import HeldOut
 
-STORE_KINDS = {"cpt": ("cpt",), "sft": ("sft",), "rpo": ("pairs", "sft")}
+# Objective -> kinds of stores that it reads.
+STORE_KINDS: dict[str, tuple[Kind, ...]] = {"cpt": ("cpt",), "sft": ("sft",), "rpo": ("pairs", "sft")}
 
 
 def restore_or_init(
-    config: RunConfig, folder: epath.Path, rows: Rows, program: TrainProgram, watch: Watchdog
+    config: ResolvedConfig, folder: epath.Path, rows: Rows, program: TrainProgram, watch: Watchdog
 ) -> tuple[int, TrainState, dict[str, Any], Any]:
     """Step, state, meta and frozen parameters that a run goes on from, or starts with."""
     restored = restore(folder, program.abstract, watch)
     if restored is not None:
         check_same_data(folder, restored.meta, rows)
-        frozen = load_frozen(program.plan, load_adapted(folder, restored.step))
+        frozen = load_frozen(program.model, load_adapted(folder, restored.step))
         return restored.step, restored.state, restored.meta | {"config": to_plain(config)}, frozen
     watch.stage("reading the model")
     check_reference(config)
-    params, frozen, base = initial_weights(config, program.plan)
+    params, frozen, base = initial_weights(config, program.model)
     meta = initial_metadata(config, rows, base, params, frozen)
     return 0, program.initialise(params), meta, frozen
 
 
-def open_session(config: RunConfig, folder: epath.Path, start: int, changes: dict[str, Any]) -> float:
-    """Writes down that, and with what, the run goes on; returns when it was first started, seconds since the epoch."""
+def open_session(config: ResolvedConfig, folder: epath.Path, start: int, changes: dict[str, Any]) -> float:
+    """Records this start of the run; returns when it was first started, in seconds since the epoch."""
     if jax.process_index() != 0:
         return 0.0
     run_folder.record_config(folder, config, replaced_at=start if changes else None)
@@ -61,25 +65,7 @@ def open_session(config: RunConfig, folder: epath.Path, start: int, changes: dic
     return sessions.begin(folder, start, changes)[0]["time"]
 
 
-def with_model(config: RunConfig) -> RunConfig:
-    """The config with the model's shape filled in from the checkpoint it starts from, and checked against it."""
-    recorded = run_folder.recorded_config(config.run)
-    if recorded is not None:  # a run that goes on no longer needs the checkpoint that it started from
-        return config if config.model else dataclasses.replace(config, model=recorded.model)
-    if config.init.checkpoint is None:
-        return config
-    found = load_model_config(config.init.checkpoint)
-    if config.model is not None and config.model != found:
-        before, now = to_plain(found), to_plain(config.model)
-        name = next(name for name in before if before[name] != now[name])
-        raise UserError(
-            f"model.{name} is {now[name]} in the config and {before[name]} in {config.init.checkpoint}: "
-            "leave model out, and it is taken from the checkpoint"
-        )
-    return dataclasses.replace(config, model=found)
-
-
-def open_rows(config: RunConfig, stores: Sequence[str]) -> Rows:
+def open_rows(config: ResolvedConfig, stores: Sequence[str]) -> Rows:
     """The rows of some stores; UserError where their kind, tokens or tokenizer don't fit the run."""
     rows = Rows.open(stores)
     tokenizer = run_folder.find_tokenizer(config.run, config.init.checkpoint)
@@ -95,36 +81,48 @@ def open_rows(config: RunConfig, stores: Sequence[str]) -> Rows:
     return rows
 
 
-def open_held_out(config: RunConfig, program: TrainProgram, mesh: Mesh, model: str | None) -> HeldOut:
-    """The run's held-out rows, with what the reference model says of them, and its exam."""
+def open_held_out(config: ResolvedConfig, program: TrainProgram, mesh: Mesh, model: str | None) -> HeldOut | None:
+    """The run's held-out rows, with what the reference model says of them, and its exam; None where it has neither."""
     wanted = config.held_out
+    if wanted is None:
+        return None
     rows = open_rows(config, wanted.stores) if wanted.stores else None
-    reference = references_of(config, rows, model) if rows is not None else None
-    exam = open_likelihood(config, program, mesh) if wanted.exam else None
-    return HeldOut(config, program, mesh, rows, reference, exam)
+    return HeldOut(
+        program,
+        mesh,
+        rows,
+        references_of(config, rows, model) if rows is not None else None,
+        open_likelihood(config, wanted.exam, wanted.template, program, mesh) if wanted.exam else None,
+        batch_size=config.micro_batch,
+        every=wanted.every,
+        last_step=config.steps,
+    )
 
 
-def open_likelihood(config: RunConfig, program: TrainProgram, mesh: Mesh) -> Likelihood:
-    """The held-out exam, whose answers are looked at and not generated."""
+def open_likelihood(config: ResolvedConfig, exam: str, template: str, program: TrainProgram, mesh: Mesh) -> Likelihood:
+    """The held-out exam, measured by the likelihood of its answers; nothing is generated."""
     folder = run_folder.find_tokenizer(config.run, config.init.checkpoint)
     if folder is None:
         raise UserError(
             "held_out.exam needs the model's tokenizer: start from a model that "
             "`python -m tools.convert_hf from-hf` converted"
         )
-    exam, template = load_exam(config.held_out.exam), load_template(config.held_out.template)
-    rows = config.data.batch_size // config.data.accumulate
-    return Likelihood(exam, template, load_tokenizer(folder), config.model, program.plan.structure, mesh, rows)
+    tokenizer, structure = load_tokenizer(folder), program.model.structure
+    prompts = load_template(template)
+    return Likelihood(load_exam(exam), prompts, tokenizer, config.model, structure, mesh, config.micro_batch)
 
 
-def references_of(config: RunConfig, rows: Rows, model: str | None) -> np.ndarray | None:
-    """float32 [N, P, 2] log-probabilities of pairs under the reference model; zeros where the step computes them."""
-    if config.objective.name != "rpo":
+def references_of(config: ResolvedConfig, rows: Rows, model: str | None) -> np.ndarray | None:
+    """float32 [N, P, 2] log-probabilities of pairs under the reference model; zeros where the step computes them.
+
+    model: fingerprint of the reference model; an RPO run has one. None for other objectives.
+    """
+    if config.objective.name != "rpo" or model is None:
         return None
-    return no_references(rows) if config.objective.reference == "adapters_off" else read_references(rows, model)
+    return read_references(rows, model) if config.objective.reference == "cached" else no_references(rows)
 
 
-def open_stream(config: RunConfig, rows: Rows, position: int, reference: np.ndarray | None) -> BatchStream:
+def open_stream(config: ResolvedConfig, rows: Rows, position: int, reference: np.ndarray | None) -> BatchStream:
     """This process' part of the run's batches, from a position on."""
     return BatchStream(
         rows,
@@ -140,7 +138,32 @@ def open_stream(config: RunConfig, rows: Rows, position: int, reference: np.ndar
     )
 
 
-def initial_metadata(config: RunConfig, rows: Rows, base: Base | None, params: Any, frozen: Any) -> dict[str, Any]:
+def open_progress(
+    config: ResolvedConfig,
+    folder: epath.Path,
+    start: int,
+    started: float,
+    seen: Seen,
+    guard: BadStepGuard,
+    sequence_length: int,
+) -> Progress:
+    """Where the metrics of this start go; started: when the run was first started, in seconds since the epoch."""
+    return Progress(
+        folder,
+        config.logging,
+        seen,
+        guard,
+        name=config.objective.name,
+        start=start,
+        steps=config.steps,
+        started=started,
+        step_flops=train_flops(config.model, config.data.batch_size, sequence_length, config.adapter),
+        mixed=config.data.mix is not None,
+        settings=to_plain(config),
+    )
+
+
+def initial_metadata(config: ResolvedConfig, rows: Rows, base: Base | None, params: Any, frozen: Any) -> dict[str, Any]:
     """What every checkpoint of this run says beside its arrays; `position` is the data's, in batches."""
     return {
         "config": to_plain(config),
@@ -154,11 +177,12 @@ def initial_metadata(config: RunConfig, rows: Rows, base: Base | None, params: A
     }
 
 
-def check_reference(config: RunConfig) -> None:
+def check_reference(config: ResolvedConfig) -> None:
     """UserError where turning adapters off would compare with the model from before continued pretraining."""
-    if config.objective.reference == "adapters_off" and load_adapted(config.init.checkpoint) is not None:
+    source = config.init.checkpoint
+    if source is not None and config.objective.reference == "adapters_off" and load_adapted(source) is not None:
         raise UserError(
-            f"objective.reference is adapters_off and {config.init.checkpoint} holds adapters, without which it is its "
+            f"objective.reference is adapters_off and {source} holds adapters, without which it is its "
             "raw base and not the model to compare with: choose cached"
         )
 
@@ -168,5 +192,5 @@ def check_same_data(folder: epath.Path, meta: dict[str, Any], rows: Rows) -> Non
     if meta["rows_digest"] != rows.digest or meta["seen"].keys() != Seen(rows).counts.keys():
         raise UserError(
             f"run {folder} was trained on other rows than there are now in {rows}: "
-            "give what it began with, in the same order, or choose another run folder"
+            "give what it started with, in the same order, or choose another run folder"
         )

@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.data.batch import Batch
+from medllm_jax.model.abstract import AbstractModel
 from medllm_jax.training.losses import Loss, LossSum
 
 
@@ -17,22 +17,22 @@ def train_step(
     batch: Batch,
     frozen: Any = None,
     *,
-    structure: nnx.GraphDef,
+    model: AbstractModel,
     loss: Loss,
     optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
     accumulate: int,
     largest_norm: float = 0.0,
     largest_loss: float = 0.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update from a batch of rows, and its metrics (float32 scalars).
 
-    frozen: tree of the parameters that are not trained, if there are any; `structure` is of all. largest_norm,
-    largest_loss: of a gradient, and a loss, that are no spike; 0 for any. Where either is not finite, or a spike,
-    nothing is updated but the random key, and the metric `skipped` is 1.
+    frozen: tree of the parameters that are not trained, if there are any. schedule: the optimizer's learning rate by
+    step. largest_norm, largest_loss: a larger gradient norm, or loss, is a spike; with 0 none is. Where either is not
+    finite, or a spike, nothing is updated but the random key, and the metric `skipped` is 1.
     """
     next_key, key = jax.random.split(jax.random.wrap_key_data(state.key))
-    how = {"structure": structure, "loss": loss, "accumulate": accumulate}
-    grads, sums = summed_gradients(state.params, batch, key, frozen, **how)
+    grads, sums = summed_gradients(state.params, batch, key, frozen, model=model, loss=loss, accumulate=accumulate)
     weight = jnp.maximum(sums.weight, 1e-8)  # a batch without a target has zero gradients, not undefined ones
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -42,9 +42,10 @@ def train_step(
     good = jnp.isfinite(norm) & (norm <= (largest_norm or jnp.inf))
     good &= jnp.isfinite(metrics["loss"]) & (metrics["loss"] <= (largest_loss or jnp.inf))
     metrics |= sums.counts | {"grad_norm": norm, "skipped": 1 - good.astype(jnp.float32)}
-    after, before = (state.step + 1, params, opt_state), (state.step, state.params, state.opt_state)
-    kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
-    return TrainState(*kept, jax.random.key_data(next_key)), metrics
+    metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+    after = TrainState(state.step + 1, params, opt_state, state.key)
+    kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state)
+    return kept._replace(key=jax.random.key_data(next_key)), metrics
 
 
 def summed_gradients(
@@ -53,14 +54,14 @@ def summed_gradients(
     key: jax.Array,
     frozen: Any = None,
     *,
-    structure: nnx.GraphDef,
+    model: AbstractModel,
     loss: Loss,
     accumulate: int,
 ) -> tuple[Any, LossSum]:
     """Gradients of the loss's total, and its sums, over all rows; in `accumulate` micro-batches, added in float32."""
 
     def total_of(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, LossSum]:
-        sums = loss(nnx.merge(structure, params, frozen or {}), rows, key, batch)
+        sums = loss(model.merge(params, frozen, key), rows, batch)
         return sums.total, sums
 
     gradient = jax.grad(total_of, has_aux=True)

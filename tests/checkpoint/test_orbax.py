@@ -21,7 +21,7 @@ from medllm_jax.reliability.supervision import restore
 from medllm_jax.reliability.watchdog import Watchdog
 from medllm_jax.training.loop import train
 from medllm_jax.training.programs import train_program
-from medllm_jax.training.setup import with_model
+from medllm_jax.training.resolve import resolve
 from tests.training.test_train import assert_equal_bits, config_of, params_of
 from tests.world import tiny_config
 
@@ -35,7 +35,7 @@ def finished(world, tmp_path_factory):
     run = tmp_path_factory.mktemp("finished") / "run"
     config = config_of(world, run)
     train(config)
-    abstract = train_program(with_model(config), make_mesh(config.mesh)).abstract
+    abstract = train_program(resolve(config), make_mesh(config.mesh)).abstract
     return run, abstract, {step: jax.device_get(load_state(run, step, abstract)) for step in (4, 6)}
 
 

@@ -176,7 +176,7 @@ def test_a_bad_mesh_is_one_line(world, exam, capsys):
     for mesh, line in (
         ("data=3,fsdp=1", "does not divide 8 devices"),
         ("fsdp=x", "mesh"),
-        ("rows=2", "unknown key rows"),
+        ("rows=2", "sizes of axes are expected"),
     ):
         assert run("evaluate", "--run", world.model, "--exam", exam, "--template", "plain", "--mesh", mesh) == 2
         assert line in capsys.readouterr().err

@@ -547,7 +547,7 @@ def test_verify_of_neither_kind(source, tmp_path, capsys):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys\nfrom tools.convert_hf.__main__ import main\n"
+        "import sys\nfrom medllm_jax.cli.convert import main\n"
         "try: main(['from-hf', '--help'])\nexcept SystemExit: pass\n"
         "print(sorted({'jax', 'flax', 'transformers', 'orbax', 'torch'} & sys.modules.keys()))"
     )

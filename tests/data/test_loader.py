@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medllm_jax.data.batch import batch_of
-from medllm_jax.data.loader import BatchStream, _InProportion, check_mix, in_order
+from medllm_jax.data.loader import BatchStream, _InProportion, check_mix, in_order, row_order
 from medllm_jax.data.rows import Rows
 from medllm_jax.errors import UserError
 from tests.data.stores import numbered_rows, write_rows
@@ -39,6 +39,11 @@ def two_pair_stores(tmp_path_factory):
     return Rows([first, write_rows(folder / "b", rows[110:], kind="pairs", corpora={"second": 190})])
 
 
+def next_of(stream):
+    found = next(stream)
+    return found.arrays, found.row_ids, found.position
+
+
 def take(rows, steps, batch_size=4, seed=7, **options):
     """The row ids of ``steps`` batches, [steps, rows]; checks that the batches hold those very rows and references."""
     numbers, reference, everything = [], options.get("reference"), rows.read(range(len(rows)))
@@ -46,10 +51,11 @@ def take(rows, steps, batch_size=4, seed=7, **options):
     with BatchStream(rows, batch_size, seed, **options) as stream:
         start = stream.position
         for step in range(start, start + steps):
-            batch = next(stream)
-            assert stream.position == step + 1
+            batch, row_ids, position = next_of(stream)
+            assert stream.position == position == step + 1
             numbers.append(batch.tokens[:, 0])
-            assert numbers[-1].tolist() == stream.row_ids(step)[index * size :][:size].tolist()
+            assert row_ids.dtype == np.int64 and row_ids.shape == (batch_size,)
+            assert numbers[-1].tolist() == row_ids[index * size :][:size].tolist()
             expected = batch_of(
                 everything[numbers[-1]], rows.kind, None if reference is None else reference[numbers[-1]]
             )
@@ -120,9 +126,9 @@ def test_reference_follows_its_rows(pair_store):
     reference = np.arange(COUNT * 2, dtype=np.float32).reshape(COUNT, 1, 2)
     stream = BatchStream(pair_store, 4, 1, reference=reference)
     for _ in range(15):
-        batch = next(stream)
+        batch = next(stream).arrays
         assert np.array_equal(batch.reference_log_probs, reference[batch.tokens[:, 0]])
-    assert next(BatchStream(pair_store, 4, 1)).reference_log_probs is None
+    assert next(BatchStream(pair_store, 4, 1)).arrays.reference_log_probs is None
 
 
 def test_wrong_settings(store, pair_store):
@@ -145,8 +151,8 @@ def test_wrong_settings(store, pair_store):
 
 def mixed(rows, count, batch_size=10, seed=7, mix=MIX):
     """The ids of the first rows of a mix, and the corpora that they are of."""
-    with BatchStream(rows, batch_size, seed, mix=mix) as stream:
-        row_ids = np.concatenate([stream.row_ids(position) for position in range(count // batch_size)])
+    batches = row_order(rows, seed, mix).batch(batch_size, drop_remainder=True)
+    row_ids = np.concatenate([batches[position] for position in range(count // batch_size)])
     ranges = {c.name: range(c.first_row, c.first_row + c.rows) for c in rows.corpora}
     return row_ids, np.array([next(name for name, ids in ranges.items() if row in ids) for row in row_ids])
 
@@ -260,8 +266,10 @@ def test_damage_comes_out_of_next(tmp_path, threads):
     rows = Rows.open([tmp_path / "store"])
     (bad,) = (row for row in range(COUNT) if list(rows.stores[0].problems([row])))
     with BatchStream(rows, 4, 0, threads=threads, prefetch=threads) as stream:
-        while bad not in stream.row_ids(stream.position):
-            assert next(stream).tokens[:, 0].tolist() == stream.row_ids(stream.position - 1).tolist()
+        expected = row_order(rows, 0).batch(4)
+        while bad not in expected[stream.position]:
+            batch, row_ids, _ = next_of(stream)
+            assert batch.tokens[:, 0].tolist() == row_ids.tolist() == expected[stream.position - 1].tolist()
         position = stream.position
         for _ in range(3):
             with pytest.raises(UserError, match=f"row {bad} of store .* is damaged"):
@@ -284,7 +292,7 @@ def test_storage_that_is_back_is_read_where_it_was_left(store, monkeypatch):
     with BatchStream(store, 4, 7) as stream:
         while len(found) < 12:
             try:
-                found.append(next(stream).tokens[:, 0])
+                found.append(next(stream).arrays.tokens[:, 0])
             except ConnectionError:
                 continue
     assert not gone and np.array_equal(found, expected)

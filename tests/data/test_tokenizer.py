@@ -199,7 +199,7 @@ def test_the_copy_for_object_storage_is_the_same_tokenizer(tokenizer_dir, tmp_pa
 
 def test_data_modules_import_without_heavy_libraries():
     program = (
-        "import sys, medllm_jax.data.preferences\n"
+        "import sys, medllm_jax.data.prepare.preference_pairs\n"
         "print(sorted({'jax', 'grain', 'transformers', 'torch'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

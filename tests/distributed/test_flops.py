@@ -40,7 +40,7 @@ def traced():
     loss = next_token(ObjectiveConfig())
     rows = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
     batch = Batch(rows, rows, rows, rows, jax.ShapeDtypeStruct(rows.shape, jnp.float32))
-    total = lambda params, batch: loss(nnx.merge(plan.structure, params), batch, None, batch).total  # noqa: E731
+    total = lambda params, batch: loss(nnx.merge(plan.structure, params), batch, batch).total  # noqa: E731
     forward = jax.make_jaxpr(total)(plan.abstract, batch)
     return config, products(forward.jaxpr), products(jax.make_jaxpr(jax.grad(total))(plan.abstract, batch).jaxpr)
 

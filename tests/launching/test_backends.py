@@ -239,10 +239,10 @@ def test_a_launcher_that_is_not_installed_is_named(arguments, way, program, caps
 @pytest.mark.parametrize("arguments_", [["--help"], *([way, "--help"] for way in OWN)])
 def test_help_imports_nothing_heavy(arguments_):
     code = (
-        "import sys, contextlib, io\nfrom launch.__main__ import main\nout = io.StringIO()\n"
+        "import sys, contextlib, io\nfrom medllm_jax.cli.launch import main\nout = io.StringIO()\n"
         "with contextlib.redirect_stdout(out):\n"
         f"    try: main({arguments_!r})\n    except SystemExit: pass\n"
-        "assert 'usage: python -m launch' in out.getvalue()\n"
+        "assert 'usage: medllm launch' in out.getvalue()\n"
         "print(sorted({'jax', 'numpy', 'transformers', 'etils', 'gcsfs'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

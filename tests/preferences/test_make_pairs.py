@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import unicodedata
 from collections import Counter
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medllm_jax.data.prepare.preference_pairs import read_pairs
-from medllm_jax.data.prepare.reading import Dropped
+from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam, load_exam
 from medllm_jax.evaluation.prompts import load_template
@@ -20,7 +19,6 @@ from medllm_jax.preferences.make_pairs import (
     choose_questions,
     gold_response,
     make_pairs,
-    overlapping,
     pair_up,
 )
 from tests.tiny import write_json_lines
@@ -157,7 +155,7 @@ def test_chat_samples_make_rows_of_messages(exam, pairs_of, tmp_path):
     rows, _ = pairs_of(exam, "explain", ["x\n答え: c", "y\n答え: b"], chat=True)
     assert rows[0]["prompt"] == TEMPLATE.render_messages(exam.questions[0], "explain")
     assert rows[0]["chosen"] == [{"role": "assistant", "content": "Leaves.\n答え: b"}]
-    read = read_pairs(str(write_json_lines(tmp_path / "rows.jsonl", rows)), "error", Dropped())
+    read = read_pairs(str(write_json_lines(tmp_path / "rows.jsonl", rows)), "error", RejectionCounts())
     assert len(list(read)) == len(rows) > 0
 
 
@@ -212,7 +210,7 @@ def test_senseless_options_are_refused(wrong):
 # --- overlap ---------------------------------------------------------------------------------------------------------
 
 LONG = "55歳の男性。発熱を主訴に来院した。3日前から39℃の発熱があり、改善しないため受診した。考えられるのはどれか。"
-CHOICES = ("肺炎球菌性肺炎", "マイコプラズマ肺炎", "ニューモシスチス肺炎", "過敏性肺炎", "肺結核")
+CHOICES = ("肺炎球菌性肺炎", "マイコプラズマ肺炎", "過敏性肺炎")
 
 
 @pytest.fixture
@@ -220,34 +218,6 @@ def ask(exam):
     return lambda text, choices=CHOICES, name="mine": dataclasses.replace(
         exam.questions[0], id=name, text=text, choices=choices
     )
-
-
-def test_the_same_question_is_found_in_other_clothes(ask):
-    judged = [Exam("judged", (ask(LONG, name="other"),))]
-
-    def reason(text, choices=CHOICES, name="mine"):
-        return overlapping(Exam("x", (ask(text, choices, name),)), judged).get(name)
-
-    assert reason("nothing alike", name="other") == "same id"
-    assert reason(LONG) == "same text"
-    assert reason(unicodedata.normalize("NFKC", LONG).replace("。", "。\n　")) == "same text"
-    assert reason(LONG.replace("39", "３９").upper()) == "same text"
-    assert reason(LONG, CHOICES[::-1]) == "similar text"
-    assert reason(f"次の文を読み、問いに答えよ。{LONG}1つ選べ。") == "similar text"
-    assert reason(LONG.replace("3日前", "5日前")) == "similar text"
-    assert reason("".join(map(chr, range(0x4E00, 0x4F00))) + LONG) == "similar text"
-    assert (
-        reason("45歳の女性。腹痛を主訴に来院した。最も考えられるのはどれか。", ("急性虫垂炎", "胆石症", "腎結石"))
-        is None
-    )
-    assert reason("最も考えられるのはどれか。", ("急性虫垂炎", "胆石症", "腎結石", "卵巣茎捻転", "腸閉塞")) is None
-    assert reason("誤りは?", ("甲", "乙")) is None
-
-
-def test_short_questions_are_compared_whole(ask):
-    judged = [Exam("judged", (ask("正しいのは?", ("甲", "乙"), "other"),))]
-    assert overlapping(Exam("x", (ask("正しいのは?", ("甲", "丙")),)), judged) == {}
-    assert overlapping(Exam("x", (ask(" 正しいのは？", ("甲", "乙")),)), judged) == {"mine": "same text"}
 
 
 def test_overlap_is_refused_or_left_out_and_withdrawn_questions_are_not_asked(ask):

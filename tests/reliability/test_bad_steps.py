@@ -9,11 +9,11 @@ import pytest
 
 from medllm_jax.checkpoint.orbax import steps
 from medllm_jax.config.schema import GuardConfig
+from medllm_jax.data.loader import BatchStream
 from medllm_jax.data.rows import Rows
 from medllm_jax.errors import RunError, UserError
 from medllm_jax.training import loop as train_module
 from medllm_jax.training.loop import train
-from medllm_jax.training.setup import open_stream
 from tests.training.test_train import assert_equal_bits, config_of, params_of
 
 
@@ -27,7 +27,8 @@ def poison(monkeypatch):
         def put_batch(batch, mesh):
             made.append(None)
             if len(made) in bad:
-                batch = batch._replace(loss_weights=batch.loss_weights * np.float32("nan"))
+                weights = batch.arrays.loss_weights * np.float32("nan")
+                batch = dataclasses.replace(batch, arrays=batch.arrays._replace(loss_weights=weights))
             return put(batch, mesh)
 
         monkeypatch.setattr(train_module, "put_batch", put_batch)
@@ -46,8 +47,9 @@ def test_a_run_stops_and_goes_on_as_if_nothing_had_been(world, tmp_path, poison,
     (report,) = (tmp_path / "run" / "crashes").iterdir()
     assert json.loads(report.read_text())["error"] == "RunError"
     (line,) = map(json.loads, (tmp_path / "run" / "skipped.jsonl").read_text().splitlines())
-    stream = open_stream(config, Rows.open(config.data.stores), 0, None)
-    assert line["rows"] == stream.row_ids(3).tolist() and (line["step"], line["loss"]) == (4, "nan")
+    with BatchStream(Rows.open(config.data.stores), config.data.batch_size, config.seed, position=3) as stream:
+        row_ids = next(stream).row_ids
+    assert line["rows"] == row_ids.tolist() and (line["step"], line["loss"]) == (4, "nan")
     train(config)
     train(config_of(world, tmp_path / "undisturbed"))
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "undisturbed")

@@ -20,7 +20,8 @@ from tests.distributed.test_processes import start_processes
 from tests.training.test_train import assert_equal_bits, config_of, params_of
 
 SLOW = (
-    "import medllm_jax.progress as p, time; a = p.Progress.add; p.Progress.add = lambda *x: [time.sleep(0.2), a(*x)]; "
+    "import medllm_jax.observability.progress as p, time; a = p.Progress.add; "
+    "p.Progress.add = lambda *x: [time.sleep(0.2), a(*x)]; "
 )
 MEDLLM = f"{SLOW}import sys; from medllm_jax.cli import main; sys.exit(main())"  # slow enough to be interrupted
 

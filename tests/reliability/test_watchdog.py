@@ -8,7 +8,7 @@ from medllm_jax.reliability.watchdog import Watchdog
 
 HANGING = """
 import time
-from medllm_jax.watchdog import Watchdog
+from medllm_jax.reliability.watchdog import Watchdog
 
 def report(what):
     print("reported:", what, flush=True)

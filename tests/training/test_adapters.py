@@ -32,7 +32,8 @@ from medllm_jax.config.schema import (
 from medllm_jax.conversion.hf_weights import open_hf
 from medllm_jax.conversion.run_weights import open_run
 from medllm_jax.conversion.verify import logits_here, stacked_weights
-from medllm_jax.distributed.sharding import make_mesh, put_batch
+from medllm_jax.data.prefetch import put_batch
+from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import UserError
 from medllm_jax.model.abstract import abstract_model, merge_params, random_params
 from medllm_jax.training import loop as train_module
@@ -94,10 +95,10 @@ def steps(base, *, kind="rpo", devices=8, number=3, adapter=INT8, **how):
     config = config_of("unused", base, kind=kind, adapter=adapter, **how)
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     program = train_program(config, mesh)
-    params, frozen, _ = initial_weights(config, program.plan)
+    params, frozen, _ = initial_weights(config, program.model)
     before = jax.tree.map(np.array, frozen)
     batches = [put_batch(rows_of(kind, step), mesh) for step in range(number)]
-    compiled = program.step.lower(program.abstract, batches[0], program.plan.frozen).compile()
+    compiled = program.step.lower(program.abstract, batches[0], program.model.frozen).compile()
     state, losses = program.initialise(params), []
     for batch in batches:
         state, metrics = compiled(state, batch, frozen)
@@ -143,7 +144,7 @@ def test_dropout_is_in_the_step_where_it_is_asked_for(dropout):
     config = config_of("unused", "unused", adapter=dataclasses.replace(QLORA, dropout=dropout))
     program = train_program(config, make_mesh(config.mesh))
     batch = abstract_batch(make_mesh(config.mesh), 8, 24, None)
-    text = program.step.lower(program.abstract, batch, program.plan.frozen).as_text()
+    text = program.step.lower(program.abstract, batch, program.model.frozen).as_text()
     assert ("bernoulli" in text) == (dropout > 0)
 
 

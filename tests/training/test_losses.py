@@ -105,7 +105,7 @@ def rpo_exactly(hidden, head, batch, beta: float, alpha: float) -> dict[str, lis
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_next_token_is_the_mean_cross_entropy_of_tokens_with_a_past(rng, chunks):
     batch, model = document_batch(rng), model_of(rng, 2)
-    sums = objective(ObjectiveConfig(vocab_chunks=chunks))(model, batch, jax.random.key(0), batch)
+    sums = objective(ObjectiveConfig(vocab_chunks=chunks))(model, batch, batch)
     hidden, head = exactly(model)
     expected = []
     for row in range(2):
@@ -125,7 +125,7 @@ def test_next_token_is_the_mean_cross_entropy_of_tokens_with_a_past(rng, chunks)
 def test_rpo_is_its_formula(rng, chunks):
     batch, model = pair_batch(rng), model_of(rng, len(PAIRS))
     config = ObjectiveConfig(name="rpo", beta=RPO.beta, alpha=RPO.alpha, vocab_chunks=chunks)
-    sums = objective(config)(model, batch, jax.random.key(0), batch)
+    sums = objective(config)(model, batch, batch)
     expected = rpo_exactly(*exactly(model), batch, RPO.beta, RPO.alpha)
 
     assert float(sums.weight) == float(sums.counts["pairs"]) == 3
@@ -156,7 +156,7 @@ def test_rpo_gradient_is_that_of_its_formula(rng, chunks):
     """Along random directions, against central differences of the formula in float64."""
     batch, model = pair_batch(rng), model_of(rng, len(PAIRS))
     loss = objective(ObjectiveConfig(name="rpo", beta=RPO.beta, alpha=RPO.alpha, vocab_chunks=chunks))
-    gradient = jax.grad(lambda model: loss(model, batch, jax.random.key(0), batch).total)(model)
+    gradient = jax.grad(lambda model: loss(model, batch, batch).total)(model)
     hidden, head = exactly(model)
     for _ in range(3):
         toward = [rng.standard_normal(x.shape) for x in (hidden, head)]
@@ -173,7 +173,7 @@ def test_rpo_gradient_is_that_of_its_formula(rng, chunks):
 def test_only_what_predicts_a_response_has_a_gradient(rng):
     batch, model = pair_batch(rng), model_of(rng, len(PAIRS))
     loss = objective(RPO)
-    gradient = jax.grad(lambda model: loss(model, batch, jax.random.key(0), batch).total)(model).hidden
+    gradient = jax.grad(lambda model: loss(model, batch, batch).total)(model).hidden
     moved = np.abs(np.asarray(gradient)).max(axis=-1) > 0
     # Row 0: prompt's last (3), all but the last chosen (4, 5), all but the last rejected (7); then the second pair.
     assert np.flatnonzero(moved[0]).tolist() == [3, 4, 5, 7, 10, 12, 13, 14, 15]
@@ -185,7 +185,7 @@ def test_a_batch_without_pairs_is_nothing(rng):
     batch, model = pair_batch(rng), model_of(rng, len(PAIRS))
     empty = jax.tree.map(lambda x: x[2:], batch)
     alone = Fixed(model.hidden[2:], model.head_weight)
-    value, gradient = jax.value_and_grad(lambda m: objective(RPO)(m, empty, jax.random.key(0), empty).total)(alone)
+    value, gradient = jax.value_and_grad(lambda m: objective(RPO)(m, empty, empty).total)(alone)
     assert float(value) == 0
     assert all(not np.asarray(g).any() for g in gradient)
 
@@ -193,7 +193,7 @@ def test_a_batch_without_pairs_is_nothing(rng):
 def test_a_policy_that_is_its_reference_has_no_margin(rng):
     batch, model = pair_batch(rng), model_of(rng, len(PAIRS))
     own = pair_log_probs(model, batch, PAIRS_A_ROW, vocab_chunks=1)
-    sums = objective(RPO)(model, batch._replace(reference_log_probs=own), jax.random.key(0), batch)
+    sums = objective(RPO)(model, batch._replace(reference_log_probs=own), batch)
     np.testing.assert_allclose(sums.means["dpo"][0], 3 * np.log(2), rtol=1e-6)
     assert float(sums.means["rewards/margins"][0]) == 0
     assert not np.asarray(own[2]).any()
@@ -205,9 +205,7 @@ def test_huge_margins_stay_finite(rng):
     far = batch._replace(reference_log_probs=np.asarray(batch.reference_log_probs) * np.array([1e4, -1e4], np.float32))
     for reference in (far.reference_log_probs, -far.reference_log_probs):
         rows = far._replace(reference_log_probs=reference)
-        value, gradient = jax.value_and_grad(
-            lambda m, rows=rows: objective(RPO)(m, rows, jax.random.key(0), rows).total
-        )(model)
+        value, gradient = jax.value_and_grad(lambda m, rows=rows: objective(RPO)(m, rows, rows).total)(model)
         assert np.isfinite(value)
         assert all(np.isfinite(g).all() for g in gradient)
 
@@ -229,7 +227,7 @@ def parts_of(batch, model):
 )
 def test_other_losses_of_pairs(rng, changes, of_pair):
     batch, model = pair_batch(rng), model_of(rng, len(PAIRS))
-    sums = objective(dataclasses.replace(RPO, **changes))(model, batch, jax.random.key(0), batch)
+    sums = objective(dataclasses.replace(RPO, **changes))(model, batch, batch)
     h, nll, lengths = parts_of(batch, model)
     np.testing.assert_allclose(sums.means[changes.get("pair_loss", "dpo")][0], of_pair(h).sum(), rtol=1e-5)
     np.testing.assert_allclose(sums.total, (of_pair(h) + RPO.alpha * nll / lengths).sum(), rtol=1e-5)
@@ -237,7 +235,7 @@ def test_other_losses_of_pairs(rng, changes, of_pair):
 
 def test_token_reduction_has_all_chosen_tokens_count_alike(rng):
     batch, model = pair_batch(rng), model_of(rng, len(PAIRS))
-    sums = objective(dataclasses.replace(RPO, nll_reduction="token"))(model, batch, jax.random.key(0), batch)
+    sums = objective(dataclasses.replace(RPO, nll_reduction="token"))(model, batch, batch)
     h, nll, lengths = parts_of(batch, model)
     expected = np.log1p(np.exp(-h)).mean() + RPO.alpha * nll.sum() / lengths.sum()
     np.testing.assert_allclose(sums.total / sums.weight, expected, rtol=1e-5)
@@ -248,13 +246,13 @@ def test_an_example_without_a_rejected_response_counts_its_nll(rng):
     stored = np.stack([batch.tokens, batch.segment_ids, batch.branch_ids], axis=1)
     stored[1, 2, 1:7], stored[1, :, 7:] = TARGET, 0  # the second row's pair becomes an instruction: 1 given, 6 to learn
     mixed = batch_of(stored, "pairs", batch.reference_log_probs)
-    sums = objective(RPO)(model, mixed, jax.random.key(0), mixed)
+    sums = objective(RPO)(model, mixed, mixed)
     h, nll, lengths = parts_of(batch, model)
     expected = np.log1p(np.exp(-h[:2])).sum() + RPO.alpha * (nll / lengths).sum()
     np.testing.assert_allclose(sums.total, expected, rtol=1e-5)
     assert (float(sums.weight), float(sums.counts["pairs"])) == (3, 2)
     row, second = jax.tree.map(lambda x: x[1:2], mixed), Fixed(model.hidden[1:2], model.head_weight)
-    alone = objective(ObjectiveConfig(name="sft"))(second, row, None, row)
+    alone = objective(ObjectiveConfig(name="sft"))(second, row, row)
     np.testing.assert_allclose(alone.total, nll[2], rtol=1e-5)
     assert float(alone.weight) == float(alone.counts["response_tokens"]) == 6
 
@@ -266,12 +264,11 @@ def test_an_example_without_a_rejected_response_counts_its_nll(rng):
 def test_rows_add_up(rng, config):
     batch = document_batch(rng, 3) if config.name == "cpt" else pair_batch(rng)
     model, loss = model_of(rng, 3), objective(config)
-    whole = loss(model, batch, jax.random.key(0), batch)
+    whole = loss(model, batch, batch)
     parts = [
         loss(
             Fixed(model.hidden[r : r + 1], model.head_weight),
             jax.tree.map(lambda x, r=r: x[r : r + 1], batch),
-            None,
             batch,
         )
         for r in range(3)

@@ -65,7 +65,7 @@ def gradient_of(structure: Any, config: ObjectiveConfig) -> Any:
     loss = objective(config)
 
     def total(params: Any, batch: Batch) -> tuple[jax.Array, LossSum]:
-        sums = loss(nnx.merge(structure, params), batch, jax.random.key(0), batch)
+        sums = loss(nnx.merge(structure, params), batch, batch)
         return sums.total / sums.weight, sums
 
     return jax.jit(jax.value_and_grad(total, has_aux=True))

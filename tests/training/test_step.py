@@ -12,10 +12,11 @@ from flax import nnx
 from medllm_jax.checkpoint.train_state import new_state, state_shardings
 from medllm_jax.config.schema import MeshConfig, ObjectiveConfig, OptimizerConfig, PrecisionConfig
 from medllm_jax.data.batch import batch_of
-from medllm_jax.distributed.sharding import make_mesh, put_batch
-from medllm_jax.model.abstract import abstract_model, random_params
+from medllm_jax.data.prefetch import put_batch
+from medllm_jax.distributed.sharding import make_mesh
+from medllm_jax.model.abstract import AbstractModel, abstract_model, random_params
 from medllm_jax.training.losses import objective
-from medllm_jax.training.optimizer import make_optimizer
+from medllm_jax.training.optimizer import make_optimizer, make_schedule
 from medllm_jax.training.step import summed_gradients, train_step
 from tests.world import tiny_config
 
@@ -53,16 +54,24 @@ OBJECTIVES = {
 
 def train_steps(kind, mesh_shape, *, steps=5, accumulate=1, vocab_chunks=1):
     mesh = make_mesh(MeshConfig(*mesh_shape), jax.devices()[: math.prod(mesh_shape)])
-    plan = abstract_model(tiny_config(), PrecisionConfig(compute="float32"), mesh)
+    model = abstract_model(tiny_config(), PrecisionConfig(compute="float32"), mesh)
     # Adam divides by the gradient's size: with its usual eps it would blow up the rounding of gradients that cancel to
     # almost nothing, as those of k_proj.bias do.
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, eps=1e-5), steps=10)
+    settings = OptimizerConfig(learning_rate=1e-3, eps=1e-5)
+    optimizer = make_optimizer(settings, steps=10)
     make = functools.partial(new_state, optimizer=optimizer, seed=0)
-    shardings = state_shardings(jax.eval_shape(make, plan.abstract), optimizer, mesh)
-    state = jax.jit(make, out_shardings=shardings)(random_params(plan, seed=0))
+    shardings = state_shardings(jax.eval_shape(make, model.abstract), optimizer, mesh)
+    state = jax.jit(make, out_shardings=shardings)(random_params(model, seed=0))
     loss = objective(dataclasses.replace(OBJECTIVES[kind], vocab_chunks=vocab_chunks))
     step = jax.jit(
-        functools.partial(train_step, structure=plan.structure, loss=loss, optimizer=optimizer, accumulate=accumulate),
+        functools.partial(
+            train_step,
+            model=model,
+            loss=loss,
+            optimizer=optimizer,
+            schedule=make_schedule(settings, steps=10),
+            accumulate=accumulate,
+        ),
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
@@ -86,10 +95,10 @@ def assert_same(result, expected):
 @pytest.mark.parametrize("kind", ["cpt", "rpo"])
 def test_the_steps_change_what_they_should(kind):
     history, params = one_device(kind)
-    plan = abstract_model(
+    model = abstract_model(
         tiny_config(), PrecisionConfig(compute="float32"), make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     )
-    before = jax.device_get(random_params(plan, seed=0))
+    before = jax.device_get(random_params(model, seed=0))
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, before)
     assert all(value > 1e-4 for value in jax.tree.leaves(moved)), moved
     assert len(set(history)) == len(history)
@@ -122,13 +131,13 @@ def test_no_parameter_or_moment_is_whole_on_one_device():
 
 def test_a_batch_without_targets_changes_nothing_but_the_count():
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    plan = abstract_model(tiny_config(), PrecisionConfig(compute="float32"), mesh)
+    model = abstract_model(tiny_config(), PrecisionConfig(compute="float32"), mesh)
     empty = batch_of(np.zeros((2, 3, 8), np.int32), "cpt")
     gradients, sums = summed_gradients(
-        random_params(plan, seed=0),
+        random_params(model, seed=0),
         put_batch(empty, mesh),
         jax.random.key(0),
-        structure=plan.structure,
+        model=model,
         loss=objective(ObjectiveConfig()),
         accumulate=1,
     )
@@ -139,23 +148,25 @@ def test_a_batch_without_targets_changes_nothing_but_the_count():
 def test_each_step_draws_another_key():
     seen = []
 
-    def spy(model, batch, key, whole):
-        seen.append(key)
-        return objective(ObjectiveConfig())(model, batch, key, whole)
+    class Spy(AbstractModel):
+        def merge(self, params, frozen=None, key=None):
+            seen.append(key)
+            return super().merge(params, frozen, key)
 
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    plan = abstract_model(tiny_config(), PrecisionConfig(compute="float32"), mesh)
+    model = Spy(*abstract_model(tiny_config(), PrecisionConfig(compute="float32"), mesh))
     optimizer = make_optimizer(OptimizerConfig(), steps=10)
-    state = new_state(random_params(plan, seed=0), optimizer, seed=0)
+    state = new_state(random_params(model, seed=0), optimizer, seed=0)
     for number in range(2):
         state, _ = train_step(
             state,
             rows_of("cpt", number),
-            structure=plan.structure,
-            loss=lambda *arguments: spy(*arguments),
+            model=model,
+            loss=objective(ObjectiveConfig()),
             optimizer=optimizer,
+            schedule=make_schedule(OptimizerConfig(), steps=10),
             accumulate=1,
         )
     first, second = (np.asarray(jax.random.key_data(key)) for key in seen)
     assert not np.array_equal(first, second)
-    assert isinstance(plan.structure, nnx.GraphDef)
+    assert isinstance(model.structure, nnx.GraphDef)

@@ -44,7 +44,7 @@ from medllm_jax.training.loop import train
 from medllm_jax.training.losses import objective
 from medllm_jax.training.programs import train_program
 from medllm_jax.training.reference import cache_reference
-from medllm_jax.training.setup import with_model
+from medllm_jax.training.resolve import resolve
 from medllm_jax.training.step import summed_gradients
 from tests.tiny import write_json_lines
 from tests.world import SEQUENCE_LENGTH, tiny_config
@@ -184,7 +184,7 @@ def test_bfloat16_stays_close(world, finished, tmp_path, metrics_of, params, mom
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, state_dtype=moments))
     train(config)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(abstract_params(tmp_path / "run"))} == {params}
-    state = train_program(with_model(config), make_mesh(config.mesh)).abstract.opt_state
+    state = train_program(resolve(config), make_mesh(config.mesh)).abstract.opt_state
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {"int32", moments}
     for step, row in metrics_of(tmp_path / "run").items():
         assert row["loss"] == pytest.approx(metrics_of(finished / "cpt")[step]["loss"], abs=0.05)
@@ -421,9 +421,9 @@ def test_every_layout_of_pairs_is_the_same_to_learn_from(world, tmp_path, layout
     """Losses and gradients beside those of packed rows with shared prompts, to 1e-5 of what is largest."""
     results, row_counts = [], []
     mesh, config = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), config_of(world, tmp_path / "run", "rpo")
-    plan = abstract_model(tiny_config(), PrecisionConfig(compute="float32"), mesh)
-    params = random_params(plan, seed=0)
-    run = functools.partial(summed_gradients, structure=plan.structure, loss=objective(config.objective), accumulate=1)
+    model = abstract_model(tiny_config(), PrecisionConfig(compute="float32"), mesh)
+    params = random_params(model, seed=0)
+    run = functools.partial(summed_gradients, model=model, loss=objective(config.objective), accumulate=1)
     for name, how in (("packed", {}), ("other", layout)):
         prepare_pairs(str(world.pairs), world.tokenizer, tmp_path / name, 2 * SEQUENCE_LENGTH, **how)
         rows = Rows.open([tmp_path / name])

@@ -1,7 +1,7 @@
-"""The personal data gate: looks through texts for what points at a person, by patterns that a team can read and change.
+"""The scanner for personal data: finds what points at a person, by patterns that a team can read and change.
 
-It is a gate, not a proof: it finds what has a recognisable form (numbers, addresses, labelled fields, names with an
-honorific) and nothing else. A text without findings may still tell who a patient is; de-identification comes before.
+It serves a gate, not a proof: it finds what has a recognisable form (numbers, addresses, labelled fields, names with an
+honorific) and nothing else. A text without findings may still identify a patient; de-identification comes before.
 
 Patterns stand in ``pii.yaml`` beside this file and in files of the same form, a list of mappings:
 
@@ -11,7 +11,7 @@ Patterns stand in ``pii.yaml`` beside this file and in files of the same form, a
 * ``group``            the group that is the finding; the whole match without it, or where the group took no part
 * ``except``           regexes; a finding that one of them matches as a whole is none
 * ``check``            a checksum that the finding's digits must pass: ``my_number``
-* ``hint``             a cheap regex; sentences it does not occur in are passed over (speed only rests on it)
+* ``hint``             a cheap regex; sentences without a match of it are skipped, for speed only
 * ``enabled``          false turns a pattern off; an entry of an earlier pattern's name needs nothing else then
 """
 
@@ -37,7 +37,7 @@ _ANYTHING = r"[^\n。]"
 
 
 class Finding(NamedTuple):
-    """Where a text may hold personal data: characters [start, end), by the pattern of that name."""
+    """A place where a text may hold personal data: characters [start, end), found by the pattern of that name."""
 
     pattern: str
     start: int
@@ -58,7 +58,7 @@ _CHECKS: dict[str, Callable[[Sequence[int]], bool]] = {"my_number": _my_number}
 
 @dataclasses.dataclass(frozen=True)
 class _Pattern:
-    """A pattern as its file says it; compiled regexes travel to other processes as their source."""
+    """A pattern as its file defines it; compiled regexes travel to other processes as their source."""
 
     name: str
     label: str
@@ -109,10 +109,10 @@ def _sentences(text: str, hint: re.Pattern[str]) -> Iterator[tuple[int, str]]:
 
 
 class Scanner:
-    """The patterns of ``pii.yaml`` and of further files, ready to be used; it may be sent to other processes.
+    """The patterns of ``pii.yaml`` and of further files, ready for use; it can be sent to other processes.
 
-    fingerprint: sha256 (hex) over the patterns in force: texts masked under equal ones are equal; names: of the
-    patterns in force; labels: name -> one line for people.
+    fingerprint: sha256 (hex) over the patterns in force: equal ones mask a text equally; names: of the patterns in
+    force; labels: name -> one line for people.
     """
 
     def __init__(self, patterns: Iterable[_Pattern]):

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from medllm_jax.evaluation.exam import Question
 from medllm_jax.evaluation.extraction.letters import QUOTES, LetterReader, Reading
 from medllm_jax.evaluation.extraction.normalize import clean, normalize
-from medllm_jax.evaluation.extraction.numbers import read_figure
+from medllm_jax.evaluation.extraction.numbers import read_number
 
 PROBLEMS = ("empty", "refusal", "placeholder", "truncated", "conflict", "wrong_count", "unparseable")
 
@@ -57,7 +57,7 @@ _PLACEHOLDER = re.compile(
 # What follows a number at the start: its unit, and not a sentence (60歳の男性では...).
 _UNIT = re.compile(r"[^\n。(]{0,16}(?:$|[\n。(])")
 _FLAT_OBJECT = re.compile(r"\{[^{}]{2,4000}\}")
-_MOST_CUES = 64
+_MAX_CUES = 64
 _ANSWER_KEYS = ("answer", "final_answer", "答え", "正解", "解答", "回答")
 
 
@@ -156,7 +156,7 @@ def _read_number(question: Question, text: str, leading: bool, truncated: bool) 
     short = "\n" not in text and len(text) <= 100
 
     def at(position: int) -> Reading | None:
-        number, end, several = read_figure(
+        number, end, several = read_number(
             text, position, equation=position > 0 or (short and leading), sentence=position > 0
         )
         return Reading(frozenset((number,)), end, "number", conflict=several) if number else None
@@ -171,7 +171,7 @@ def _read_number(question: Question, text: str, leading: bool, truncated: bool) 
         return Extraction(number=next(iter(reading.letters)), rule=rule)
 
     for value in _json_answers(text)[-1:]:
-        number, _, several = read_figure(normalize(value))
+        number, _, several = read_number(normalize(value))
         if number and not several:
             return Extraction(number=number, rule="json_number")
     first = at(0) if leading or short else None
@@ -195,7 +195,7 @@ def _after_last_cue(text: str, start: int, answered: bool, read) -> Reading | Ex
     found: Reading | None = None
     end = start
     # An output with more cues than this repeats itself.
-    for cue in list(_CUE.finditer(text, start))[-_MOST_CUES:]:
+    for cue in list(_CUE.finditer(text, start))[-_MAX_CUES:]:
         if (found or answered) and bisect(questions, cue.end()) > bisect_left(questions, end):
             break
         reading = read(cue.end())

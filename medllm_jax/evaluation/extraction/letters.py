@@ -1,6 +1,6 @@
 """Reading letters where an answer stands: `a,c`, `c: 糖尿病`, one labelled line after another, or a choice's words.
 
-All text here is normalised (cleaning.normalize). Every parser starts at a given position and never searches, so prose
+All text here is normalised (normalize.normalize). Every parser starts at a given position and never searches, so prose
 yields nothing.
 """
 
@@ -9,7 +9,7 @@ import re
 from functools import lru_cache
 
 from medllm_jax.evaluation.exam import Question
-from medllm_jax.evaluation.extraction.normalize import bare
+from medllm_jax.evaluation.extraction.normalize import bare, skip
 
 QUOTES = " \t\n[](){}「」『』【】<>〈〉《》\"'“”‘’_"
 _HEDGE = r"または|又は|もしくは|あるいは|\bor\b|か"
@@ -24,7 +24,7 @@ _AFTER_CUE = re.compile(_AFTER + r"|が|を(?!除))")
 _OPENING = re.compile(r"[ \t\"'“”‘’「『(\[]*")
 _CALLED = re.compile(r"[ \t\"'“”‘’「『(\[]*(?:(?:選択肢の?|(?:choice|option)\b)[ \t\"'“”‘’「『(\[]*)?")
 _NOT_BUT = re.compile(r"(?:では|じゃ)なくて?[、, ]{0,2}")
-_MOST_DENIED = 8  # answers before the one that stands instead of them
+_MAX_DENIED = 8  # answers before the one that stands instead of them
 _CLOSING = re.compile(r"[\"'“”‘’」』)\]]*")
 _LABEL = r"[-・]?\s?(?:\((?P<in>{span})\)\s?|(?P<out>{span})(?:\s?[:.)]\s?|[ \t]?))"
 _SPACE = re.compile(r"\s*")
@@ -97,8 +97,8 @@ class LetterReader:
 
     def _past_denied(self, text: str, start: int) -> int:
         """Where the answer begins that stands instead of others: aではなくb, aでもbでもなくc, 胃癌ではなく胃."""
-        start = _CALLED.match(text, start).end()
-        for _ in range(_MOST_DENIED):
+        start = skip(_CALLED, text, start)
+        for _ in range(_MAX_DENIED):
             denied = self._patterns.neither.match(text, start)
             if not denied:
                 plain, words = (
@@ -109,7 +109,7 @@ class LetterReader:
                 denied = next(filter(None, (_NOT_BUT.match(text, end) for end in ends)), None)
             if not denied:
                 break
-            start = _CALLED.match(text, denied.end()).end()
+            start = skip(_CALLED, text, denied.end())
         return start
 
     def _plain(self, text: str, start: int, after_cue: bool) -> Reading | None:
@@ -125,7 +125,7 @@ class LetterReader:
         letters, end = patterns.letters_of(match[0]), match.end()
         if not self._ends_well(text, end, after_cue):
             # 答えはbの糖尿病です
-            named = self._choice_at(text, _OPENING.match(text, end + 1).end()) if text[end : end + 1] == "の" else None
+            named = self._choice_at(text, skip(_OPENING, text, end + 1)) if text[end : end + 1] == "の" else None
             if not named or named[0] not in letters:
                 return None
         # e. coli is no choice e, unless it is that choice's own first word.
@@ -154,22 +154,22 @@ class LetterReader:
         found: list[str] = []
         labels, conflict, end, position = 0, False, start, start
         while len(found) <= len(self.letters):
-            position = _OPENING.match(text, position).end()
+            position = skip(_OPENING, text, position)
             if self.k > 1 and text.startswith((f"{len(found) + 1}. ", f"{len(found) + 1}) "), position):
                 position += 3  # the number of a line, not of a choice
             said, label = self._choice_at(text, position), None
             if not said and (label := self._patterns.label.match(text, position)):
-                said = self._choice_at(text, _OPENING.match(text, label.end()).end())
+                said = self._choice_at(text, skip(_OPENING, text, label.end()))
             if not said or said[0] in found:
                 break
             if label:
                 labels += 1
                 conflict |= (label["in"] or label["out"]) != said[0]
             found.append(said[0])
-            end = _CLOSING.match(text, said[1]).end()
-            if "。" in (gap := _BETWEEN_WORDS.match(text, end))[0] and len(found) >= self.k:
+            end = skip(_CLOSING, text, said[1])
+            position = skip(_BETWEEN_WORDS, text, end)
+            if "。" in text[end:position] and len(found) >= self.k:
                 break
-            position = gap.end()
             # A new line goes on with the answer only while choices are missing: what follows may be a new question.
             if (across_lines or len(found) < self.k) and (line := _SPACE.match(text, position)):
                 position = line.end()

@@ -49,7 +49,7 @@ def clean(raw: str, *, keep_circled: bool = False) -> Cleaned:
     raw = raw[: min(opened, default=len(raw))]
     raw = _ends(raw)
     text = _ends(normalize(raw.translate(_CIRCLED) if keep_circled else raw))
-    text = text[_LEADING.match(text).end() :]
+    text = text[skip(_LEADING, text) :]
     end = _END_OF_TURN.search(text)
     turn = _NEXT_TURN.search(text, 0, end.start() if end else len(text))
     cuts = [m.start() for m in (end, turn) if m]
@@ -67,6 +67,12 @@ def normalize(text: str) -> str:
     pieces = (text[i : i + _CHUNK] for i in range(0, len(text), _CHUNK))
     text = "".join(unicodedata.normalize("NFC", p) for p in pieces).lower()
     return re.sub(r"\r\n?|[\u2028\u2029\u0085\v\f]", "\n", text).translate(_ONE_SPELLING)
+
+
+def skip(pattern: re.Pattern[str], text: str, start: int = 0) -> int:
+    """The position after what a pattern matches at `start`; `start` itself where it matches nothing."""
+    match = pattern.match(text, start)
+    return match.end() if match else start
 
 
 def bare(text: str) -> str:

@@ -4,12 +4,13 @@ import re
 from decimal import Decimal, InvalidOperation
 
 from medllm_jax.evaluation.exam import Question
+from medllm_jax.evaluation.extraction.normalize import skip
 
 # Bounded, so that a number of a million digits is no number.
 _NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3}){1,6}|\d{1,20})(?:\.\d{1,20})?(?![\d,]*\d)"
 _POWER = r"(?:\s?[x×*]\s?10\s?\^\s?\{?(?P<power>-?\d{1,2})\}?)?"
-_FIGURE = re.compile(rf"(?P<digits>{_NUMBER}|[-+]?\.\d{{1,20}}){_POWER}")
-# A range, a second figure, or a number that is denied: the answer is not one number.
+_NUMBER_AND_POWER = re.compile(rf"(?P<digits>{_NUMBER}|[-+]?\.\d{{1,20}}){_POWER}")
+# A range, a second number, or a number that is denied: the answer is not one number.
 _NOT_ONE = re.compile(
     r"\s?(?:~|-|から|ないし|to|または|又は|か|or)\s?\d|\s?[x×]\s?\d"
     r"|\s?[^\s\d。、(]{0,8}?(?:では?な[いくか]|じゃな|以外|以上|以下|未満)"
@@ -20,7 +21,7 @@ _OTHER_BOX = re.compile(r"[\ue002-\ue009]\s?[:=は]?\s?\d")
 _BOX = re.compile(r"[\ue001-\ue009]\s?[:=は]?\s?(\d)(?![\d.,])[\s,、。.;]{0,3}")
 
 
-def read_figure(
+def read_number(
     text: str, start: int = 0, *, equation: bool = True, sentence: bool = True
 ) -> tuple[str | None, int, bool]:
     """The number that stands at a position of normalised text, where boxes ①-⑨ are U+E001-U+E009.
@@ -39,8 +40,8 @@ def read_figure(
     begin = equals + 1 if equals >= start else start
     if sentence and (subject := _SUBJECT.match(text, begin)):
         begin = subject.end()
-    begin = _BEFORE.match(text, begin).end()
-    match = _FIGURE.match(text, begin)
+    begin = skip(_BEFORE, text, begin)
+    match = _NUMBER_AND_POWER.match(text, begin)
     if not match:
         return None, start, False
     several = bool(_NOT_ONE.match(text, match.end()))
@@ -55,7 +56,7 @@ def read_figure(
 
 def _boxes(text: str, start: int) -> tuple[str, int] | None:
     """Digits given box by box: ①2 ②6."""
-    position, digits = _BEFORE.match(text, start).end(), ""
+    position, digits = skip(_BEFORE, text, start), ""
     position -= text[position - 1 : position] == "\ue001"
     while (match := _BOX.match(text, position)) and ord(match[0][0]) == 0xE001 + len(digits):
         digits, position = digits + match[1], match.end()

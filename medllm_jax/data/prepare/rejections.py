@@ -1,0 +1,82 @@
+"""Counts by reason: what was rejected, and anything else that is counted so, with the places of the first cases."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
+
+from medllm_jax.errors import UserError
+
+OnBad = Literal["error", "skip"]
+
+
+class Rejected(NamedTuple):
+    """One row or example that is left out: its place ("file:line"), and the reason.
+
+    too_long: it is too long for a row, and nothing else is wrong with it.
+    """
+
+    where: str
+    reason: str
+    too_long: bool = False
+
+
+class RejectionCounts:
+    """How many cases each reason has, and the places of the first ones, such as "file:line".
+
+    Texts are kept only where ``max_texts`` asks for them.
+
+    counts: reason -> number of cases, in the order in which the reasons first occurred.
+    first: reason -> places of the first ``max_places`` cases.
+    texts: reason -> the first ``max_texts`` texts, each ``{"id": place, "text": text}``; no reason without a text.
+    """
+
+    def __init__(self, *, max_places: int = 10, max_texts: int = 0) -> None:
+        self.max_places = max_places
+        self.max_texts = max_texts
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, list[str]] = {}
+        self.texts: dict[str, list[dict[str, str]]] = {}
+
+    def add(self, reason: str, where: str, text: str | None = None) -> None:
+        """Counts one case."""
+        self._add(reason, 1, [where])
+        if text is not None and len(texts := self.texts.get(reason, [])) < self.max_texts:
+            self.texts[reason] = [*texts, {"id": where, "text": text}]
+
+    def merge(self, other: Self) -> None:
+        """Adds the counts and places of another one; its places come after those that are here."""
+        for reason, count in other.counts.items():
+            self._add(reason, count, other.first[reason])
+
+    def _add(self, reason: str, count: int, places: Sequence[str]) -> None:
+        self.counts[reason] += count
+        first = self.first.setdefault(reason, [])
+        first += places[: self.max_places - len(first)]
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+    def as_dict(self, *, most_common_first: bool = False) -> dict[str, dict[str, Any]]:
+        """reason -> {"count": int, "first": [place, ...]}, for JSON."""
+        counts = self.counts.most_common() if most_common_first else self.counts.items()
+        return {reason: {"count": count, "first": self.first[reason]} for reason, count in counts}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Mapping[str, Any]]) -> Self:
+        """The counts that ``as_dict`` was called on."""
+        counts = cls()
+        for reason, entry in content.items():
+            counts._add(reason, entry["count"], entry["first"])
+        return counts
+
+    def __str__(self) -> str:
+        parts = (f"{count} {reason} (first at {self.first[reason][0]})" for reason, count in self.counts.items())
+        return ", ".join(parts) or "nothing"
+
+
+def reject(rejected: Rejected, on_bad: OnBad, counts: RejectionCounts) -> None:
+    """Counts what is rejected where ``on_bad`` is "skip"; otherwise raises UserError with place and reason."""
+    if on_bad == "error":
+        raise UserError(f"{rejected.where}: {rejected.reason}; correct the row, or have such rows skipped and counted")
+    counts.add(rejected.reason, rejected.where)

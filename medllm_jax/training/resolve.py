@@ -1,0 +1,58 @@
+"""A config whose model is known: what programs, sizes and checks are made from."""
+
+import dataclasses
+
+from medllm_jax.checkpoint.orbax import load_model_config
+from medllm_jax.config.load import to_plain
+from medllm_jax.config.schema import ModelConfig, RunConfig
+from medllm_jax.errors import UserError
+from medllm_jax.storage import run_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedConfig(RunConfig):
+    """A RunConfig that names its model's shape."""
+
+    model: ModelConfig = dataclasses.field(kw_only=True)
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows that are computed at a time, over all hosts."""
+        return self.data.batch_size // self.data.accumulate
+
+
+def resolve(config: RunConfig, *, elsewhere: bool = False) -> ResolvedConfig:
+    """The config with the model's shape filled in from where the run starts, and checked against it.
+
+    elsewhere: the run is not made here, so that a shape that the config gives is taken without a look at run folder or
+    checkpoint, which need not be there. UserError where config and checkpoint differ in shape.
+    """
+    if elsewhere and config.model is not None:
+        return _with_model(config, config.model)
+    recorded = run_folder.recorded_config(config.run)
+    if recorded is not None:  # a run that goes on no longer needs the checkpoint that it started from
+        found = config.model or recorded.model
+    elif config.init.checkpoint is None:
+        found = config.model
+    else:
+        found = load_model_config(config.init.checkpoint)
+        _check_same_shape(config, found)
+    if found is None:  # a config is refused that has neither, and a run records what it found
+        raise UserError(f"run {config.run} names no model: set model, or init.checkpoint")
+    return _with_model(config, found)
+
+
+def _check_same_shape(config: RunConfig, found: ModelConfig) -> None:
+    if config.model is None or config.model == found:
+        return
+    before, now = to_plain(found), to_plain(config.model)
+    name = next(name for name in before if before[name] != now[name])
+    raise UserError(
+        f"model.{name} is {now[name]} in the config and {before[name]} in {config.init.checkpoint}: "
+        "leave model out, and it is taken from the checkpoint"
+    )
+
+
+def _with_model(config: RunConfig, model: ModelConfig) -> ResolvedConfig:
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)}
+    return ResolvedConfig(**settings | {"model": model})
