@@ -195,15 +195,15 @@ def _score(options: argparse.Namespace) -> None:
     by_name = {system.name: system for system in systems}
     if options.against is not None and (options.against not in by_name or len(systems) < 2):
         raise UserError(f"--against {options.against}: there are predictions of {', '.join(by_name)}; two are compared")
-    others = [system for system in systems if options.against not in (None, system.name)]
-    first = by_name.get(options.against)
+    # Pairs of the system that the others are compared with, and one of the others.
+    pairs = [(by_name[options.against], other) for other in systems if options.against not in (None, other.name)]
     if options.json:
-        compared = {other.name: compare(first.grades[options.tier], other.grades[options.tier]) for other in others}
+        compared = {other.name: compare(one.grades[options.tier], other.grades[options.tier]) for one, other in pairs}
         print(json.dumps(as_json(systems, compared), indent=1, ensure_ascii=False))
     else:
         print(text_of(systems, options.tier))
-        for other in others:
-            print("\n" + comparison_text(first, other, options.tier))
+        for one, other in pairs:
+            print("\n" + comparison_text(one, other, options.tier))
     if options.output:
         for system in systems:
             system.write(epath.Path(options.output) / system.name, exam)
