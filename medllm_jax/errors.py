@@ -13,11 +13,11 @@ class RunError(Exception):
     """A run can't go on, and its input need not be wrong: the command line prints the message, and exits with 1."""
 
 
-PREEMPTED = 42  # exit code of a program that was told to end, and saved: start it again
+PREEMPTED = 42  # exit code of a program that was preempted after saving: start it again
 
 
 class Preempted(Exception):  # noqa: N818 (no error)
-    """A run was told to end and has saved what there was to save: exit code PREEMPTED, which asks for another start.
+    """A run got SIGTERM and saved what there was to save: exit code PREEMPTED, which asks for another start.
 
-    The message says where it ended.
+    The message says which step is saved.
     """

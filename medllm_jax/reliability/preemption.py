@@ -1,4 +1,4 @@
-"""A run that is told to end, as pods are before they are taken away: it saves first, and then says so.
+"""Preemption: a run that gets SIGTERM, as pods do before they are taken away, saves first and then ends.
 
 The notice is SIGTERM. A second one ends the process at once, as the first would without this module; what was saved
 before is whole.
