@@ -187,9 +187,10 @@ class Checkpoint:
 
     # --- failures ---
 
-    def unreadable(self, error: BaseException) -> UserError:
-        """The error to raise where reading failed with another."""
-        return self._failure(f"can't be read ({orbax.first_cause(error)})")
+    def unreadable(self, error: BaseException, path: str | None = None) -> UserError:
+        """The error to raise where reading, of the weight at a path, failed with another."""
+        where = "" if path is None else f" in {path}"
+        return self._failure(f"can't be read{where} ({orbax.first_cause(error)})")
 
     def _failure(self, what: str) -> UserError:
         if not orbax.is_whole(self._folder):
