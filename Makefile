@@ -25,6 +25,8 @@ test-all: $(VENV)/.installed-test
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
@@ -63,7 +65,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 	touch $@
 
-$(VENV)/.installed-lint: $(VENV)/.installed
+# Types are checked against the packages that are imported, the optional ones too.
+$(VENV)/.installed-lint: $(VENV)/.installed-test
 	$(INSTALL) -e ".[lint]"
 	touch $@
 
@@ -77,4 +80,4 @@ newest:
 	$(NEWEST)/bin/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow"
 
 clean:
-	rm -rf $(VENV) $(VENV)-xpk $(VENV)-newest build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-xpk $(VENV)-newest build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -53,10 +53,10 @@ def copy(tmp_path_factory):
 
 def name_base(checkpoint: Path, base: Path) -> None:
     """Has a checkpoint name another folder as its base, and seals again what it says of itself."""
-    from medllm_jax.checkpoint.orbax import load_meta
+    from medllm_jax.checkpoint.handle import open_checkpoint
 
-    meta = load_meta(checkpoint.parents[1], 4)  # its digest is checked
-    meta["base"]["checkpoint"] = str(base)
+    meta = dict(open_checkpoint(checkpoint.parents[1], 4).meta)  # its digest is checked
+    meta["base"] = meta["base"] | {"checkpoint": str(base)}
     content = {name: value for name, value in meta.items() if name != "digest"}
     file = checkpoint / "meta" / "_strings.json"
     strings = json.loads(file.read_text())
@@ -98,20 +98,21 @@ def test_the_older_name_of_a_setting_is_read():
 
     assert "limit: 3" in (WRITTEN / "cpt" / "config.yaml").read_text()
     guard = to_plain(recorded_config(WRITTEN / "cpt").guard)
-    assert guard.get("max_skipped", guard.get("limit")) == 3
+    assert guard["max_skipped"] == 3
 
 
 def test_models_are_loaded(copy):
     """Each weight has the digest that was written; adapters come with their base."""
     import jax
 
+    from medllm_jax.checkpoint.handle import open_checkpoint
     from medllm_jax.checkpoint.load_model import load_model
     from medllm_jax.config.schema import MeshConfig, PrecisionConfig
     from medllm_jax.distributed.sharding import make_mesh
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    whole = load_model(str(copy / "base"), PrecisionConfig(compute="float32"), mesh)
-    adapted = load_model(str(copy / "rpo"), PrecisionConfig(compute="float32"), mesh)
+    whole = load_model(open_checkpoint(copy / "base"), PrecisionConfig(compute="float32"), mesh)
+    adapted = load_model(open_checkpoint(copy / "rpo"), PrecisionConfig(compute="float32"), mesh)
     assert whole.config == adapted.config and whole.config.hidden_size == 16
     assert len(jax.tree.leaves(whole.params)) == 14
     assert len(jax.tree.leaves(adapted.params)) == 14 + 2 * 7
@@ -119,14 +120,14 @@ def test_models_are_loaded(copy):
 
 
 def test_stores_and_reference_log_probabilities_are_read(copy):
-    from medllm_jax.checkpoint.orbax import load_meta
+    from medllm_jax.checkpoint.handle import open_checkpoint
     from medllm_jax.data.reference_log_probs import read_references
     from medllm_jax.data.rows import Rows
 
     documents, pairs = Rows.open([str(copy / "corpus")]), Rows.open([str(copy / "pairs")])
     for run, rows in (("base", documents), ("rpo", pairs)):
-        assert load_meta(copy / run, 4)["rows_digest"] == rows.digest
-    values = read_references(pairs, load_meta(copy / "rpo", 4)["reference_model"])
+        assert open_checkpoint(copy / run, 4).meta["rows_digest"] == rows.digest
+    values = read_references(pairs, open_checkpoint(copy / "rpo", 4).meta["reference_model"])
     stored = np.load(next((WRITTEN / "pairs" / "reference").glob("*/values.npy")))
     np.testing.assert_array_equal(values, stored)
     assert (values < 0).any()

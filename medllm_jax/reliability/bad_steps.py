@@ -42,7 +42,9 @@ class BadStepGuard:
                 )
             print(f"skipped, {self.skipped} so far: {where}", flush=True)
             if self.skipped > self._config.max_skipped:
-                raise RunError(f"{self.skipped} steps were skipped, guard.max_skipped is {self._config.max_skipped}: {where}")
+                raise RunError(
+                    f"{self.skipped} steps were skipped, guard.max_skipped is {self._config.max_skipped}: {where}"
+                )
 
     def _cause(self, row: dict[str, Any]) -> str:
         if np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]):

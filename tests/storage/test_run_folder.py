@@ -11,9 +11,27 @@ from medllm_jax.errors import UserError
 from medllm_jax.storage.run_folder import on_resume, open_run, record_config
 
 # Sections stand for all that is in them; every setting that is named neither here nor there is kept unless forced.
-FREE = """run mesh checkpoint logging data.store data.accumulate data.threads data.prefetch distributed guard.action
-guard.max_skipped watchdog profile held_out init.checkpoint objective.vocab_chunks attention remat""".split()
-FIXED = "model adapter precision.params optimizer.state_dtype objective.name data.batch_size".split()
+FREE = [
+    "run",
+    "mesh",
+    "checkpoint",
+    "logging",
+    "data.store",
+    "data.accumulate",
+    "data.threads",
+    "data.prefetch",
+    "distributed",
+    "guard.action",
+    "guard.max_skipped",
+    "watchdog",
+    "profile",
+    "held_out",
+    "init.checkpoint",
+    "objective.vocab_chunks",
+    "attention",
+    "remat",
+]
+FIXED = ["model", "adapter", "precision.params", "optimizer.state_dtype", "objective.name", "data.batch_size"]
 CONFIG = load_run_config("cpt-tiny")
 CONSTANT = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, schedule="constant"))
 
