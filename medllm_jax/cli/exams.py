@@ -196,7 +196,8 @@ def _score(options: argparse.Namespace) -> None:
     if options.against is not None and (options.against not in by_name or len(systems) < 2):
         raise UserError(f"--against {options.against}: there are predictions of {', '.join(by_name)}; two are compared")
     # Pairs of the system that the others are compared with, and one of the others.
-    pairs = [(by_name[options.against], other) for other in systems if options.against not in (None, other.name)]
+    first = None if options.against is None else by_name[options.against]
+    pairs = [(first, other) for other in systems if first is not None and other is not first]
     if options.json:
         compared = {other.name: compare(one.grades[options.tier], other.grades[options.tier]) for one, other in pairs}
         print(json.dumps(as_json(systems, compared), indent=1, ensure_ascii=False))
