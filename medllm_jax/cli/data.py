@@ -73,7 +73,7 @@ def add(verbs: Any) -> None:
 def _data_cpt(options: argparse.Namespace) -> None:
     import os
 
-    from medllm_jax.config.load import build, read_yaml
+    from medllm_jax.config.schema_reader import build, read_yaml
     from medllm_jax.data.prepare.corpus import Corpus, Recipe, prepare_corpus
     from medllm_jax.data.prepare.jobs import in_processes, on_beam
 

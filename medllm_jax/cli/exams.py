@@ -195,15 +195,16 @@ def _score(options: argparse.Namespace) -> None:
     by_name = {system.name: system for system in systems}
     if options.against is not None and (options.against not in by_name or len(systems) < 2):
         raise UserError(f"--against {options.against}: there are predictions of {', '.join(by_name)}; two are compared")
-    others = [system for system in systems if options.against not in (None, system.name)]
-    first = by_name.get(options.against)
+    # Pairs of the system that the others are compared with, and one of the others.
+    first = None if options.against is None else by_name[options.against]
+    pairs = [(first, other) for other in systems if first is not None and other is not first]
     if options.json:
-        compared = {other.name: compare(first.grades[options.tier], other.grades[options.tier]) for other in others}
+        compared = {other.name: compare(one.grades[options.tier], other.grades[options.tier]) for one, other in pairs}
         print(json.dumps(as_json(systems, compared), indent=1, ensure_ascii=False))
     else:
         print(text_of(systems, options.tier))
-        for other in others:
-            print("\n" + comparison_text(first, other, options.tier))
+        for one, other in pairs:
+            print("\n" + comparison_text(one, other, options.tier))
     if options.output:
         for system in systems:
             system.write(epath.Path(options.output) / system.name, exam)
@@ -262,10 +263,10 @@ def _contamination(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from medllm_jax.report.collect import collect
-    from medllm_jax.report.page import write_report
+    from medllm_jax.report.page import write_page
 
     runs, results = collect(options.folder)
-    page = write_report(runs, results, options.output, options.example)
+    page = write_page(runs, results, options.output, options.example)
     print(f"{page}: {len(runs)} runs, {len(results)} exam results; pictures: {page.parent / 'figures'}")
 
 

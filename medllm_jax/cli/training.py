@@ -73,17 +73,17 @@ def _plan(options: argparse.Namespace) -> None:
 
     from medllm_jax.config.load import load_run_config
     from medllm_jax.distributed.chips import parse_topology
-    from medllm_jax.planning.plan import Question, plan, search
+    from medllm_jax.planning.plan import PlanOptions, plan, plan_fastest
     from medllm_jax.planning.report import as_text
 
     topology = parse_topology(options.topology, options.slices)
     config = load_run_config(options.config, options.settings)
     names = ("program", "sequence_length", "pairs_per_row", "new_tokens", "tokens")
-    question = Question(topology, **{name: getattr(options, name) for name in names})
+    planned = PlanOptions(topology, **{name: getattr(options, name) for name in names})
     if options.search:
-        report = search(config, question, show=lambda line: print(line, file=sys.stderr, flush=True))
+        report = plan_fastest(config, planned, show=lambda line: print(line, file=sys.stderr, flush=True))
     else:
-        report = plan(config, question, memory_only=options.memory_only)
+        report = plan(config, planned, memory_only=options.memory_only)
     print(json.dumps(report, indent=1) if options.json else as_text(report))
 
 

@@ -109,6 +109,7 @@ def build(cls: type[Schema], settings: Any, where: str) -> Schema:
     """
     import pydantic
 
+    current: dict[str, Any] = {}
     try:
         current = _current_keys(cls, settings, known=list(dotted_keys(cls)))
         # Strict in JSON means what YAML means: a mapping is a dataclass there, and a list a tuple.
@@ -132,8 +133,9 @@ def rename_old_keys(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     renamed = {}
     for key, value in settings.items():
         f = _fields_by_key(cls).get(key)
-        section = f and _section_of(_hints(cls)[f.name])[0]
-        renamed[_key(f) if f else key] = rename_old_keys(section, value) if section and _is_map(value) else value
+        section = _section_of(_hints(cls)[f.name])[0] if f else None
+        within = rename_old_keys(section, value) if section and isinstance(value, Mapping) else value
+        renamed[_key(f) if f else key] = within
     return renamed
 
 
@@ -204,7 +206,11 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def _current_keys(cls: type, settings: Any, known: Sequence[str], prefix: str = "") -> dict[str, Any]:
-    """Settings under today's keys; UserError for a key that is unknown or given twice, or a value that is not plain."""
+    """Settings under today's keys.
+
+    Raises:
+      UserError: a key is unknown or given under both its names, or a value is not plain.
+    """
     if not isinstance(settings, Mapping):
         raise UserError(f"{prefix.rstrip('.') or 'the config'}: a mapping is expected, got {settings!r}")
     current = {}
@@ -222,7 +228,7 @@ def _current_keys(cls: type, settings: Any, known: Sequence[str], prefix: str = 
         if section and not (optional and value is None):
             value = _current_keys(section, value, known, f"{prefix}{_key(f)}.")
         elif not _is_plain(value):
-            if _is_map(value) and not all(isinstance(name, str) for name in value):
+            if isinstance(value, Mapping) and not all(isinstance(name, str) for name in value):
                 raise UserError(f"{prefix}{_key(f)}: a name in it is not text; write it in quotes")
             raise UserError(f"{prefix}{_key(f)}: expected {type_name(hint)}, got {value!r}")
         current[_key(f)] = value
@@ -242,7 +248,7 @@ def _first_problem(cls: type, settings: Mapping[str, Any], problems: Sequence[An
         keys.append(_key(f))
         hint = _hints(owner)[f.name]
         owner, _ = _section_of(hint)
-        value = value.get(_key(f)) if _is_map(value) else value
+        value = value.get(_key(f)) if isinstance(value, Mapping) else value
     key = ".".join(keys)
     if problem["type"] == "missing":
         return f"{key} is not set: it has no default"
@@ -258,10 +264,6 @@ def _is_plain(value: Any) -> bool:
     return value is None or (
         isinstance(value, str | int | float) and not (isinstance(value, float) and math.isnan(value))
     )
-
-
-def _is_map(value: Any) -> bool:
-    return isinstance(value, Mapping)
 
 
 # --- dataclasses' fields ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from medllm_jax.storage.run_folder import recorded_config
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """A run folder: the config that it was begun with, and every step's numbers."""
 
     name: str
@@ -52,7 +52,7 @@ class Results:
             return ()
 
 
-def collect(paths: Iterable[str]) -> tuple[list[Run], list[Results]]:
+def collect(paths: Iterable[str]) -> tuple[list[RecordedRun], list[Results]]:
     """Runs and results in the given order; a run brings the results in its `evaluation` folder.
 
     Raises:
@@ -80,7 +80,7 @@ def collect(paths: Iterable[str]) -> tuple[list[Run], list[Results]]:
     names |= {
         f: run_names[run] if of_run[run] == 1 else f"{run_names[run]}/{f.name}" for f, run in results.items() if run
     }
-    read = [Run(run_names[f], config, read_appended_rows(f / "metrics.jsonl")) for f, config in runs.items()]
+    read = [RecordedRun(run_names[f], config, read_appended_rows(f / "metrics.jsonl")) for f, config in runs.items()]
     return read, [_results(folder, names[folder]) for folder in results]
 
 

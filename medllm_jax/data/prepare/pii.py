@@ -25,13 +25,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import yaml
 from etils import epath
 
+from medllm_jax.config.schema_reader import build, read_yaml_file
 from medllm_jax.errors import UserError
 
 _SHIPPED = Path(__file__).parent / "pii.yaml"
-_KEYS = ("name", "label", "regex", "mask", "group", "except", "check", "hint", "enabled")
 _SENTENCE_END = re.compile(r"[\n。]")
 _ANYTHING = r"[^\n。]"
 
@@ -132,16 +131,14 @@ class Scanner:
         patterns: dict[str, _Pattern] = {}
         for file in (_SHIPPED, *files):
             seen: set[str] = set()
-            for position, entry in enumerate(_entries(epath.Path(file)), 1):
-                where = f"{file}: pattern {position}"
-                name = _text(entry, "name", where)
-                where = f"{file}: pattern {name!r}"
+            for entry, where in _entries(epath.Path(file)):
+                name = entry.name
                 if name in seen:
                     raise UserError(f"{where} stands twice in the file; keep one")
                 seen.add(name)
-                if _enabled(entry, where):
+                if entry.enabled:
                     patterns[name] = _pattern(entry, where)
-                elif patterns.pop(name, None) is None and "regex" not in entry:
+                elif patterns.pop(name, None) is None and entry.regex is None:
                     raise UserError(f"{where} cannot be turned off, there is none; give one of {', '.join(patterns)}")
         return cls(patterns.values())
 
@@ -170,65 +167,63 @@ def _without_overlaps(findings: list[Finding]) -> list[Finding]:
     return [Finding(name, start, end) for start, end, name in kept]
 
 
-# Reading pattern files
+# --- reading pattern files -------------------------------------------------------------------------------------------
 
 
-def _entries(file: epath.Path) -> list[dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """An entry of a pattern file; the module's docstring tells its keys."""
+
+    name: str
+    label: str | None = None
+    regex: str | None = None
+    mask: str | None = None
+    group: str | int = 0
+    exceptions: tuple[str, ...] = dataclasses.field(default=(), metadata={"alias": "except"})
+    check: str | None = None
+    hint: str | None = None
+    enabled: bool = True
+
+
+def _entries(file: epath.Path) -> Iterator[tuple[_Entry, str]]:
+    """The entries of a pattern file, each with its place for errors."""
     if not file.is_file():
         raise UserError(f"no pattern file at {file}; give a YAML file with a list of patterns")
-    try:
-        content = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{file}{line}: not YAML ({getattr(error, 'problem', None) or 'not UTF-8'})") from error
+    content = read_yaml_file(file)
     if not isinstance(content, list):
-        raise UserError(f"{file}: a list of patterns is expected, each a mapping with {', '.join(_KEYS[:4])}")
+        raise UserError(f"{file}: a list of patterns is expected, each a mapping with name, label, regex and mask")
     for position, entry in enumerate(content, 1):
         if not isinstance(entry, dict):
-            raise UserError(f"{file}: pattern {position} is not a mapping; give {', '.join(_KEYS[:4])}")
-        where = f"{file}: pattern {entry.get('name', position)!r}"
-        unknown = [str(key) for key in entry if key not in _KEYS]
-        if unknown:
-            raise UserError(f"{where} has the unknown key {unknown[0]!r}; there are {', '.join(_KEYS)}")
-    return content
+            raise UserError(f"{file}: pattern {position} is not a mapping; give name, label, regex and mask")
+        name = entry.get("name")
+        where = f"{file}: pattern {repr(name) if name and isinstance(name, str) else position}"
+        built = build(_Entry, entry, where)
+        _required(built.name, "name", where)
+        yield built, where
 
 
-def _enabled(entry: dict[str, Any], where: str) -> bool:
-    enabled = entry.get("enabled", True)
-    if not isinstance(enabled, bool):
-        raise UserError(f"{where}: enabled is {enabled!r}, it should be true or false")
-    return enabled
-
-
-def _pattern(entry: dict[str, Any], where: str) -> _Pattern:
-    regex = _compiled(_text(entry, "regex", where), f"{where}: regex")
-    group = entry.get("group", 0)
-    if group not in (*range(regex.groups + 1), *regex.groupindex) or isinstance(group, bool):
-        raise UserError(f"{where}: group {group!r} is none of the regex's groups")
-    exceptions = entry.get("except", [])
-    if not isinstance(exceptions, list) or not all(isinstance(item, str) for item in exceptions):
-        raise UserError(f"{where}: except should be a list of words or regexes")
-    check = entry.get("check")
-    if check is not None and check not in _CHECKS:
-        raise UserError(f"{where}: there is no check {check!r}; there is {', '.join(_CHECKS)}")
+def _pattern(entry: _Entry, where: str) -> _Pattern:
+    regex = _compiled(_required(entry.regex, "regex", where), f"{where}: regex")
+    if entry.group not in (*range(regex.groups + 1), *regex.groupindex):
+        raise UserError(f"{where}: group {entry.group!r} is none of the regex's groups")
+    if entry.check is not None and entry.check not in _CHECKS:
+        raise UserError(f"{where}: there is no check {entry.check!r}; there is {', '.join(_CHECKS)}")
     return _Pattern(
-        name=entry["name"],
-        label=_text(entry, "label", where),
+        name=entry.name,
+        label=_required(entry.label, "label", where),
         regex=regex,
-        mask=_text(entry, "mask", where),
-        group=group,
-        exceptions=tuple(_compiled(item, f"{where}: except {item!r}") for item in exceptions),
-        check=check,
-        hint=_compiled(_text(entry, "hint", where), f"{where}: hint") if "hint" in entry else re.compile(_ANYTHING),
+        mask=_required(entry.mask, "mask", where),
+        group=entry.group,
+        exceptions=tuple(_compiled(item, f"{where}: except {item!r}") for item in entry.exceptions),
+        check=entry.check,
+        hint=_compiled(_ANYTHING if entry.hint is None else entry.hint, f"{where}: hint"),
     )
 
 
-def _text(entry: dict[str, Any], key: str, where: str) -> str:
-    value = entry.get(key)
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{where}: {key} is {'missing' if key not in entry else 'not a text, or empty'}; give a text")
-    return value
+def _required(text: str | None, key: str, where: str) -> str:
+    if not text:
+        raise UserError(f"{where}: {key} is {'missing' if text is None else 'empty'}; give a text")
+    return text
 
 
 def _compiled(source: str, where: str) -> re.Pattern[str]:

@@ -139,7 +139,7 @@ def _make_random_model(work: Path, seed: int, medllm: Runner) -> None:
     plan = abstract_model(config, PrecisionConfig(compute="float32"), make_mesh(MeshConfig()))
 
     def make(folder: Path) -> None:
-        write_model(folder, random_params(plan, seed), to_plain(config))
+        write_model(epath.Path(folder), random_params(plan, seed), to_plain(config))
         copy_tokenizer(epath.Path(work / "tokenizer"), epath.Path(folder))
 
     drawn = work / "drawn"
