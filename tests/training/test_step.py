@@ -160,7 +160,7 @@ def test_each_step_draws_another_key():
     for number in range(2):
         state, _ = train_step(
             state,
-            rows_of("cpt", number),
+            put_batch(rows_of("cpt", number), mesh),
             model=model,
             loss=objective(ObjectiveConfig()),
             optimizer=optimizer,
