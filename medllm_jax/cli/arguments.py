@@ -52,21 +52,6 @@ def precision_of(options: argparse.Namespace) -> Any:
     return PrecisionConfig(params=options.params_dtype or compute, compute=compute)
 
 
-<<<<<<< HEAD
-def mesh_of(text: str) -> Any:
-    from medllm_jax.config.schema import MeshConfig
-    from medllm_jax.config.schema_reader import build
-
-    parts = [part.partition("=") for part in text.split(",") if part]
-    return build(MeshConfig, {axis: int(size) if _is_int(size) else size for axis, _, size in parts}, "--mesh")
-
-
-def _is_int(text: str) -> bool:
-    return text.removeprefix("-").isdigit()
-
-
-=======
->>>>>>> main
 def add_samples(parser: argparse.ArgumentParser, *, samples: int) -> None:
     several = "completions of each prompt" + ("; of several the majority's answer counts" if samples == 1 else "")
     parser.add_argument("--samples", type=int, default=samples, help=f"{several} (default {samples})")

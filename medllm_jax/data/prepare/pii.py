@@ -25,13 +25,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import yaml
 from etils import epath
 
+from medllm_jax.config.schema_reader import build, read_yaml_file
 from medllm_jax.errors import UserError
 
 _SHIPPED = Path(__file__).parent / "pii.yaml"
-_KEYS = ("name", "label", "regex", "mask", "group", "except", "check", "hint", "enabled")
 _SENTENCE_END = re.compile(r"[\n。]")
 _ANYTHING = r"[^\n。]"
 
@@ -133,15 +132,15 @@ class Scanner:
         for file in (_SHIPPED, *files):
             seen: set[str] = set()
             for position, entry in enumerate(_entries(epath.Path(file)), 1):
-                where = f"{file}: pattern {position}"
-                name = _text(entry, "name", where)
-                where = f"{file}: pattern {name!r}"
-                if name in seen:
+                if not entry.name:
+                    raise UserError(f"{file}: pattern {position}: name is missing, or empty; give a text")
+                where = f"{file}: pattern {entry.name!r}"
+                if entry.name in seen:
                     raise UserError(f"{where} stands twice in the file; keep one")
-                seen.add(name)
-                if _enabled(entry, where):
-                    patterns[name] = _pattern(entry, where)
-                elif patterns.pop(name, None) is None and "regex" not in entry:
+                seen.add(entry.name)
+                if entry.enabled:
+                    patterns[entry.name] = _pattern(entry, where)
+                elif patterns.pop(entry.name, None) is None and not entry.regex:
                     raise UserError(f"{where} cannot be turned off, there is none; give one of {', '.join(patterns)}")
         return cls(patterns.values())
 
@@ -173,62 +172,55 @@ def _without_overlaps(findings: list[Finding]) -> list[Finding]:
 # Reading pattern files
 
 
-def _entries(file: epath.Path) -> list[dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A pattern as its file has it; one that only turns another off has no more than a name."""
+
+    name: str = ""
+    label: str = ""
+    regex: str = ""
+    mask: str = ""
+    group: str | int = 0
+    exceptions: tuple[str, ...] = dataclasses.field(default=(), metadata={"alias": "except"})
+    check: str | None = None
+    hint: str = _ANYTHING
+    enabled: bool = True
+
+
+def _entries(file: epath.Path) -> list[_Entry]:
     if not file.is_file():
         raise UserError(f"no pattern file at {file}; give a YAML file with a list of patterns")
-    try:
-        content = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{file}{line}: not YAML ({getattr(error, 'problem', None) or 'not UTF-8'})") from error
+    content = read_yaml_file(file)
     if not isinstance(content, list):
-        raise UserError(f"{file}: a list of patterns is expected, each a mapping with {', '.join(_KEYS[:4])}")
-    for position, entry in enumerate(content, 1):
-        if not isinstance(entry, dict):
-            raise UserError(f"{file}: pattern {position} is not a mapping; give {', '.join(_KEYS[:4])}")
-        where = f"{file}: pattern {entry.get('name', position)!r}"
-        unknown = [str(key) for key in entry if key not in _KEYS]
-        if unknown:
-            raise UserError(f"{where} has the unknown key {unknown[0]!r}; there are {', '.join(_KEYS)}")
-    return content
+        raise UserError(f"{file}: a list of patterns is expected, each a mapping with name, label, regex, mask")
+    return [build(_Entry, entry, _place(file, entry, position)) for position, entry in enumerate(content, 1)]
 
 
-def _enabled(entry: dict[str, Any], where: str) -> bool:
-    enabled = entry.get("enabled", True)
-    if not isinstance(enabled, bool):
-        raise UserError(f"{where}: enabled is {enabled!r}, it should be true or false")
-    return enabled
+def _place(file: epath.Path, entry: Any, position: int) -> str:
+    """Where an entry of a file is, for errors: by its name if it has one."""
+    name = entry.get("name") if isinstance(entry, dict) else None
+    return f"{file}: pattern {name or position!r}"
 
 
-def _pattern(entry: dict[str, Any], where: str) -> _Pattern:
-    regex = _compiled(_text(entry, "regex", where), f"{where}: regex")
-    group = entry.get("group", 0)
-    if group not in (*range(regex.groups + 1), *regex.groupindex) or isinstance(group, bool):
-        raise UserError(f"{where}: group {group!r} is none of the regex's groups")
-    exceptions = entry.get("except", [])
-    if not isinstance(exceptions, list) or not all(isinstance(item, str) for item in exceptions):
-        raise UserError(f"{where}: except should be a list of words or regexes")
-    check = entry.get("check")
-    if check is not None and check not in _CHECKS:
-        raise UserError(f"{where}: there is no check {check!r}; there is {', '.join(_CHECKS)}")
+def _pattern(entry: _Entry, where: str) -> _Pattern:
+    for key in ("regex", "label", "mask", "hint"):
+        if not getattr(entry, key):
+            raise UserError(f"{where}: {key} is missing, or empty; give a text")
+    regex = _compiled(entry.regex, f"{where}: regex")
+    if entry.group not in (*range(regex.groups + 1), *regex.groupindex):
+        raise UserError(f"{where}: group {entry.group!r} is none of the regex's groups")
+    if entry.check is not None and entry.check not in _CHECKS:
+        raise UserError(f"{where}: there is no check {entry.check!r}; there is {', '.join(_CHECKS)}")
     return _Pattern(
-        name=entry["name"],
-        label=_text(entry, "label", where),
+        name=entry.name,
+        label=entry.label,
         regex=regex,
-        mask=_text(entry, "mask", where),
-        group=group,
-        exceptions=tuple(_compiled(item, f"{where}: except {item!r}") for item in exceptions),
-        check=check,
-        hint=_compiled(_text(entry, "hint", where), f"{where}: hint") if "hint" in entry else re.compile(_ANYTHING),
+        mask=entry.mask,
+        group=entry.group,
+        exceptions=tuple(_compiled(item, f"{where}: except {item!r}") for item in entry.exceptions),
+        check=entry.check,
+        hint=_compiled(entry.hint, f"{where}: hint"),
     )
-
-
-def _text(entry: dict[str, Any], key: str, where: str) -> str:
-    value = entry.get(key)
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{where}: {key} is {'missing' if key not in entry else 'not a text, or empty'}; give a text")
-    return value
 
 
 def _compiled(source: str, where: str) -> re.Pattern[str]:
