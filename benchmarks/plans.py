@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from medllm_jax.config.load import load_run_config
 from medllm_jax.distributed.chips import parse_topology
-from medllm_jax.planning.plan import Question, plan
+from medllm_jax.planning.plan import PlanOptions, plan
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "runs"
 GIB = 2**30
@@ -40,8 +40,8 @@ def shipped() -> list[Shipped]:
 
 def plan_of(config: Shipped, *, program: str = "train", memory_only: bool = False) -> dict[str, Any]:
     """The report of `medllm plan`; tokens: a thousand million."""
-    question = Question(parse_topology(config.topology, config.slices), program=program, tokens=10**9)
-    return plan(load_run_config(config.file), question, memory_only=memory_only)
+    options = PlanOptions(parse_topology(config.topology, config.slices), program=program, tokens=10**9)
+    return plan(load_run_config(config.file), options, memory_only=memory_only)
 
 
 def row_of(config: Shipped, report: dict[str, Any]) -> list[str]:

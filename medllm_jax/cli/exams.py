@@ -11,44 +11,46 @@ from medllm_jax.terminal.parser import verb
 
 def add(verbs: Any) -> None:
     """The verbs."""
-    about = "sample a model on an exam with known answers, grade, make preference rows (see docs/pairs.md)"
+    about = "sample a model on an exam with known answers, grade the samples, make preference rows (see docs/pairs.md)"
     make = verb(verbs, "pairs", _pairs, about)
     arguments.add_model(make)
     arguments.add_exam(make)
     arguments.add_samples(make, samples=8)
     _add_pair_arguments(make)
 
-    score = verb(verbs, "score", _score, "scores of predictions that are there already (see docs/exams.md)")
+    score = verb(verbs, "score", _score, "score existing predictions (see docs/exams.md)")
     _add_score_arguments(score)
 
-    exam = verb(verbs, "evaluate", _evaluate, "exam accuracy, answer-only and with explanation")
+    exam = verb(verbs, "evaluate", _evaluate, "measure exam accuracy, answer-only and with explanation")
     arguments.add_model(exam)
     arguments.add_exam(exam)
     arguments.add_samples(exam, samples=1)
-    exam.add_argument("--prepend-stems", action="store_true", help="the case before follow-up questions that lack it")
-    exam.add_argument("--limit", type=int, help="only the first so many questions")
+    exam.add_argument(
+        "--prepend-stems", action="store_true", help="put the case before follow-up questions that lack it"
+    )
+    exam.add_argument("--limit", type=int, help="ask only the first N questions")
     exam.add_argument("--output", help="folder for outputs and scores (default: in the run folder)")
 
-    about = "how much of an exam stands in corpora or stores (see docs/contamination.md)"
+    about = "measure how much of an exam occurs in corpora or stores (see docs/contamination.md)"
     overlap = verb(verbs, "contamination", _contamination, about)
     overlap.add_argument("--exam", required=True, help="IgakuQA folder, or multiple-choice .jsonl")
     overlap.add_argument("--years", type=int, nargs="+", help="only these years of the exam")
     overlap.add_argument("--text-only", action="store_true", help="only questions that need no picture")
     sources = "stores, or files, folders and globs of documents, pairs, instructions; local or gs://"
     overlap.add_argument("--against", nargs="+", required=True, metavar="PATH", help=sources)
-    overlap.add_argument("--tokenizer", metavar="DIR", help="that the stores were made with")
-    overlap.add_argument("--n", type=int, default=13, help="characters of a stretch (default 13)")
-    share = "share of a question's stretches from which on it counts (default 0.5)"
+    overlap.add_argument("--tokenizer", metavar="DIR", help="tokenizer that the stores were made with")
+    overlap.add_argument("--n", type=int, default=13, help="characters of an n-gram (default 13)")
+    share = "share of a question's n-grams from which it counts as found (default 0.5)"
     overlap.add_argument("--threshold", type=float, default=0.5, help=share)
     overlap.add_argument("--output", metavar="DIR", help="exam results to put contamination.json into")
 
-    report = verb(verbs, "report", _report, "runs and exam results as one HTML page with pictures")
+    report = verb(verbs, "report", _report, "write one HTML page with pictures about runs and exam results")
     report.add_argument("folder", nargs="+", help="run folders, or folders of exam results, local or gs://")
     report.add_argument("--output", default="report", help="folder for report.html and figures/ (default report)")
-    shown = "question whose outputs are shown; may be given again (no output is shown otherwise)"
+    shown = "show the outputs for this question; repeatable (none are shown by default)"
     report.add_argument("--example", action="append", default=[], metavar="ID", help=shown)
 
-    about = "how often the likeliest letters are right: a quick look at a model, no exam score"
+    about = "measure how often the likeliest letters are right: a quick look at a model, not an exam score"
     look = verb(verbs, "likelihood", _likelihood, about)
     look.add_argument("--run", required=True, help="run folder (or converted model); its newest checkpoint is used")
     arguments.add_machine(look)
@@ -64,12 +66,14 @@ def _pairs(options: argparse.Namespace) -> None:
 
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
-    from medllm_jax.evaluation.samples import SampleOptions, sample_exam
+    from medllm_jax.evaluation.samples import sample_exam
+    from medllm_jax.evaluation.sampling import SamplingParams
     from medllm_jax.preferences.make_pairs import PairOptions, choose_questions, make_pairs
     from medllm_jax.storage.remote import write_whole
     from medllm_jax.terminal.progress import Console
 
-    drawn = SampleOptions(options.samples, options.temperature, options.top_p, options.seed)
+    drawn = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
+    params = SamplingParams(n=options.samples, **drawn)
     names = ("strategy", "min_characters", "max_characters", "format_failures")
     wanted = PairOptions(most=options.max_pairs_per_prompt, **{name: getattr(options, name) for name in names})
     template = load_template(options.template)
@@ -81,11 +85,11 @@ def _pairs(options: argparse.Namespace) -> None:
         raise UserError(f"{output} exists: give another output, or --overwrite (which keeps the samples)")
     kept = epath.Path(options.samples_file or f"{str(output).removesuffix('.jsonl')}.samples.jsonl")
 
-    sampler = _sampler(options, drawn)
+    sampler = _sampler(options, _opened(options))
     with Console("samples", len(exam.questions) * len(options.conditions), unit="prompt") as console:
         show = lambda done: console.update(done, every_seconds=10)  # noqa: E731
         samples = sample_exam(
-            exam, template, options.conditions, kept, sampler, drawn, anew=options.resample, progress=show
+            exam, template, options.conditions, kept, sampler, params, anew=options.resample, progress=show
         )
     rows, report = make_pairs(exam, template, options.conditions, samples, wanted, examples=options.show_examples)
     made_of = {"exam": exam.name, "template": template.name, "questions": len(exam.questions)}
@@ -111,57 +115,64 @@ def _evaluate(options: argparse.Namespace) -> None:
     from medllm_jax.evaluation.evaluate import evaluate, format_table
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
-    from medllm_jax.evaluation.samples import SampleOptions
+    from medllm_jax.evaluation.sampling import SamplingParams
     from medllm_jax.terminal.progress import Console
 
     choice = {"text_only": options.text_only, "prepend_stems": options.prepend_stems, "limit": options.limit}
     exam, template = load_exam(options.exam, options.years, **choice), load_template(options.template)
     temperature = options.temperature if options.samples > 1 else 0.0
-    drawn = SampleOptions(options.samples, temperature, options.top_p, options.seed)
-    output = options.output or _results_folder(options, exam.name, template.name)
-    sampler = _sampler(options, drawn)
+    params = SamplingParams(n=options.samples, temperature=temperature, top_p=options.top_p, seed=options.seed)
+    checkpoint = _opened(options)
+    output = options.output or _results_folder(options, checkpoint, exam.name, template.name)
+    sampler = _sampler(options, checkpoint)
     with Console(f"exam {exam.name}", len(exam.questions) * len(options.conditions), unit="question") as console:
         show = lambda done: console.update(done, every_seconds=10)  # noqa: E731
         summaries = evaluate(
-            exam, template, options.conditions, sampler, output, drawn, anew=options.resample, progress=show
+            exam, template, options.conditions, sampler, output, params, anew=options.resample, progress=show
         )
     print(format_table(summaries))
     print(f"outputs, grades and scores: {output}")
 
 
-def _sampler(options: argparse.Namespace, drawn: Any) -> Any:
-    """The model that is asked, one of the three kinds; None where none is named."""
-    from medllm_jax.distributed.mesh_sizes import parse_mesh_sizes
-    from medllm_jax.inference import samplers
-
+def _opened(options: argparse.Namespace) -> Any:
+    """The newest checkpoint of --run, opened once; None without --run. UserError where several models are named."""
     kinds = {"--run": options.run, "--hf": options.hf, "--server": options.server}
     named = [kind for kind, value in kinds.items() if value]
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)} are given: one model is asked at a time")
+    if not options.run:
+        return None
+    from medllm_jax.checkpoint.handle import open_checkpoint
+
+    return open_checkpoint(options.run)
+
+
+def _sampler(options: argparse.Namespace, checkpoint: Any) -> Any:
+    """The model that is asked, one of the three kinds; None where none is named."""
+    from medllm_jax.distributed.mesh_sizes import parse_mesh_sizes
+    from medllm_jax.inference import samplers
+
     if bool(options.server) != bool(options.model):
         raise UserError("a server's model is named by --server URL and --model NAME, both")
     if options.server:
         of_server = {"concurrency": options.concurrency, "chat": options.chat}
-        return samplers.named_server_sampler(options.server, options.model, drawn, **of_server)
+        return samplers.server_sampler(options.server, options.model, **of_server)
     of_machine = {"batch_size": options.batch_size, "chat": options.chat}
     if options.hf:
-        return samplers.folder_sampler(options.hf, drawn, dtype=options.compute_dtype, **of_machine)
-    if not options.run:
+        return samplers.folder_sampler(options.hf, dtype=options.compute_dtype, **of_machine)
+    if checkpoint is None:
         return None
-
     mesh, precision = parse_mesh_sizes(options.mesh), arguments.precision_of(options)
-    return samplers.run_sampler(options.run, drawn, mesh=mesh, precision=precision, **of_machine)
+    return samplers.checkpoint_sampler(checkpoint, mesh=mesh, precision=precision, **of_machine)
 
 
-def _results_folder(options: argparse.Namespace, exam: str, template: str) -> Any:
+def _results_folder(options: argparse.Namespace, checkpoint: Any, exam: str, template: str) -> Any:
     """Where results of a run stand if nothing else is said: one folder for each way of asking it."""
     from etils import epath
 
-    from medllm_jax.checkpoint.orbax import latest_step
-
-    if not options.run:
+    if checkpoint is None:
         raise UserError("--output is missing: the folder for outputs and scores (only a run has a place for them)")
-    ways = [exam, template, f"step{latest_step(options.run)}"]
+    ways = [exam, template, f"step{checkpoint.step}"]
     ways += ["chat"] * options.chat + ["stems"] * options.prepend_stems
     ways += [f"{options.samples}samples"] if options.samples > 1 else []
     return epath.Path(options.run) / "evaluation" / "-".join(ways)
@@ -187,7 +198,8 @@ def _score(options: argparse.Namespace) -> None:
     if options.against is not None and (options.against not in by_name or len(systems) < 2):
         raise UserError(f"--against {options.against}: there are predictions of {', '.join(by_name)}; two are compared")
     # Pairs of the system that the others are compared with, and one of the others.
-    pairs = [(by_name[options.against], other) for other in systems if options.against not in (None, other.name)]
+    first = None if options.against is None else by_name[options.against]
+    pairs = [(first, other) for other in systems if first is not None and other is not first]
     if options.json:
         compared = {other.name: compare(one.grades[options.tier], other.grades[options.tier]) for one, other in pairs}
         print(json.dumps(as_json(systems, compared), indent=1, ensure_ascii=False))
@@ -209,21 +221,21 @@ def _likelihood(options: argparse.Namespace) -> None:
 
     from etils import epath
 
-    from medllm_jax.checkpoint.orbax import latest_step
+    from medllm_jax.checkpoint.handle import open_checkpoint
     from medllm_jax.distributed.mesh_sizes import parse_mesh_sizes
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
-    from medllm_jax.inference.likelihood import likelihood_of_run
+    from medllm_jax.inference.likelihood import likelihood_of_checkpoint
     from medllm_jax.storage.remote import write_whole
 
     exam = load_exam(options.exam, options.years, text_only=options.text_only)
     template = load_template(options.template)
-    step = latest_step(options.run)
-    output = epath.Path(options.output or f"{options.run}/evaluation/{exam.name}-{template.name}-step{step}")
+    checkpoint = open_checkpoint(options.run)
+    output = epath.Path(options.output or f"{options.run}/evaluation/{exam.name}-{template.name}-step{checkpoint.step}")
     placed = {"mesh": parse_mesh_sizes(options.mesh), "precision": arguments.precision_of(options)}
-    score = likelihood_of_run(options.run, exam, template, batch_size=options.batch_size, **placed)
+    score = likelihood_of_checkpoint(checkpoint, exam, template, batch_size=options.batch_size, **placed)
     output.mkdir(parents=True, exist_ok=True)
-    found = {"exam": exam.name, "template": template.name, "model": f"{options.run}@{step}", "step": step}
+    found = {"exam": exam.name, "template": template.name, "model": checkpoint.label, "step": checkpoint.step}
     write_whole(output / "likelihood.json", json.dumps(found | score.as_dict(), indent=2, ensure_ascii=False) + "\n")
     shares = f"{100 * score.accuracy:.1f}%; by points {100 * score.weighted_accuracy:.1f}%"
     print(f"the likeliest answer is right: {score.correct} of {score.n} ({shares}); not scored: {score.left_out}")
@@ -253,34 +265,39 @@ def _contamination(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from medllm_jax.report.collect import collect
-    from medllm_jax.report.page import write_report
+    from medllm_jax.report.page import write_page
 
     runs, results = collect(options.folder)
-    page = write_report(runs, results, options.output, options.example)
+    page = write_page(runs, results, options.output, options.example)
     print(f"{page}: {len(runs)} runs, {len(results)} exam results; pictures: {page.parent / 'figures'}")
 
 
 def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
-    other = "exam that the model will be judged by, in whole; may be given again"
+    other = "exam that the model will be evaluated on; repeatable"
     parser.add_argument("--evaluation-exam", action="append", default=[], metavar="PATH", help=other)
-    overlap = "what to do about questions that it asks too (default refuse)"
+    overlap = "what to do about questions that the evaluation exam asks too (default refuse)"
     parser.add_argument("--on-overlap", choices=("refuse", "drop"), default="refuse", help=overlap)
 
     parser.add_argument("--output", required=True, help="preference rows, .jsonl; OUTPUT.report.json stands beside it")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it is there; samples stay")
-    kept = "where the samples are kept, and gone on from (default: beside the output)"
+    kept = "file to keep the samples in and resume from (default: beside the output)"
     parser.add_argument("--samples-file", metavar="PATH", help=kept)
-    parser.add_argument("--strategy", choices=("gold", "onpolicy", "both"), default="both", help="what is preferred")
+    parser.add_argument(
+        "--strategy",
+        choices=("gold", "onpolicy", "both"),
+        default="both",
+        help="what a pair prefers over a wrong sample (default both)",
+    )
     most = {"dest": "max_pairs_per_prompt", "type": int, "default": 10}
     parser.add_argument(
         "--max-pairs-per-prompt", **most, metavar="N", help="make at most N pairs of one prompt (default 10)"
     )
     parser.add_argument("--most", **most, help=argparse.SUPPRESS)  # the option's older name
-    parser.add_argument("--min-characters", type=int, default=1, help="shorter samples are left out (default 1)")
-    parser.add_argument("--max-characters", type=int, help="longer samples are left out (default: none)")
-    failures = "samples in which no answer can be read: rejected like wrong ones (default), or left out"
+    parser.add_argument("--min-characters", type=int, default=1, help="leave out shorter samples (default 1)")
+    parser.add_argument("--max-characters", type=int, help="leave out longer samples (default: no limit)")
+    failures = "reject samples without a readable answer like wrong ones (default), or drop them"
     parser.add_argument("--format-failures", choices=("reject", "drop"), default="reject", help=failures)
-    shown = "texts by reason in the report, never on the terminal (default 0)"
+    shown = "put N example texts a reason into the report, never on the terminal (default 0)"
     parser.add_argument("--show-examples", type=int, default=0, metavar="N", help=shown)
 
 
@@ -291,11 +308,11 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--predictions", nargs="+", required=True, metavar="FILE", help="files, folders or patterns")
     parser.add_argument("--years", type=int, nargs="+", help="only these years of the exam")
     parser.add_argument("--text-only", action="store_true", help="only questions that need no picture")
-    tier = "which rule the details are of (default strict); points are shown of all three"
+    tier = "rule to show details for (default strict); points are shown for all three"
     parser.add_argument("--tier", choices=("official", "strict", "lenient"), default="strict", help=tier)
     condition = "what the prompt asked for (default answer_only)"
     parser.add_argument("--condition", choices=("answer_only", "explain"), default="answer_only", help=condition)
     parser.add_argument("--against", metavar="SYSTEM", help="compare the others with this one, question by question")
     parser.add_argument("--allow-missing", action="store_true", help="count questions without a prediction as wrong")
-    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--output", metavar="DIR", help="also write results, one folder a system, for `medllm report`")

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from medllm_jax.config.schema import RunConfig
 from medllm_jax.distributed.chips import GIB, MARGIN
+from medllm_jax.training.resolve import ResolvedConfig
 
 # Bits of a weight that its format takes, with the scales of its blocks.
 _BITS = {"float32": 32, "bfloat16": 16, "int8": 8.5, "int4": 4.5, "nf4": 4.5}
@@ -18,7 +18,7 @@ class _Change(NamedTuple):
     text: str
 
 
-def advice(config: RunConfig, report: dict[str, Any]) -> list[str]:
+def advice(config: ResolvedConfig, report: dict[str, Any]) -> list[str]:
     """Sentences about a report of `plan`, the verdict first."""
     sentences = [sentence for program in report["programs"] for sentence in _sentences(config, report, program)]
     if report["slices"] > 1:
@@ -29,7 +29,7 @@ def advice(config: RunConfig, report: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def _sentences(config: RunConfig, report: dict[str, Any], program: dict[str, Any]) -> Iterator[str]:
+def _sentences(config: ResolvedConfig, report: dict[str, Any], program: dict[str, Any]) -> Iterator[str]:
     memory, name = program["memory"], program["name"]
     hbm, peak = memory["hbm"], memory["peak"]
     if memory["comfortable"]:
@@ -56,7 +56,7 @@ def _sentences(config: RunConfig, report: dict[str, Any], program: dict[str, Any
         yield "--search tries remat, rows at a time, mesh and vocab_chunks, and prints the fastest that fit"
 
 
-def _changes(config: RunConfig, report: dict[str, Any], program: dict[str, Any]) -> Iterator[_Change]:
+def _changes(config: ResolvedConfig, report: dict[str, Any], program: dict[str, Any]) -> Iterator[_Change]:
     """What makes a program smaller, by a count of bytes; first what leaves the result of a run as it is."""
     memory, mesh, training = program["memory"], report["mesh"], program["name"] == "train"
     at_once = report["rows"] // (report["accumulate"] if training else 1)
@@ -87,7 +87,7 @@ def _changes(config: RunConfig, report: dict[str, Any], program: dict[str, Any])
         yield _Change(memory["parameters"] / 2, "precision.params bfloat16")
 
 
-def _of_what_is_trained(config: RunConfig, memory: dict[str, Any]) -> Iterator[_Change]:
+def _of_what_is_trained(config: ResolvedConfig, memory: dict[str, Any]) -> Iterator[_Change]:
     adapter, batch = config.adapter, config.data.batch_size // config.data.accumulate
     if adapter is not None:
         for base in ("int8", "nf4"):

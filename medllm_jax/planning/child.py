@@ -19,7 +19,8 @@ from medllm_jax.distributed.chips import parse_topology
 from medllm_jax.distributed.compiler_options import compiler_options
 from medllm_jax.distributed.sharding import check_divisible, make_mesh
 from medllm_jax.errors import UserError
-from medllm_jax.inference.generator import Generator, Sampling
+from medllm_jax.evaluation.sampling import SamplingParams
+from medllm_jax.inference.generator import Generator
 from medllm_jax.model.abstract import abstract_model, merge_params
 from medllm_jax.training.programs import abstract_batch, score_program, train_program
 from medllm_jax.training.resolve import ResolvedConfig
@@ -64,21 +65,21 @@ def _train(config: ResolvedConfig, mesh: Any, request: dict, compile_program: Co
 def _reference(config: ResolvedConfig, mesh: Any, request: dict, compile_program: Compile) -> None:
     rows = config.data.batch_size // config.data.accumulate
     check_divisible(mesh, config.model, rows)
-    plan = abstract_model(config.model, config.precision, mesh, attention=config.attention, adapter=config.adapter)
+    model = abstract_model(config.model, config.precision, mesh, attention=config.attention, adapter=config.adapter)
     batch = abstract_batch(mesh, rows, request["sequence_length"], None)
-    score = score_program(plan.structure, mesh, request["pairs_per_row"], config.objective.vocab_chunks)
-    params = merge_params(plan.abstract, plan.frozen)
+    score = score_program(model.structure, mesh, request["pairs_per_row"], config.objective.vocab_chunks)
+    params = merge_params(model.abstract, model.frozen)
     compile_program("reference", score.lower(params, batch), {"parameters": params, "batch": batch})
 
 
 def _generate(config: ResolvedConfig, mesh: Any, request: dict, compile_program: Compile) -> None:
     compute = config.precision.compute
     precision = PrecisionConfig(params=compute, compute=compute)
-    plan = abstract_model(config.model, precision, mesh, adapter=config.adapter)
-    params = merge_params(plan.abstract, plan.frozen)
-    model = LoadedModel(plan.config, plan.structure, params, mesh)
-    generator = Generator(model, None, [0], config.data.batch_size // config.data.accumulate)
-    sampling = Sampling(request["new_tokens"])
+    model = abstract_model(config.model, precision, mesh, adapter=config.adapter)
+    params = merge_params(model.abstract, model.frozen)
+    loaded = LoadedModel(model.config, model.structure, params, mesh)
+    generator = Generator(loaded, None, [0], config.data.batch_size // config.data.accumulate)
+    sampling = SamplingParams(max_new_tokens=request["new_tokens"])
     prefill = generator.lower_prefill(request["sequence_length"], sampling)
     compiled = compile_program("prefill", prefill, {"parameters": params})
     state = jax.tree.map(

@@ -54,7 +54,7 @@ class Collective(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class TimeEstimate:
     """Seconds of one run of a program, and what they are made of.
 
     busy: (phase, kind) -> seconds of the TensorCore; waits: seconds that it waits for what runs beside it; loops:
@@ -84,11 +84,11 @@ class Machine(NamedTuple):
     places: list[list[int]]
 
 
-def estimate(module: Module, machine: Machine) -> Estimate:
-    """The Estimate of a program that was compiled to the end."""
+def estimate(module: Module, machine: Machine) -> TimeEstimate:
+    """The TimeEstimate of a program that was compiled to the end."""
     replay = _Replay(module, machine)
     replay.run(module.entry, times=1, phase="rest", in_loop=False)
-    return Estimate(
+    return TimeEstimate(
         dict(replay.busy),
         replay.waits,
         replay.loops,

@@ -20,19 +20,19 @@ from medllm_jax.planning.estimate import (
     ICI_EFFICIENCY,
     KERNEL_EFFICIENCY,
     LATENCY,
-    Estimate,
     Machine,
+    TimeEstimate,
     estimate,
 )
 from medllm_jax.planning.hlo import parse
-from medllm_jax.planning.search import search as search_settings
+from medllm_jax.planning.search import try_settings
 from medllm_jax.training.resolve import ResolvedConfig, resolve
 
 DECODE_CHUNK = 16  # tokens that one call of the decoding program adds
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class PlanOptions:
     """What is planned. sequence_length: tokens of a row, or of a prompt; new_tokens: of a completion; tokens: that the
     whole run is to see, if its hours are asked for."""
 
@@ -50,67 +50,67 @@ class Question:
                 raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
 
 
-def plan(config: RunConfig, question: Question, *, memory_only: bool = False) -> dict[str, Any]:
+def plan(config: RunConfig, options: PlanOptions, *, memory_only: bool = False) -> dict[str, Any]:
     """The report as plain values, whose schema is in docs/plan.md; UserError where the config does not fit the mesh.
 
     memory_only: seconds instead of minutes, and no estimate of time.
     """
     config = resolve(config, elsewhere=True)
-    return report_of(config, question, compile_programs(request_of(config, question), memory_only=memory_only))
+    return report_of(config, options, compile_programs(request_of(config, options), memory_only=memory_only))
 
 
-def request_of(config: RunConfig, question: Question) -> dict[str, Any]:
+def request_of(config: RunConfig, options: PlanOptions) -> dict[str, Any]:
     """What the compiling process is asked for (planning/child.py)."""
     return {
         "config": to_plain(config),
-        "topology": question.topology.name,
-        "slices": question.topology.slices,
-        "program": question.program,
-        "sequence_length": question.sequence_length,
-        "pairs_per_row": question.pairs_per_row,
-        "new_tokens": question.new_tokens,
+        "topology": options.topology.name,
+        "slices": options.topology.slices,
+        "program": options.program,
+        "sequence_length": options.sequence_length,
+        "pairs_per_row": options.pairs_per_row,
+        "new_tokens": options.new_tokens,
     }
 
 
-def report_of(config: ResolvedConfig, question: Question, compiled: list[Compiled]) -> dict[str, Any]:
+def report_of(config: ResolvedConfig, options: PlanOptions, compiled: list[Compiled]) -> dict[str, Any]:
     """What `plan` reports of its compiled programs."""
     devices = len(compiled[0].places)
     report = {
-        "topology": question.topology.name,
-        "slices": question.topology.slices,
+        "topology": options.topology.name,
+        "slices": options.topology.slices,
         "devices": devices,
-        "chips": devices // question.topology.chip.devices,
+        "chips": devices // options.topology.chip.devices,
         "mesh": compiled[0].mesh,
-        "program": question.program,
+        "program": options.program,
         "objective": config.objective.name,
-        "rows": _rows(config, question),
+        "rows": _rows(config, options),
         "accumulate": config.data.accumulate,
-        "sequence_length": question.sequence_length,
+        "sequence_length": options.sequence_length,
         "remat": config.remat,
         "vocab_chunks": config.objective.vocab_chunks,
-        "assumed": _assumed(question.topology),
+        "assumed": _assumed(options.topology),
         "compile_seconds": round(compiled[0].seconds, 1),
-        "programs": [_program(config, question, program) for program in compiled],
+        "programs": [_program(config, options, program) for program in compiled],
     }
     return report | {"advice": advice(config, report)}
 
 
-def search(config: RunConfig, question: Question, show: Callable[[str], None]) -> dict[str, Any]:
+def plan_fastest(config: RunConfig, options: PlanOptions, show: Callable[[str], None]) -> dict[str, Any]:
     """The report of the fastest settings that fit, with what was tried; show: takes a line for each as it is known."""
-    if question.program != "train":
-        raise UserError(f"--search is for training: --program {question.program} has no settings to try")
+    if options.program != "train":
+        raise UserError(f"--search is for training: --program {options.program} has no settings to try")
     config = resolve(config, elsewhere=True)
     require_compiler()  # else each of what is tried would fail for want of it
-    topology = question.topology
+    topology = options.topology
     devices = chips_of(topology) * topology.chip.devices
-    attempt = functools.partial(plan, question=question)
-    found = search_settings(config, attempt, devices, topology.slices, show)
+    attempt = functools.partial(plan, options=options)
+    found = try_settings(config, attempt, devices, topology.slices, show)
     return found.best | {"search": {"tried": found.tried, "overrides": found.overrides}}
 
 
-def _rows(config: ResolvedConfig, question: Question) -> int:
+def _rows(config: ResolvedConfig, options: PlanOptions) -> int:
     """Rows that one run of a program sees."""
-    whole = question.program == "train"
+    whole = options.program == "train"
     return config.data.batch_size if whole else config.data.batch_size // config.data.accumulate
 
 
@@ -128,24 +128,24 @@ def _assumed(topology: Topology) -> dict[str, float]:
     }
 
 
-def _program(config: ResolvedConfig, question: Question, compiled: Compiled) -> dict[str, Any]:
-    machine = Machine(question.topology, compiled.mesh, compiled.places)
+def _program(config: ResolvedConfig, options: PlanOptions, compiled: Compiled) -> dict[str, Any]:
+    machine = Machine(options.topology, compiled.mesh, compiled.places)
     module = parse(compiled.hlo)
     estimated = estimate(module, machine)
     return {
         "name": compiled.name,
         "refused": compiled.refused,
-        "memory": _memory(question, compiled, step_memory(module)),
-        "flops": _flops(config, question, compiled, estimated),
+        "memory": _memory(options, compiled, step_memory(module)),
+        "flops": _flops(config, options, compiled, estimated),
         "collectives": [c._asdict() for c in estimated.collectives],
-        "time": _time(config, question, compiled, estimated) if compiled.finished else None,
+        "time": _time(config, options, compiled, estimated) if compiled.finished else None,
         "roofline_seconds": None if compiled.finished else estimated.seconds,
     }
 
 
-def _memory(question: Question, compiled: Compiled, held: StepMemory) -> dict[str, Any]:
+def _memory(options: PlanOptions, compiled: Compiled, held: StepMemory) -> dict[str, Any]:
     """Bytes on one device."""
-    memory, hbm = compiled.memory, question.topology.chip.hbm
+    memory, hbm = compiled.memory, options.topology.chip.hbm
     known = sum(compiled.bytes.values())
     return compiled.bytes | {
         "other_arguments": memory.arguments - known,
@@ -161,14 +161,16 @@ def _memory(question: Question, compiled: Compiled, held: StepMemory) -> dict[st
     }
 
 
-def _flops(config: ResolvedConfig, question: Question, compiled: Compiled, estimated: Estimate) -> dict[str, float]:
+def _flops(
+    config: ResolvedConfig, options: PlanOptions, compiled: Compiled, estimated: TimeEstimate
+) -> dict[str, float]:
     """FLOPs of one run of a program, on one device: needed by the model, and in the compiled program."""
-    rows, length = _rows(config, question), question.sequence_length
+    rows, length = _rows(config, options), options.sequence_length
     needed = {
         "train": lambda: train_flops(config.model, rows, length, config.adapter),
         "reference": lambda: forward_flops(config.model, rows, length),
         "prefill": lambda: prefill_flops(config.model, rows, length),
-        "decode": lambda: DECODE_CHUNK * decode_flops(config.model, rows, length + question.new_tokens),
+        "decode": lambda: DECODE_CHUNK * decode_flops(config.model, rows, length + options.new_tokens),
     }[compiled.name]()
     return {
         "model": needed / len(compiled.places),
@@ -178,10 +180,10 @@ def _flops(config: ResolvedConfig, question: Question, compiled: Compiled, estim
     }
 
 
-def _time(config: ResolvedConfig, question: Question, compiled: Compiled, estimated: Estimate) -> dict[str, Any]:
-    chip, devices, rows = question.topology.chip, len(compiled.places), _rows(config, question)
-    model = _flops(config, question, compiled, estimated)["model"]
-    tokens = rows * (DECODE_CHUNK if compiled.name == "decode" else question.sequence_length)
+def _time(config: ResolvedConfig, options: PlanOptions, compiled: Compiled, estimated: TimeEstimate) -> dict[str, Any]:
+    chip, devices, rows = options.topology.chip, len(compiled.places), _rows(config, options)
+    model = _flops(config, options, compiled, estimated)["model"]
+    tokens = rows * (DECODE_CHUNK if compiled.name == "decode" else options.sequence_length)
     time = {
         "seconds": estimated.seconds,
         "ideal_seconds": model / chip.flops,
@@ -200,14 +202,14 @@ def _time(config: ResolvedConfig, question: Question, compiled: Compiled, estima
         "tokens": tokens,
         "tokens_per_second": tokens / estimated.seconds,
     }
-    if question.tokens is not None:
-        hours = question.tokens / time["tokens_per_second"] / 3600
-        time |= {"asked_tokens": question.tokens, "hours": hours}
+    if options.tokens is not None:
+        hours = options.tokens / time["tokens_per_second"] / 3600
+        time |= {"asked_tokens": options.tokens, "hours": hours}
         time["chip_hours"] = hours * devices / chip.devices
     return time
 
 
-def _with_products_at(share: float, estimated: Estimate, chip: Chip) -> float:
+def _with_products_at(share: float, estimated: TimeEstimate, chip: Chip) -> float:
     """Seconds if matrix products took what they take at a share of the peak, where the compiler expects less."""
     products = sum(seconds for (_, kind), seconds in estimated.busy.items() if kind == "matrix products")
     return estimated.seconds + max(estimated.flops / (share * chip.flops) - products, 0.0)

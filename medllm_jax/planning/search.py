@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from medllm_jax.config.schema import MeshConfig, RunConfig
+from medllm_jax.config.schema import MeshConfig
 from medllm_jax.errors import UserError
+from medllm_jax.training.resolve import ResolvedConfig
 
-# From the fastest to the smallest (`RunConfig.remat`); `dots` is for adapters.
+# From the fastest to the smallest (`ResolvedConfig.remat`); `dots` is for adapters.
 REMATS = ("elementwise", "attention_mlp", "attention_gate", "attention", "full")
 _CHUNKS = (1, 8, 16)
 _TENSORS = (1, 2)
@@ -24,12 +25,12 @@ class Found(NamedTuple):
     overrides: dict[str, Any]
 
 
-def search(config: RunConfig, plan: Plan, devices: int, slices: int, show: Callable[[str], None]) -> Found:
+def try_settings(config: ResolvedConfig, plan: Plan, devices: int, slices: int, show: Callable[[str], None]) -> Found:
     """Tries remat, rows at a time, mesh and vocab_chunks around a config; UserError where nothing fits."""
     tried: list[dict[str, Any]] = []
     refusals: list[UserError] = []
 
-    def look(candidate: RunConfig) -> dict[str, Any] | None:
+    def look(candidate: ResolvedConfig) -> dict[str, Any] | None:
         settings = settings_of(candidate)
         try:
             report = plan(candidate, memory_only=True)
@@ -76,7 +77,7 @@ def search(config: RunConfig, plan: Plan, devices: int, slices: int, show: Calla
     return Found(tried, report, overrides)
 
 
-def _lightest_that_fit(config: RunConfig, devices: int, slices: int, look: Callable) -> Iterator[dict[str, Any]]:
+def _lightest_that_fit(config: ResolvedConfig, devices: int, slices: int, look: Callable) -> Iterator[dict[str, Any]]:
     """For each mesh and number of rows at a time, the remat that recomputes least among those that fit."""
     for tensor in _TENSORS:
         fsdp = devices // slices // tensor
@@ -96,7 +97,7 @@ def _lightest_that_fit(config: RunConfig, devices: int, slices: int, look: Calla
                 break
 
 
-def _accumulations(config: RunConfig, parts: int) -> list[int]:
+def _accumulations(config: ResolvedConfig, parts: int) -> list[int]:
     """Numbers of micro-batches that give each device 1, 2 or 4 rows at a time."""
     wanted = [config.data.batch_size / (parts * rows) for rows in (1, 2, 4)]
     found = [int(accumulate) for accumulate in wanted if accumulate >= 1 and accumulate == int(accumulate)]
@@ -108,7 +109,7 @@ def _accumulations(config: RunConfig, parts: int) -> list[int]:
     return found
 
 
-def settings_of(candidate: RunConfig) -> dict[str, Any]:
+def settings_of(candidate: ResolvedConfig) -> dict[str, Any]:
     """The settings that the search sets, dotted, as the candidate has them."""
     return {
         "mesh.data": candidate.mesh.data,

@@ -15,18 +15,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from medllm_jax.contamination.exams import overlapping
+from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.extraction.extract import extract
 from medllm_jax.evaluation.grading import grade
 from medllm_jax.evaluation.prompts import PromptTemplate
-from medllm_jax.evaluation.samples import Sample, Samples, prompt_of
+from medllm_jax.evaluation.samples import Samples, prompt_of
+from medllm_jax.evaluation.sampling import Completion
 
 Strategy = Literal["gold", "onpolicy", "both"]
 
 _CONTROL = re.compile(r"<\|\w+\|>")
 _RIGHT, _WRONG, _NO_ANSWER = "right", "wrong", "wrong: no answer to read"
-_FIRST = 20  # ids that the report names, of each reason
+_MAX_PLACES = 20  # first cases that the report names for each reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,26 +59,6 @@ class PairOptions:
 
 
 @dataclasses.dataclass
-class Tally:
-    """What was counted under each reason, with its first ids, and up to `examples` texts of each."""
-
-    examples: int = 0
-    counts: Counter = dataclasses.field(default_factory=Counter)
-    first: dict[str, list[str]] = dataclasses.field(default_factory=lambda: defaultdict(list))
-    texts: dict[str, list[dict[str, str]]] = dataclasses.field(default_factory=lambda: defaultdict(list))
-
-    def add(self, reason: str, where: str, text: str | None = None) -> None:
-        self.counts[reason] += 1
-        if len(self.first[reason]) < _FIRST:
-            self.first[reason].append(where)
-        if text is not None and len(self.texts[reason]) < self.examples:
-            self.texts[reason].append({"id": where, "text": text})
-
-    def as_dict(self) -> dict[str, Any]:
-        return {reason: {"count": count, "first": self.first[reason]} for reason, count in self.counts.most_common()}
-
-
-@dataclasses.dataclass
 class Report:
     """What became of every sample and every prompt.
 
@@ -85,29 +67,31 @@ class Report:
     length of the chosen and of the rejected responses.
     """
 
-    samples: dict[str, Tally]
-    prompts: Tally
-    gold: Tally
-    rows: Counter
+    samples: dict[str, RejectionCounts]
+    prompts: RejectionCounts
+    gold: RejectionCounts
+    rows: Counter[str]
     beyond_most: int = 0
     characters: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; texts are in it only where examples were asked for."""
-        texts = {condition: dict(tally.texts) for condition, tally in self.samples.items() if tally.texts}
+        texts = {condition: counts.texts for condition, counts in self.samples.items() if counts.texts}
         return {
             "pairs": {**self.rows, "beyond most": self.beyond_most},
             "mean_characters": self.characters,
-            "prompts": self.prompts.as_dict(),
-            "ground_truth_left_out": self.gold.as_dict(),
-            "samples": {condition: tally.as_dict() for condition, tally in self.samples.items()},
+            "prompts": self.prompts.as_dict(most_common_first=True),
+            "ground_truth_left_out": self.gold.as_dict(most_common_first=True),
+            "samples": {
+                condition: counts.as_dict(most_common_first=True) for condition, counts in self.samples.items()
+            },
             **({"examples": texts} if texts else {}),
         }
 
     def lines(self) -> Iterator[str]:
         """The counts, for a terminal."""
-        for condition, tally in self.samples.items():
-            yield f"{condition}: {tally.counts.total()} samples: {_listed(tally.counts)}"
+        for condition, found in self.samples.items():
+            yield f"{condition}: {found.total} samples: {_listed(found.counts)}"
         yield f"prompts: {_listed(self.prompts.counts)}"
         if self.gold.counts:
             yield f"ground truths left out: {_listed(self.gold.counts)}"
@@ -117,7 +101,11 @@ class Report:
             yield f"pairs by what is preferred: {_listed(self.rows)}{beyond}; mean characters: {lengths}"
 
 
-def _listed(counts: Counter) -> str:
+def _counts(*, max_texts: int = 0) -> RejectionCounts:
+    return RejectionCounts(max_places=_MAX_PLACES, max_texts=max_texts)
+
+
+def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
@@ -136,7 +124,8 @@ def make_pairs(
     reason go into the report.
     """
     rows: list[dict[str, Any]] = []
-    report = Report({condition: Tally(examples) for condition in conditions}, Tally(), Tally(), Counter())
+    samples_of = {condition: _counts(max_texts=examples) for condition in conditions}
+    report = Report(samples_of, _counts(), _counts(), Counter())
     for condition in conditions:
         for question in exam.questions:
             where = f"{question.id}/{condition}"
@@ -175,7 +164,7 @@ def _outcome(made: list, right: list[str], wrong: list[str], strategy: Strategy)
 
 
 def _sides(
-    question: Question, condition: str, samples: Samples, options: PairOptions, tally: Tally
+    question: Question, condition: str, samples: Samples, options: PairOptions, counts: RejectionCounts
 ) -> tuple[list[str], list[str]]:
     """The right and the wrong texts among the samples of a prompt, in the order in which they were drawn."""
     right: list[str] = []
@@ -183,7 +172,7 @@ def _sides(
     seen: set[str] = set()
     for number, sample in enumerate(samples.of(question.id, condition)):
         verdict = _verdict(question, condition, sample, options, seen)
-        tally.add(verdict, f"{question.id}/{condition}/{number}", sample.text)
+        counts.add(verdict, f"{question.id}/{condition}/{number}", sample.text)
         if verdict == _RIGHT:
             right.append(sample.text)
         elif verdict in (_WRONG, _NO_ANSWER):
@@ -191,7 +180,7 @@ def _sides(
     return right, wrong
 
 
-def _verdict(question: Question, condition: str, sample: Sample, options: PairOptions, seen: set[str]) -> str:
+def _verdict(question: Question, condition: str, sample: Completion, options: PairOptions, seen: set[str]) -> str:
     """One of the three verdicts that a sample is used by, or why it is in no pair."""
     if sample.finish_reason != "stop":
         return "cut at the length limit" if sample.finish_reason == "length" else "cut by the server"
@@ -223,7 +212,7 @@ def _verdict(question: Question, condition: str, sample: Sample, options: PairOp
 
 
 def _checked_gold(
-    question: Question, template: PromptTemplate, condition: str, chat: bool, left_out: Tally
+    question: Question, template: PromptTemplate, condition: str, chat: bool, left_out: RejectionCounts
 ) -> list[str]:
     """The ground truth as a response, if there is one that the extractor reads as right; otherwise none."""
     where = f"{question.id}/{condition}"
@@ -263,10 +252,10 @@ def choose_questions(
     Raises:
       UserError: there are questions of the latter kind and they are to be refused, or no question is left.
     """
-    tally = Tally()
+    left_out = _counts()
     for question in exam.questions:
         if not question.points:
-            tally.add("withdrawn (points 0)", question.id)
+            left_out.add("withdrawn (points 0)", question.id)
     asked = Exam(exam.name, tuple(question for question in exam.questions if question.points))
     found = overlapping(asked, evaluation)
     if found and on_overlap == "refuse":
@@ -274,7 +263,7 @@ def choose_questions(
         for question, reason in found.items():
             by_reason[reason].append(question)
         reasons = "; ".join(
-            f"{reason}: {len(ids)} ({', '.join(ids[:_FIRST])}{', ...' if len(ids) > _FIRST else ''})"
+            f"{reason}: {len(ids)} ({', '.join(ids[:_MAX_PLACES])}{', ...' if len(ids) > _MAX_PLACES else ''})"
             for reason, ids in by_reason.items()
         )
         raise UserError(
@@ -283,8 +272,8 @@ def choose_questions(
             "take them out, or leave them out by --on-overlap drop"
         )
     for question, reason in found.items():
-        tally.add(f"in an evaluation exam ({reason})", question)
+        left_out.add(f"in an evaluation exam ({reason})", question)
     kept = tuple(question for question in asked.questions if question.id not in found)
     if not kept:
-        raise UserError(f"no question of {exam.name} is left to make pairs of: {_listed(tally.counts)}")
-    return Exam(exam.name, kept), tally.as_dict()
+        raise UserError(f"no question of {exam.name} is left to make pairs of: {_listed(left_out.counts)}")
+    return Exam(exam.name, kept), left_out.as_dict(most_common_first=True)

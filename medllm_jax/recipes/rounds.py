@@ -16,7 +16,7 @@ from medllm_jax.config.schema import RunConfig, renamed
 from medllm_jax.config.schema_reader import build, read_yaml, rename_old_keys
 from medllm_jax.config.shipped import find_config
 from medllm_jax.errors import UserError
-from medllm_jax.evaluation.samples import SampleOptions
+from medllm_jax.evaluation.sampling import SamplingParams
 from medllm_jax.preferences.make_pairs import PairOptions
 from medllm_jax.recipes.commands import Runner, heading
 from medllm_jax.storage.remote import write_whole
@@ -71,7 +71,8 @@ class RoundsConfig:
             raise UserError(f"temperature has {len(self.temperature)} numbers and there are {self.rounds} rounds")
         # What can't be sampled or paired is known now, and not after the start has been examined.
         for number in range(1, self.rounds + 1):
-            SampleOptions(self.samples, self.temperature_of(number), self.top_p, self.seed)
+            drawn = {"temperature": self.temperature_of(number), "top_p": self.top_p, "seed": self.seed}
+            SamplingParams(n=self.samples, **drawn)
         PairOptions(self.strategy, self.max_pairs_per_prompt)
 
     def temperature_of(self, number: int) -> float:

@@ -15,7 +15,7 @@ from medllm_jax.evaluation.grading import Grade, Summary, summarize
 from medllm_jax.evaluation.prompts import CONDITIONS
 from medllm_jax.evaluation.significance import Comparison, Estimate, accuracy, compare
 from medllm_jax.report import plots
-from medllm_jax.report.collect import Results, Run
+from medllm_jax.report.collect import RecordedRun, Results
 from medllm_jax.storage.remote import write_whole
 
 _CONDITION_NAMES = {"answer_only": "answer only", "explain": "with explanation"}
@@ -60,8 +60,8 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def write_report(
-    runs: Sequence[Run], results: Sequence[Results], output: epath.PathLike, examples: Sequence[str] = ()
+def write_page(
+    runs: Sequence[RecordedRun], results: Sequence[Results], output: epath.PathLike, examples: Sequence[str] = ()
 ) -> epath.Path:
     """Writes report.html and figures/*.png into a folder, local or gs://; returns the page's path.
 
@@ -110,7 +110,7 @@ def _environment() -> jinja2.Environment:
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def _run_table(runs: Sequence[Run]) -> Table:
+def _run_table(runs: Sequence[RecordedRun]) -> Table:
     rows = [
         ["run", "objective", "model", "adapter", "steps", "rows a step", "peak learning rate", "tokens", "last loss"]
     ]
@@ -134,7 +134,7 @@ def _run_table(runs: Sequence[Run]) -> Table:
     return Table("Runs", rows)
 
 
-def _curves(runs: Sequence[Run]) -> Iterator[Picture]:
+def _curves(runs: Sequence[RecordedRun]) -> Iterator[Picture]:
     for metric, (title, log) in _METRICS.items():
         found = []
         for number, run in enumerate(runs):

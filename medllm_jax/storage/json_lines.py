@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from etils import epath
 
 from medllm_jax.errors import UserError
+from medllm_jax.storage.remote import open_buffered
 
 _REQUIRED = object()
 _WORDS = {str: "a string", list: "a list", bool: "true or false", int: "a whole number", float: "a number"}
@@ -123,7 +124,7 @@ def iterate_rows(file: epath.PathLike) -> Iterator[Row]:
     Raises:
       UserError: a line is not UTF-8, or not a JSON object.
     """
-    with epath.Path(file).open("rb") as stream:
+    with open_buffered(epath.Path(file)) as stream:
         for line in read_lines(stream):
             if line.content and not line.content.isspace():
                 yield parse_row(line.content, f"{file}:{line.number}")
@@ -142,7 +143,7 @@ def read_appended_rows(file: epath.PathLike) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     file = epath.Path(file)
     if file.exists():
-        with file.open("rb") as stream:
+        with open_buffered(file) as stream:
             for line in read_lines(stream):
                 try:
                     rows.append(parse_object(line.content or b""))

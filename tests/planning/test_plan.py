@@ -14,7 +14,7 @@ from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import UserError
 from medllm_jax.planning.advice import advice
 from medllm_jax.planning.report import as_text
-from medllm_jax.planning.search import REMATS, search
+from medllm_jax.planning.search import REMATS, try_settings
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 HBM = 100 * 2**30
@@ -57,7 +57,7 @@ def test_a_search_in_which_all_is_refused_says_why(file):
         raise UserError("the compiler knows no such topology")
 
     with pytest.raises(UserError, match="knows no such topology"):
-        search(load_run_config(file), plan, devices=4, slices=1, show=lambda line: None)
+        try_settings(load_run_config(file), plan, devices=4, slices=1, show=lambda line: None)
 
 
 def test_an_unknown_topology_is_one_line(file, capsys):
@@ -153,7 +153,7 @@ def test_the_search_takes_the_fastest_of_what_fits(file):
         )
         return report
 
-    found = search(config, plan, devices=4, slices=1, show=lambda line: None)
+    found = try_settings(config, plan, devices=4, slices=1, show=lambda line: None)
     assert found.overrides["mesh.fsdp"] == 4 and found.overrides["data.accumulate"] == 1
     assert found.overrides["remat"] == "attention_mlp"
     assert sum(not memory_only for _, memory_only in asked) == 2

@@ -16,7 +16,7 @@ from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.model.abstract import abstract_model
 from medllm_jax.planning.compiling import compile_programs
 from medllm_jax.planning.hlo import parse
-from medllm_jax.planning.plan import Question, report_of, request_of
+from medllm_jax.planning.plan import PlanOptions, report_of, request_of
 
 SHIPPED = {config.file.stem: config for config in shipped()}
 pytestmark = [
@@ -31,12 +31,12 @@ ROOM = {"v5p": 0.92 * 95 * 2**30}  # 8 % of what the chip is sold with, which is
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_config_fits_with_room_and_nothing_is_whole(name):
     shipped = SHIPPED[name]
-    config, question = load_run_config(shipped.file), Question(parse_topology(shipped.topology, shipped.slices))
-    (compiled,) = compile_programs(request_of(config, question), memory_only=True)
-    (program,) = report_of(config, question, [compiled])["programs"]
+    config, options = load_run_config(shipped.file), PlanOptions(parse_topology(shipped.topology, shipped.slices))
+    (compiled,) = compile_programs(request_of(config, options), memory_only=True)
+    (program,) = report_of(config, options, [compiled])["programs"]
     memory = program["memory"]
     gib = f"{memory['peak'] / 2**30:.1f} GiB"
-    assert memory["comfortable"] and memory["peak"] <= ROOM[question.topology.generation], gib
+    assert memory["comfortable"] and memory["peak"] <= ROOM[options.topology.generation], gib
     assert memory["gradients"] > 0 and memory["activations"] > 0
     assert memory["gradients"] + memory["activations"] < memory["temporaries"]
     check_nothing_is_whole(config, parse(compiled.hlo), shipped.slices)

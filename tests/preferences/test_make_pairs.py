@@ -13,7 +13,8 @@ from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam, load_exam
 from medllm_jax.evaluation.prompts import load_template
-from medllm_jax.evaluation.samples import Sample, SampleOptions, Sampler, sample_exam
+from medllm_jax.evaluation.samples import sample_exam
+from medllm_jax.evaluation.sampling import Completion, Sampler, SamplingParams
 from medllm_jax.preferences.make_pairs import (
     PairOptions,
     choose_questions,
@@ -46,13 +47,13 @@ def pairs_of(tmp_path):
     """Makes pairs where every prompt has the same samples."""
 
     def make(exam, condition, texts, *, chat=False, examples=0, **options):
-        drawn = [text if isinstance(text, Sample) else Sample(text, "stop") for text in texts]
+        drawn = [text if isinstance(text, Completion) else Completion(text, "stop") for text in texts]
 
-        def draw(prompts, seeds, **_):
+        def draw(prompts, seeds, params):
             return [drawn for _ in prompts]
 
         sampler = Sampler("m", "here", draw, chat)
-        how = SampleOptions(samples=len(drawn))
+        how = SamplingParams(n=len(drawn), temperature=0.8)
         samples = sample_exam(exam, TEMPLATE, [condition], tmp_path / "s.jsonl", sampler, how, anew=True)
         return make_pairs(exam, TEMPLATE, [condition], samples, PairOptions(**options), examples=examples)
 
@@ -95,8 +96,8 @@ def test_every_strategy_of_the_same_samples(exam, pairs_of, strategy, chosen):
 @pytest.mark.parametrize(
     ("sample", "options", "verdict"),
     [
-        (Sample(" b", "length"), {}, "cut at the length limit"),
-        (Sample(" b", "content_filter"), {}, "cut by the server"),
+        (Completion(" b", "length"), {}, "cut at the length limit"),
+        (Completion(" b", "content_filter"), {}, "cut by the server"),
         ("\n", {}, "empty"),
         (" b<|im_start|>", {}, "with a control token"),
         (" b ", {"min_characters": 2}, "too short"),

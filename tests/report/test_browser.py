@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from medllm_jax.report.collect import collect
-from medllm_jax.report.page import write_report
+from medllm_jax.report.page import write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")
@@ -80,7 +80,7 @@ def opened(html, folder, width):
 @pytest.mark.parametrize("width", [400, 1400])
 def test_the_report_in_a_browser(place, tmp_path, width):
     runs, results = collect(map(str, (place / "cpt", place / "rpo", place / "exams/base")))
-    page = write_report(runs, results, tmp_path / "out", ["q0"])
+    page = write_page(runs, results, tmp_path / "out", ["q0"])
     measured, console, asked = opened(page.read_text("utf-8"), tmp_path, width)
     assert measured == {"width": width, "whole": width, "cut": []}
     assert console == [] and asked == []

@@ -12,6 +12,7 @@ from medllm_jax.storage.json_lines import (
     read_lines,
     read_rows,
 )
+from tests.gcs import Gcs, run
 
 
 def test_lines_end_at_newlines_alone():
@@ -62,3 +63,22 @@ def test_a_torn_line_ends_a_file_that_is_appended_to(tmp_path):
     assert read_appended_rows(file) == [{"step": 1}, {"step": 2}]
     with pytest.raises(UserError, match=r"rows.jsonl:3: not JSON"):
         read_rows(file)
+
+
+IN_STORAGE = """
+from medllm_jax.storage.json_lines import read_appended_rows, read_rows
+
+print([(row.fields, row.where) for row in read_rows("gs://bucket/rows.jsonl")])
+print(read_appended_rows("gs://bucket/torn.jsonl"), read_appended_rows("gs://bucket/none.jsonl"))
+"""
+
+
+def test_rows_in_a_bucket():
+    with Gcs("bucket") as server:
+        server.put("gs://bucket/rows.jsonl", b'{"id": 1}\n\n{"id": 2}')
+        server.put("gs://bucket/torn.jsonl", b'{"id": 1}\n{"id"')
+        output = run(server, "-c", IN_STORAGE)
+    assert output.splitlines()[-2:] == [
+        "[({'id': 1}, 'gs://bucket/rows.jsonl:1'), ({'id': 2}, 'gs://bucket/rows.jsonl:3')]",
+        "[{'id': 1}] []",
+    ]

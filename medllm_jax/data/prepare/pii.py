@@ -131,16 +131,14 @@ class Scanner:
         patterns: dict[str, _Pattern] = {}
         for file in (_SHIPPED, *files):
             seen: set[str] = set()
-            for position, entry in enumerate(_entries(epath.Path(file)), 1):
-                if not entry.name:
-                    raise UserError(f"{file}: pattern {position}: name is missing, or empty; give a text")
-                where = f"{file}: pattern {entry.name!r}"
-                if entry.name in seen:
+            for entry, where in _entries(epath.Path(file)):
+                name = entry.name
+                if name in seen:
                     raise UserError(f"{where} stands twice in the file; keep one")
-                seen.add(entry.name)
+                seen.add(name)
                 if entry.enabled:
-                    patterns[entry.name] = _pattern(entry, where)
-                elif patterns.pop(entry.name, None) is None and not entry.regex:
+                    patterns[name] = _pattern(entry, where)
+                elif patterns.pop(name, None) is None and entry.regex is None:
                     raise UserError(f"{where} cannot be turned off, there is none; give one of {', '.join(patterns)}")
         return cls(patterns.values())
 
@@ -169,58 +167,63 @@ def _without_overlaps(findings: list[Finding]) -> list[Finding]:
     return [Finding(name, start, end) for start, end, name in kept]
 
 
-# Reading pattern files
+# --- reading pattern files -------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A pattern as its file has it; one that only turns another off has no more than a name."""
+    """An entry of a pattern file; the module's docstring tells its keys."""
 
-    name: str = ""
-    label: str = ""
-    regex: str = ""
-    mask: str = ""
+    name: str
+    label: str | None = None
+    regex: str | None = None
+    mask: str | None = None
     group: str | int = 0
     exceptions: tuple[str, ...] = dataclasses.field(default=(), metadata={"alias": "except"})
     check: str | None = None
-    hint: str = _ANYTHING
+    hint: str | None = None
     enabled: bool = True
 
 
-def _entries(file: epath.Path) -> list[_Entry]:
+def _entries(file: epath.Path) -> Iterator[tuple[_Entry, str]]:
+    """The entries of a pattern file, each with its place for errors."""
     if not file.is_file():
         raise UserError(f"no pattern file at {file}; give a YAML file with a list of patterns")
     content = read_yaml_file(file)
     if not isinstance(content, list):
-        raise UserError(f"{file}: a list of patterns is expected, each a mapping with name, label, regex, mask")
-    return [build(_Entry, entry, _place(file, entry, position)) for position, entry in enumerate(content, 1)]
-
-
-def _place(file: epath.Path, entry: Any, position: int) -> str:
-    """Where an entry of a file is, for errors: by its name if it has one."""
-    name = entry.get("name") if isinstance(entry, dict) else None
-    return f"{file}: pattern {name or position!r}"
+        raise UserError(f"{file}: a list of patterns is expected, each a mapping with name, label, regex and mask")
+    for position, entry in enumerate(content, 1):
+        if not isinstance(entry, dict):
+            raise UserError(f"{file}: pattern {position} is not a mapping; give name, label, regex and mask")
+        name = entry.get("name")
+        where = f"{file}: pattern {repr(name) if name and isinstance(name, str) else position}"
+        built = build(_Entry, entry, where)
+        _required(built.name, "name", where)
+        yield built, where
 
 
 def _pattern(entry: _Entry, where: str) -> _Pattern:
-    for key in ("regex", "label", "mask", "hint"):
-        if not getattr(entry, key):
-            raise UserError(f"{where}: {key} is missing, or empty; give a text")
-    regex = _compiled(entry.regex, f"{where}: regex")
+    regex = _compiled(_required(entry.regex, "regex", where), f"{where}: regex")
     if entry.group not in (*range(regex.groups + 1), *regex.groupindex):
         raise UserError(f"{where}: group {entry.group!r} is none of the regex's groups")
     if entry.check is not None and entry.check not in _CHECKS:
         raise UserError(f"{where}: there is no check {entry.check!r}; there is {', '.join(_CHECKS)}")
     return _Pattern(
         name=entry.name,
-        label=entry.label,
+        label=_required(entry.label, "label", where),
         regex=regex,
-        mask=entry.mask,
+        mask=_required(entry.mask, "mask", where),
         group=entry.group,
         exceptions=tuple(_compiled(item, f"{where}: except {item!r}") for item in entry.exceptions),
         check=entry.check,
-        hint=_compiled(entry.hint, f"{where}: hint"),
+        hint=_compiled(_ANYTHING if entry.hint is None else entry.hint, f"{where}: hint"),
     )
+
+
+def _required(text: str | None, key: str, where: str) -> str:
+    if not text:
+        raise UserError(f"{where}: {key} is {'missing' if text is None else 'empty'}; give a text")
+    return text
 
 
 def _compiled(source: str, where: str) -> re.Pattern[str]:

@@ -11,6 +11,7 @@ from etils import epath
 
 from medllm_jax.data.prepare.files import compression_of
 from medllm_jax.errors import UserError
+from medllm_jax.storage.remote import open_buffered
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -46,10 +47,7 @@ class WatchedFile:
 @contextlib.contextmanager
 def open_stream(file: str) -> Iterator[io.BufferedIOBase]:
     """The decompressed content of a file; reading raises one of STREAM_DAMAGE where that is not possible."""
-    with epath.Path(file).open("rb") as raw:
-        # A buffer of our own: the lines of files under gs:// are otherwise looked for in Python.
-        # (Paths promise IO, which has no readinto; what they open has.)
-        buffered = io.BufferedReader(raw, _BUFFER)  # pyrefly: ignore[bad-specialization]
+    with open_buffered(epath.Path(file), _BUFFER) as buffered:
         match compression_of(file):
             case "gzip":
                 yield gzip.GzipFile(fileobj=buffered)

@@ -129,7 +129,7 @@ def _make_random_model(work: Path, seed: int, medllm: Runner) -> None:
     """A random model, exported to the folder `hf`: what a checkpoint from a model hub is to a large run."""
     from etils import epath
 
-    from medllm_jax.checkpoint.orbax import write_model
+    from medllm_jax.checkpoint.write_model import write_model
     from medllm_jax.config.load import load_model_config, to_plain
     from medllm_jax.config.schema import MeshConfig, PrecisionConfig
     from medllm_jax.distributed.sharding import make_mesh
