@@ -90,6 +90,7 @@ def _data_cpt(options: argparse.Namespace) -> None:
     from medllm_jax.config.schema_reader import build, read_yaml
     from medllm_jax.data.prepare.corpus import Corpus, Recipe, prepare_corpus
     from medllm_jax.data.prepare.jobs import in_processes, on_beam
+    from medllm_jax.terminal.progress import Stages
 
     settings = read_yaml(options.config) if options.config else {}
     where = options.config or "the command line"
@@ -113,7 +114,7 @@ def _data_cpt(options: argparse.Namespace) -> None:
             executor = on_beam(shlex.split(options.beam_options))
         else:
             executor = stack.enter_context(in_processes(options.workers or os.cpu_count() or 1))
-        show = stack.enter_context(_jobs())
+        show = stack.enter_context(Stages())
         metadata = prepare_corpus(
             corpora, tokenizer, output, recipe, overwrite=options.overwrite, executor=executor, progress=show
         )
@@ -124,41 +125,41 @@ def _data_cpt(options: argparse.Namespace) -> None:
 def _data_pairs(options: argparse.Namespace) -> None:
     from medllm_jax.data.prepare.pii_gate import PiiGate
     from medllm_jax.data.prepare.preference_pairs import prepare_pairs
+    from medllm_jax.terminal.progress import Counter
 
-    with _counting("pairs") as progress:
-        metadata = prepare_pairs(
-            options.input,
-            options.tokenizer,
-            options.output,
-            options.sequence_length,
-            pairs_per_row=options.pairs_per_row,
-            max_prompt_tokens=options.max_prompt_tokens,
-            prompts=options.prompts,
-            on_bad=options.on_bad,
-            on_long=options.on_long,
-            gate=PiiGate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
-            overwrite=options.overwrite,
-            progress=progress,
-        )
+    metadata = prepare_pairs(
+        options.input,
+        options.tokenizer,
+        options.output,
+        options.sequence_length,
+        pairs_per_row=options.pairs_per_row,
+        max_prompt_tokens=options.max_prompt_tokens,
+        prompts=options.prompts,
+        on_bad=options.on_bad,
+        on_long=options.on_long,
+        gate=PiiGate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
+        overwrite=options.overwrite,
+        progress=Counter("pairs", every_seconds=5),
+    )
     _report_store(options.output, metadata, "pairs")
 
 
 def _data_sft(options: argparse.Namespace) -> None:
     from medllm_jax.data.prepare.instructions import prepare_instructions
     from medllm_jax.data.prepare.pii_gate import PiiGate
+    from medllm_jax.terminal.progress import Counter
 
-    with _counting("conversations") as progress:
-        metadata = prepare_instructions(
-            options.input,
-            options.tokenizer,
-            options.output,
-            options.sequence_length,
-            on_bad=options.on_bad,
-            on_long=options.on_long,
-            gate=PiiGate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
-            overwrite=options.overwrite,
-            progress=progress,
-        )
+    metadata = prepare_instructions(
+        options.input,
+        options.tokenizer,
+        options.output,
+        options.sequence_length,
+        on_bad=options.on_bad,
+        on_long=options.on_long,
+        gate=PiiGate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
+        overwrite=options.overwrite,
+        progress=Counter("conversations", every_seconds=5),
+    )
     _report_store(options.output, metadata, "conversations")
 
 
@@ -188,44 +189,6 @@ def _data_verify(options: argparse.Namespace) -> None:
     with Console("verify", len(RowStore.open(options.store)), unit="row") as console:
         store = verify(options.store, lambda done: console.update(done, every_seconds=5))
     print(f"{options.store}: {len(store):,} rows are as they were written, {store.metadata.digest}")
-
-
-@contextlib.contextmanager
-def _counting(what: str):
-    """A context whose value shows a growing count now and then."""
-    import time
-
-    last = time.monotonic()
-
-    def show(items: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 5:
-            last = time.monotonic()
-            print(f"{items:,} {what}", flush=True)
-
-    yield show
-
-
-@contextlib.contextmanager
-def _jobs():
-    """A context whose value shows job after job: (job, done, total) -> None."""
-    from medllm_jax.terminal.progress import Console
-
-    console, current = None, None
-
-    def show(job: str, done: int, total: int) -> None:
-        nonlocal console, current
-        if job != current:
-            if console is not None:
-                console.close()
-            console, current = Console(job, total, done=done, unit="task"), job
-        console.update(done, every_seconds=5)
-
-    try:
-        yield show
-    finally:
-        if console is not None:
-            console.close()
 
 
 def _report_store(output: str, metadata: Any, what: str) -> None:

@@ -245,11 +245,12 @@ def _likelihood(options: argparse.Namespace) -> None:
 def _contamination(options: argparse.Namespace) -> None:
     from medllm_jax.contamination.corpora import accuracies_apart, contamination, write_contamination
     from medllm_jax.evaluation.exam import load_exam
-    from medllm_jax.terminal.progress import Ticker
+    from medllm_jax.terminal.progress import Counter
 
     exam = load_exam(options.exam, options.years, text_only=options.text_only)
     how = {"tokenizer": options.tokenizer, "n": options.n, "threshold": options.threshold}
-    found = contamination(exam, options.against, **how, progress=Ticker("texts", every_seconds=10))
+    counter = Counter("texts", every_seconds=10)
+    found = contamination(exam, options.against, **how, progress=lambda where, done: counter(done, where))
     share = f"{found['overlapping']} of {found['questions']} questions ({100 * found['share']:.1f}%)"
     least = f"{100 * options.threshold:.0f}% or more of their {options.n}-character stretches"
     print(f"{share}: {least} are in what was read")
