@@ -15,30 +15,36 @@ def add_store(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     parser.add_argument("--on-bad", choices=("error", "skip"), default=default("error"), help=bad)
     pii = "personal data: stop where it is found (default), mask it, or only report it (see docs/personal-data.md)"
     parser.add_argument("--pii", choices=("fail", "mask", "report"), default=default("fail"), help=pii)
-    rate = "share of documents with findings up to which `fail` goes on (default 0)"
+    rate = "share of documents with findings that `fail` tolerates (default 0)"
     parser.add_argument("--pii-rate", type=float, default=default(0.0), help=rate)
     parser.add_argument("--pii-patterns", nargs="+", default=default([]), help="YAML files with more patterns")
-    parser.add_argument("--overwrite", action="store_true", help="replace a store that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing store")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", help="run folder (or converted model); its newest checkpoint is asked, by JAX")
-    parser.add_argument("--hf", metavar="DIR", help="or a model in Hugging Face format, by transformers and torch")
+    parser.add_argument("--run", help="run folder (or converted model): evaluate its newest checkpoint with JAX")
+    parser.add_argument("--hf", metavar="DIR", help="or a model in Hugging Face format, with transformers and torch")
     parser.add_argument("--server", metavar="URL", help="or an OpenAI-compatible server, like vLLM's")
-    parser.add_argument("--model", metavar="NAME", help="of the model on the server; stands for its weights")
-    parser.add_argument("--chat", action="store_true", help="prompts as chat messages, by the model's chat template")
-    parser.add_argument("--concurrency", type=int, default=16, help="requests to the server at a time (default 16)")
+    parser.add_argument("--model", metavar="NAME", help="name of the model on the server; identifies its weights")
+    parser.add_argument(
+        "--chat", action="store_true", help="send prompts as chat messages, with the model's chat template"
+    )
+    parser.add_argument("--concurrency", type=int, default=16, help="concurrent requests to the server (default 16)")
     add_machine(parser)
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="prompts completed at a time (default 8)")
-    parser.add_argument("--mesh", default="", help="like data=1,fsdp=-1,tensor=1 (default: fsdp over all devices)")
-    parser.add_argument("--params-dtype", choices=("float32", "bfloat16"), help="of the weights (default: as computed)")
+    parser.add_argument(
+        "--mesh", default="", help="device mesh like data=1,fsdp=-1,tensor=1 (default: fsdp over all devices)"
+    )
+    parser.add_argument(
+        "--params-dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: the compute dtype)"
+    )
     parser.add_argument(
         "--compute-dtype",
         choices=("float32", "bfloat16"),
-        help="default bfloat16, on a CPU float32",
+        help="dtype of matrix products (default bfloat16, on a CPU float32)",
     )
 
 
@@ -57,9 +63,11 @@ def add_samples(parser: argparse.ArgumentParser, *, samples: int) -> None:
     parser.add_argument("--samples", type=int, default=samples, help=f"{several} (default {samples})")
     drawn = "of the samples" if samples > 1 else "of several; one is greedy"
     parser.add_argument("--temperature", type=float, default=0.8, help=f"{drawn} (default 0.8)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="of the samples (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
-    parser.add_argument("--resample", action="store_true", help="forget the samples that are there")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="nucleus sampling: probability mass to sample from (default 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    parser.add_argument("--resample", action="store_true", help="discard existing samples")
 
 
 def add_questions(parser: argparse.ArgumentParser) -> None:
@@ -76,5 +84,5 @@ def add_exam(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=("answer_only", "explain"),
         default=["answer_only", "explain"],
-        help="prompts to put the questions with (default both)",
+        help="conditions to ask the questions under (default both)",
     )

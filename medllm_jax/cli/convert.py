@@ -21,10 +21,10 @@ ADAPTER_BASES = ("float32", "bfloat16", "int8", "int4", "nf4")
 
 def add(verbs: Any) -> None:
     """The verbs."""
-    text = "checkpoints between Hugging Face's format and run folders, and proof that they are the same model"
+    text = "convert checkpoints between Hugging Face's format and run folders, and verify that they are the same model"
     parser = group(verbs, "convert", text)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="{from-hf,to-hf,verify}")
-    text = "a Hugging Face checkpoint, or an adapter of PEFT's, as a run folder"
+    text = "convert a Hugging Face checkpoint, or a PEFT adapter, into a run folder"
     description = (
         "Converts a Hugging Face checkpoint (safetensors, one file or shards with their index) into a run folder "
         "to start training, evaluation or generation from, slice by slice. The weights keep their dtype. With "
@@ -33,7 +33,7 @@ def add(verbs: Any) -> None:
     sub = verb(verbs, "from-hf", _on_the_cpu(_from_hf), text, description=description)
     sub.add_argument("source", metavar="SRC", help="folder with config.json, *.safetensors, tokenizer; local or gs://")
     sub.add_argument("target", metavar="DST", help="new run folder, local or gs://")
-    sub.add_argument("--resume", action="store_true", help="go on with a conversion that was interrupted")
+    sub.add_argument("--resume", action="store_true", help="resume an interrupted conversion")
     sub.add_argument(
         "--mesh", metavar="fsdp=N,tensor=M", help="store weights in the parts that devices of such a mesh will read"
     )
@@ -47,7 +47,7 @@ def add(verbs: Any) -> None:
         "--base-storage", choices=ADAPTER_BASES, help="of --base in training (default: as it is stored, or bfloat16)"
     )
 
-    text = "a checkpoint of a run folder as a Hugging Face checkpoint, or as an adapter of PEFT's"
+    text = "export a checkpoint of a run folder as a Hugging Face checkpoint, or as a PEFT adapter"
     description = (
         "Writes a checkpoint of a run folder in Hugging Face's format, with config, tokenizer, model card, notice "
         "and checksums, slice by slice. Adapters are merged into their base, unless they are exported alone."
@@ -63,10 +63,10 @@ def add(verbs: Any) -> None:
     sub.add_argument(
         "--evaluation", action="append", default=[], metavar="DIR", help="exam results for the card; repeatable"
     )
-    sub.add_argument("--resume", action="store_true", help="go on with an export that was interrupted")
+    sub.add_argument("--resume", action="store_true", help="resume an interrupted export")
     sub.add_argument("--overwrite", action="store_true", help="replace DST if it is a Hugging Face folder")
 
-    text = "compare two checkpoints of either kind"
+    text = "compare two checkpoints of either format"
     description = (
         "Compares two checkpoints, each a Hugging Face folder or a run folder (its newest checkpoint): "
         "config, bytes, and predictions in float32 (through transformers too, where torch is installed). "

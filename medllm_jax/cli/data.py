@@ -18,10 +18,15 @@ _RECIPE = (
 
 def add(verbs: Any) -> None:
     """The verb and its kinds."""
-    data = verbs.add_parser("data", help="documents or preference pairs to a store of packed rows")
+    data = verbs.add_parser(
+        "data", help="prepare stores of packed rows from documents, preference pairs or instructions"
+    )
     kinds = data.add_subparsers(title="kinds", required=True, metavar="KIND")
     cpt = verb(
-        kinds, "cpt", _data_cpt, "documents (.jsonl, .txt, .parquet; .gz, .zst) to a token store (see docs/corpora.md)"
+        kinds,
+        "cpt",
+        _data_cpt,
+        "pack documents (.jsonl, .txt, .parquet; .gz, .zst) into a token store (see docs/corpora.md)",
     )
     cpt.add_argument("--config", help="YAML with corpora and their manifests, and any of these settings")
     arguments.add_store(cpt, required=False)
@@ -31,37 +36,46 @@ def add(verbs: Any) -> None:
         dest="append_eos",
         action="store_false",
         default=None,
-        help="no end-of-sequence token",
+        help="append no end-of-sequence token",
     )
     cpt.add_argument("--normalise", choices=("none", "nfc", "nfkc"), help="Unicode form (default none)")
     cpt.add_argument("--min-characters", type=int, help="leave out shorter documents (default 1)")
-    cpt.add_argument("--max-bytes", type=int, help="of one line or text (default 64 MiB)")
-    cpt.add_argument("--duplicates", choices=("keep", "exact", "near"), help="which are left out (default exact)")
+    cpt.add_argument("--max-bytes", type=int, help="largest size of one line or text (default 64 MiB)")
+    cpt.add_argument(
+        "--duplicates",
+        choices=("keep", "exact", "near"),
+        help="leave out exact duplicates (default), near ones too, or none",
+    )
     cpt.add_argument("--near-threshold", type=float, help="similarity of near duplicates (default 0.8)")
     cpt.add_argument(
         "--engine", choices=("here", "beam"), default="here", help="processes here (default), or Apache Beam"
     )
     cpt.add_argument("--workers", type=int, help="processes (default: one a core)")
     cpt.add_argument("--beam-options", default="", help="in one string, like '--runner=DataflowRunner --project=...'")
-    pairs = verb(kinds, "pairs", _data_pairs, "preference rows (`prompt`, `chosen`, `rejected`) to a pair store")
+    pairs = verb(kinds, "pairs", _data_pairs, "pack preference rows (`prompt`, `chosen`, `rejected`) into a pair store")
     arguments.add_store(pairs)
-    pairs.add_argument("--pairs-per-row", type=int, help="at most so many pairs in a row (default: as many as fit)")
+    pairs.add_argument("--pairs-per-row", type=int, help="put at most N pairs in a row (default: as many as fit)")
     pairs.add_argument("--max-prompt-tokens", type=int, help="a pair with a longer prompt is over-long")
     pairs.add_argument(
-        "--prompts", choices=("shared", "repeated"), default="shared", help="once for both responses, or for each"
+        "--prompts",
+        choices=("shared", "repeated"),
+        default="shared",
+        help="store a prompt once for both responses (default), or once for each",
     )
     pairs.add_argument("--on-long", choices=("error", "skip"), default="error", help="what to do about over-long pairs")
 
-    sft = verb(kinds, "sft", _data_sft, "instructions (`prompt`, `response`, or chat `messages`) to a store")
+    sft = verb(kinds, "sft", _data_sft, "pack instructions (`prompt`, `response`, or chat `messages`) into a store")
     arguments.add_store(sft)
     sft.add_argument("--on-long", choices=("error", "skip"), default="error", help="what to do about over-long ones")
 
-    show = verb(kinds, "show", _data_show, "the report of a store: corpora, manifests, what was left out, statistics")
+    show = verb(
+        kinds, "show", _data_show, "show the report of a store: corpora, manifests, what was left out, statistics"
+    )
     show.add_argument("store", help="store folder, local or gs://")
-    check = verb(kinds, "verify", _data_verify, "read all of a store against its checksums")
+    check = verb(kinds, "verify", _data_verify, "check all of a store against its checksums")
     check.add_argument("store", help="store folder, local or gs://")
 
-    exam = verb(kinds, "exam", _data_exam, "fetch a public exam to judge models by, checked against its checksums")
+    exam = verb(kinds, "exam", _data_exam, "download a public exam and check it against its checksums")
     exam.add_argument("name", choices=("igakuqa",), help="the Japanese medical licensing exam, 2018 to 2022")
     exam.add_argument("--output", required=True, help="folder, local or gs://")
     exam.add_argument("--years", type=int, nargs="+", help="only these years")
@@ -76,6 +90,7 @@ def _data_cpt(options: argparse.Namespace) -> None:
     from medllm_jax.config.schema_reader import build, read_yaml
     from medllm_jax.data.prepare.corpus import Corpus, Recipe, prepare_corpus
     from medllm_jax.data.prepare.jobs import in_processes, on_beam
+    from medllm_jax.terminal.progress import Stages
 
     settings = read_yaml(options.config) if options.config else {}
     where = options.config or "the command line"
@@ -99,7 +114,7 @@ def _data_cpt(options: argparse.Namespace) -> None:
             executor = on_beam(shlex.split(options.beam_options))
         else:
             executor = stack.enter_context(in_processes(options.workers or os.cpu_count() or 1))
-        show = stack.enter_context(_jobs())
+        show = stack.enter_context(Stages())
         metadata = prepare_corpus(
             corpora, tokenizer, output, recipe, overwrite=options.overwrite, executor=executor, progress=show
         )
@@ -110,41 +125,41 @@ def _data_cpt(options: argparse.Namespace) -> None:
 def _data_pairs(options: argparse.Namespace) -> None:
     from medllm_jax.data.prepare.pii_gate import PiiGate
     from medllm_jax.data.prepare.preference_pairs import prepare_pairs
+    from medllm_jax.terminal.progress import Counter
 
-    with _counting("pairs") as progress:
-        metadata = prepare_pairs(
-            options.input,
-            options.tokenizer,
-            options.output,
-            options.sequence_length,
-            pairs_per_row=options.pairs_per_row,
-            max_prompt_tokens=options.max_prompt_tokens,
-            prompts=options.prompts,
-            on_bad=options.on_bad,
-            on_long=options.on_long,
-            gate=PiiGate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
-            overwrite=options.overwrite,
-            progress=progress,
-        )
+    metadata = prepare_pairs(
+        options.input,
+        options.tokenizer,
+        options.output,
+        options.sequence_length,
+        pairs_per_row=options.pairs_per_row,
+        max_prompt_tokens=options.max_prompt_tokens,
+        prompts=options.prompts,
+        on_bad=options.on_bad,
+        on_long=options.on_long,
+        gate=PiiGate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
+        overwrite=options.overwrite,
+        progress=Counter("pairs", every_seconds=5),
+    )
     _report_store(options.output, metadata, "pairs")
 
 
 def _data_sft(options: argparse.Namespace) -> None:
     from medllm_jax.data.prepare.instructions import prepare_instructions
     from medllm_jax.data.prepare.pii_gate import PiiGate
+    from medllm_jax.terminal.progress import Counter
 
-    with _counting("conversations") as progress:
-        metadata = prepare_instructions(
-            options.input,
-            options.tokenizer,
-            options.output,
-            options.sequence_length,
-            on_bad=options.on_bad,
-            on_long=options.on_long,
-            gate=PiiGate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
-            overwrite=options.overwrite,
-            progress=progress,
-        )
+    metadata = prepare_instructions(
+        options.input,
+        options.tokenizer,
+        options.output,
+        options.sequence_length,
+        on_bad=options.on_bad,
+        on_long=options.on_long,
+        gate=PiiGate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
+        overwrite=options.overwrite,
+        progress=Counter("conversations", every_seconds=5),
+    )
     _report_store(options.output, metadata, "conversations")
 
 
@@ -174,44 +189,6 @@ def _data_verify(options: argparse.Namespace) -> None:
     with Console("verify", len(RowStore.open(options.store)), unit="row") as console:
         store = verify(options.store, lambda done: console.update(done, every_seconds=5))
     print(f"{options.store}: {len(store):,} rows are as they were written, {store.metadata.digest}")
-
-
-@contextlib.contextmanager
-def _counting(what: str):
-    """A context whose value shows a growing count now and then."""
-    import time
-
-    last = time.monotonic()
-
-    def show(items: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 5:
-            last = time.monotonic()
-            print(f"{items:,} {what}", flush=True)
-
-    yield show
-
-
-@contextlib.contextmanager
-def _jobs():
-    """A context whose value shows job after job: (job, done, total) -> None."""
-    from medllm_jax.terminal.progress import Console
-
-    console, current = None, None
-
-    def show(job: str, done: int, total: int) -> None:
-        nonlocal console, current
-        if job != current:
-            if console is not None:
-                console.close()
-            console, current = Console(job, total, done=done, unit="task"), job
-        console.update(done, every_seconds=5)
-
-    try:
-        yield show
-    finally:
-        if console is not None:
-            console.close()
 
 
 def _report_store(output: str, metadata: Any, what: str) -> None:

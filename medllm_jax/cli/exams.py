@@ -11,44 +11,46 @@ from medllm_jax.terminal.parser import verb
 
 def add(verbs: Any) -> None:
     """The verbs."""
-    about = "sample a model on an exam with known answers, grade, make preference rows (see docs/pairs.md)"
+    about = "sample a model on an exam with known answers, grade the samples, make preference rows (see docs/pairs.md)"
     make = verb(verbs, "pairs", _pairs, about)
     arguments.add_model(make)
     arguments.add_exam(make)
     arguments.add_samples(make, samples=8)
     _add_pair_arguments(make)
 
-    score = verb(verbs, "score", _score, "scores of predictions that are there already (see docs/exams.md)")
+    score = verb(verbs, "score", _score, "score existing predictions (see docs/exams.md)")
     _add_score_arguments(score)
 
-    exam = verb(verbs, "evaluate", _evaluate, "exam accuracy, answer-only and with explanation")
+    exam = verb(verbs, "evaluate", _evaluate, "measure exam accuracy, answer-only and with explanation")
     arguments.add_model(exam)
     arguments.add_exam(exam)
     arguments.add_samples(exam, samples=1)
-    exam.add_argument("--prepend-stems", action="store_true", help="the case before follow-up questions that lack it")
-    exam.add_argument("--limit", type=int, help="only the first so many questions")
+    exam.add_argument(
+        "--prepend-stems", action="store_true", help="put the case before follow-up questions that lack it"
+    )
+    exam.add_argument("--limit", type=int, help="ask only the first N questions")
     exam.add_argument("--output", help="folder for outputs and scores (default: in the run folder)")
 
-    about = "how much of an exam stands in corpora or stores (see docs/contamination.md)"
+    about = "measure how much of an exam occurs in corpora or stores (see docs/contamination.md)"
     overlap = verb(verbs, "contamination", _contamination, about)
     overlap.add_argument("--exam", required=True, help="IgakuQA folder, or multiple-choice .jsonl")
     overlap.add_argument("--years", type=int, nargs="+", help="only these years of the exam")
     overlap.add_argument("--text-only", action="store_true", help="only questions that need no picture")
     sources = "stores, or files, folders and globs of documents, pairs, instructions; local or gs://"
     overlap.add_argument("--against", nargs="+", required=True, metavar="PATH", help=sources)
-    overlap.add_argument("--tokenizer", metavar="DIR", help="that the stores were made with")
-    overlap.add_argument("--n", type=int, default=13, help="characters of a stretch (default 13)")
-    share = "share of a question's stretches from which on it counts (default 0.5)"
+    overlap.add_argument("--tokenizer", metavar="DIR", help="tokenizer that the stores were made with")
+    overlap.add_argument("--n", type=int, default=13, help="characters of an n-gram (default 13)")
+    share = "share of a question's n-grams from which it counts as found (default 0.5)"
     overlap.add_argument("--threshold", type=float, default=0.5, help=share)
     overlap.add_argument("--output", metavar="DIR", help="exam results to put contamination.json into")
 
-    report = verb(verbs, "report", _report, "runs and exam results as one HTML page with pictures")
+    report = verb(verbs, "report", _report, "write one HTML page with pictures about runs and exam results")
     report.add_argument("folder", nargs="+", help="run folders, or folders of exam results, local or gs://")
     report.add_argument("--output", default="report", help="folder for report.html and figures/ (default report)")
-    shown = "question whose outputs are shown; may be given again (no output is shown otherwise)"
+    shown = "show the outputs for this question; repeatable (none are shown by default)"
     report.add_argument("--example", action="append", default=[], metavar="ID", help=shown)
 
-    about = "how often the likeliest letters are right: a quick look at a model, no exam score"
+    about = "measure how often the likeliest letters are right: a quick look at a model, not an exam score"
     look = verb(verbs, "likelihood", _likelihood, about)
     look.add_argument("--run", required=True, help="run folder (or converted model); its newest checkpoint is used")
     arguments.add_machine(look)
@@ -243,11 +245,12 @@ def _likelihood(options: argparse.Namespace) -> None:
 def _contamination(options: argparse.Namespace) -> None:
     from medllm_jax.contamination.corpora import accuracies_apart, contamination, write_contamination
     from medllm_jax.evaluation.exam import load_exam
-    from medllm_jax.terminal.progress import Ticker
+    from medllm_jax.terminal.progress import Counter
 
     exam = load_exam(options.exam, options.years, text_only=options.text_only)
     how = {"tokenizer": options.tokenizer, "n": options.n, "threshold": options.threshold}
-    found = contamination(exam, options.against, **how, progress=Ticker("texts", every_seconds=10))
+    counter = Counter("texts", every_seconds=10)
+    found = contamination(exam, options.against, **how, progress=lambda where, done: counter(done, where))
     share = f"{found['overlapping']} of {found['questions']} questions ({100 * found['share']:.1f}%)"
     least = f"{100 * options.threshold:.0f}% or more of their {options.n}-character stretches"
     print(f"{share}: {least} are in what was read")
@@ -271,26 +274,31 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
-    other = "exam that the model will be judged by, in whole; may be given again"
+    other = "exam that the model will be evaluated on; repeatable"
     parser.add_argument("--evaluation-exam", action="append", default=[], metavar="PATH", help=other)
-    overlap = "what to do about questions that it asks too (default refuse)"
+    overlap = "what to do about questions that the evaluation exam asks too (default refuse)"
     parser.add_argument("--on-overlap", choices=("refuse", "drop"), default="refuse", help=overlap)
 
     parser.add_argument("--output", required=True, help="preference rows, .jsonl; OUTPUT.report.json stands beside it")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it is there; samples stay")
-    kept = "where the samples are kept, and gone on from (default: beside the output)"
+    kept = "file to keep the samples in and resume from (default: beside the output)"
     parser.add_argument("--samples-file", metavar="PATH", help=kept)
-    parser.add_argument("--strategy", choices=("gold", "onpolicy", "both"), default="both", help="what is preferred")
+    parser.add_argument(
+        "--strategy",
+        choices=("gold", "onpolicy", "both"),
+        default="both",
+        help="what a pair prefers over a wrong sample (default both)",
+    )
     most = {"dest": "max_pairs_per_prompt", "type": int, "default": 10}
     parser.add_argument(
         "--max-pairs-per-prompt", **most, metavar="N", help="make at most N pairs of one prompt (default 10)"
     )
     parser.add_argument("--most", **most, help=argparse.SUPPRESS)  # the option's older name
-    parser.add_argument("--min-characters", type=int, default=1, help="shorter samples are left out (default 1)")
-    parser.add_argument("--max-characters", type=int, help="longer samples are left out (default: none)")
-    failures = "samples in which no answer can be read: rejected like wrong ones (default), or left out"
+    parser.add_argument("--min-characters", type=int, default=1, help="leave out shorter samples (default 1)")
+    parser.add_argument("--max-characters", type=int, help="leave out longer samples (default: no limit)")
+    failures = "reject samples without a readable answer like wrong ones (default), or drop them"
     parser.add_argument("--format-failures", choices=("reject", "drop"), default="reject", help=failures)
-    shown = "texts by reason in the report, never on the terminal (default 0)"
+    shown = "put N example texts a reason into the report, never on the terminal (default 0)"
     parser.add_argument("--show-examples", type=int, default=0, metavar="N", help=shown)
 
 
@@ -301,11 +309,11 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--predictions", nargs="+", required=True, metavar="FILE", help="files, folders or patterns")
     parser.add_argument("--years", type=int, nargs="+", help="only these years of the exam")
     parser.add_argument("--text-only", action="store_true", help="only questions that need no picture")
-    tier = "which rule the details are of (default strict); points are shown of all three"
+    tier = "rule to show details for (default strict); points are shown for all three"
     parser.add_argument("--tier", choices=("official", "strict", "lenient"), default="strict", help=tier)
     condition = "what the prompt asked for (default answer_only)"
     parser.add_argument("--condition", choices=("answer_only", "explain"), default="answer_only", help=condition)
     parser.add_argument("--against", metavar="SYSTEM", help="compare the others with this one, question by question")
     parser.add_argument("--allow-missing", action="store_true", help="count questions without a prediction as wrong")
-    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--output", metavar="DIR", help="also write results, one folder a system, for `medllm report`")

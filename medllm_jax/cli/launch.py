@@ -17,31 +17,31 @@ _SHARED = ("name", "topology", "slices", "run", "image", "program", "restarts", 
 
 def add(verbs: Any) -> None:
     """The verbs."""
-    parser = group(verbs, "launch", "start a run on TPUs, by the launcher that is at hand (see docs/launch.md)")
+    parser = group(verbs, "launch", "launch a run on TPUs with the launcher that you have (see docs/launch.md)")
     all_ways = parser.add_subparsers(title="backends", required=True, metavar="{gke,xpk,gcluster,tpu-vm}")
     queue, priority = ("queue", "Kueue's LocalQueue"), ("priority", "PriorityClass of the pods")
     account = ("service_account", "of Kubernetes, which may read and write the bucket")
     reservation = ("reservation", "name of the reservation to take the slices from")
 
-    text = "a JobSet on a GKE cluster, by kubectl"
+    text = "create a JobSet on a GKE cluster with kubectl"
     sub = _way(all_ways, "gke", backends.gke, text, queue, priority, account, reservation)
     _own(sub, "namespace", "of the cluster (default %(default)s)", default="default")
-    _own(sub, "context", "of kubectl (default: the current one)")
+    _own(sub, "context", "context of kubectl (default: the current one)")
     _own(sub, "secret", "a Secret of the cluster; its entries become environment variables")
 
-    sub = _way(all_ways, "xpk", backends.xpk, "xpk workload create", reservation)
+    sub = _way(all_ways, "xpk", backends.xpk, "run xpk workload create", reservation)
     _own(sub, "cluster", "that xpk made", required=True)
     _own(sub, "project", "of Google Cloud (default: that of gcloud)")
     _own(sub, "zone", "of the cluster (default: that of gcloud)")
     levels = ("very-low", "low", "medium", "high", "very-high")
     _own(sub, "priority", "xpk's (default %(default)s)", choices=levels, default="medium")
 
-    text = "gcluster job submit, of Google's Cluster Toolkit (an alpha feature of it)"
+    text = "run gcluster job submit of Google's Cluster Toolkit (an alpha feature of it)"
     sub = _way(all_ways, "gcluster", backends.gcluster, text, queue, priority, account, reservation)
     for name, meaning in (("cluster", "of GKE"), ("project", "of Google Cloud"), ("location", "region or zone")):
         _own(sub, name, meaning, required=True)
 
-    text = "TPU VMs of a queued resource, by gcloud (the older path)"
+    text = "create TPU VMs of a queued resource with gcloud (the older path)"
     sub = _way(all_ways, "tpu-vm", backends.tpu_vm, text, ("service_account", "of Google Cloud, which the VMs act as"))
     _own(sub, "project", "of Google Cloud", required=True)
     _own(sub, "zone", "with quota for the chips", required=True)
@@ -72,20 +72,20 @@ def _way(parent: Any, name: str, function: Callable[..., list[Command]], text: s
     sub = verb(parent, name, _launch, text, settings="after --", usage=usage)
     sub.set_defaults(backend=function)
     add = sub.add_argument
-    add("--config", required=True, help="run config, YAML (see configs/)")
-    add("--topology", required=True, help="one slice, in chips, like v5p:4x4x4")
-    add("--slices", type=int, default=1, help="so many of them, along mesh.data (default 1)")
-    add("--run", required=True, help="run folder, gs://...; a run that is there goes on")
+    add("--config", required=True, help="run config: a YAML file, or the name of a shipped config such as cpt-tiny")
+    add("--topology", required=True, help="shape of one slice in chips, like v5p:4x4x4")
+    add("--slices", type=int, default=1, help="number of slices, along mesh.data (default 1)")
+    add("--run", required=True, help="run folder, gs://...; an existing run is resumed")
     add("--image", required=True, help="container image, from launch/Dockerfile")
-    add("--name", help="of the workload (default: the run folder's)")
+    add("--name", help="name of the workload (default: from the run folder)")
     add("--program", choices=("train", "reference"), default="train", help="verb of medllm (default train)")
-    restarts = "after failures, at most so many; preempted runs are restarted besides (default %(default)s)"
+    restarts = "restarts after failures; restarts after preemptions do not count (default %(default)s)"
     add("--max-restarts", dest="restarts", type=int, default=10, metavar="N", help=restarts)
-    grace = "between the notice to end and the kill (default %(default)s)"
+    grace = "seconds between the notice to end and the kill (default %(default)s)"
     add("--grace-seconds", dest="grace", type=int, default=300, metavar="N", help=grace)
     variable = "environment variable of the run; repeatable"
     add("--env", dest="environment", action="append", default=[], metavar="NAME=VALUE", help=variable)
-    add("--dry-run", action="store_true", help="print what would run, and run nothing")
+    add("--dry-run", action="store_true", help="print the commands and run nothing")
     sub.set_defaults(own=[])
     _own(sub, "spot", "take Spot capacity", action="store_true")
     for option, meaning in own:

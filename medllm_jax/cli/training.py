@@ -9,15 +9,21 @@ from medllm_jax.terminal.parser import Parser, verb
 
 def add(verbs: Any) -> None:
     """The verbs."""
-    demo = verb(verbs, "demo", _demo, "the whole recipe, tiny, here; nothing is downloaded")
+    demo = verb(verbs, "demo", _demo, "run the whole recipe, tiny, on this machine; nothing is downloaded")
     demo.add_argument("--workdir", default="demo-run", help="folder for everything it makes (default %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of the world, the weights and the order (default 0)")
+    demo.add_argument(
+        "--seed", type=int, default=0, help="seed of the world, the weights and the data order (default 0)"
+    )
 
     settings = "Every setting of the config file can be overridden as --section.key value:\n\n"
     for name, function, text in (
-        ("train", _train, "CPT or RPO as a config file says; goes on from its run folder by itself"),
-        ("reference", _reference, "reference log-probabilities of an RPO run's pairs, stored beside them"),
-        ("plan", _plan, "memory and time that a run would need on TPUs that are not there (see docs/plan.md)"),
+        ("train", _train, "train as a config describes (CPT, SFT or RPO); resumes from its run folder by itself"),
+        (
+            "reference",
+            _reference,
+            "compute reference log-probabilities of an RPO run's pairs and store them beside the pairs",
+        ),
+        ("plan", _plan, "predict the memory and time of a run on TPUs, without the TPUs (see docs/plan.md)"),
     ):
         sub = verb(
             verbs,
@@ -28,16 +34,20 @@ def add(verbs: Any) -> None:
             usage=f"medllm {name} --config FILE.yaml {'--topology NAME ' * (name == 'plan')}[--section.key value ...]",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.add_argument("--config", required=True, help="run config, YAML (see configs/)")
+        sub.add_argument(
+            "--config", required=True, help="run config: a YAML file, or the name of a shipped config such as cpt-tiny"
+        )
         sub.format_help = lambda sub=sub: Parser.format_help(sub) + "\n" + settings + _settings_help()
         if name == "plan":
             _add_plan_arguments(sub)
         if name == "train":
-            forced = "go on with a config that computes something else than the one that the run was begun with"
+            forced = "resume although the config computes something else than the one that the run started with"
             sub.add_argument("--force", action="store_true", help=forced)
 
-    again = verb(verbs, "rounds", _rounds, "Iterative RPO: sample, pair, train and examine, round after round")
-    again.add_argument("--config", required=True, help="YAML of rounds (see docs/rpo.md)")
+    again = verb(verbs, "rounds", _rounds, "run Iterative RPO: sample, pair, train and evaluate, round after round")
+    again.add_argument(
+        "--config", required=True, help="rounds config: a YAML file, or the name of a shipped one (see docs/rpo.md)"
+    )
 
 
 def _run_config(options: argparse.Namespace) -> Any:
@@ -104,19 +114,23 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--topology", required=True, help="one slice, in chips, like v5p:4x4x4")
-    parser.add_argument("--slices", type=int, default=1, help="so many of them, along mesh.data (default 1)")
+    parser.add_argument("--topology", required=True, help="shape of one slice in chips, like v5p:4x4x4")
+    parser.add_argument("--slices", type=int, default=1, help="number of slices, along mesh.data (default 1)")
     parser.add_argument(
-        "--program", choices=("train", "reference", "generate"), default="train", help="what runs (default train)"
+        "--program", choices=("train", "reference", "generate"), default="train", help="program to plan (default train)"
     )
-    parser.add_argument("--sequence-length", type=int, default=4096, help="tokens of a row, or prompt (default 4096)")
-    parser.add_argument("--pairs-per-row", type=int, default=2, help="of preference rows (default 2)")
-    parser.add_argument("--new-tokens", type=int, default=512, help="of a completion (default 512)")
-    parser.add_argument("--tokens", type=int, help="of the whole run: adds hours and chip-hours")
+    parser.add_argument(
+        "--sequence-length", type=int, default=4096, help="tokens of a row, or of a prompt (default 4096)"
+    )
+    parser.add_argument("--pairs-per-row", type=int, default=2, help="pairs in a preference row (default 2)")
+    parser.add_argument("--new-tokens", type=int, default=512, help="tokens of a completion (default 512)")
+    parser.add_argument("--tokens", type=int, help="tokens of the whole run: adds hours and chip-hours to the report")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--search", action="store_true", help="try remat, rows at a time, mesh and vocab_chunks")
-    how.add_argument("--memory-only", action="store_true", help="seconds instead of minutes, and no times")
-    parser.add_argument("--json", action="store_true", help="the report as JSON")
+    how.add_argument("--search", action="store_true", help="search over remat, rows at a time, mesh and vocab_chunks")
+    how.add_argument(
+        "--memory-only", action="store_true", help="predict memory alone: takes seconds instead of minutes"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def _settings_help() -> str:

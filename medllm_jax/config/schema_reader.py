@@ -188,8 +188,8 @@ def type_name(hint: Any) -> str:
         return "a mapping of " + " to ".join(map(type_name, typing.get_args(hint)))
     if isinstance(hint, types.UnionType):
         return " or ".join("null" if t is type(None) else type_name(t) for t in typing.get_args(hint))
-    if dataclasses.is_dataclass(hint):
-        return "a mapping"
+    if hint is Any:
+        return "a value"
     return {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}.get(
         getattr(hint, "__name__", ""), str(hint)
     )
@@ -212,7 +212,8 @@ def _current_keys(cls: type, settings: Any, known: Sequence[str], prefix: str = 
       UserError: a key is unknown or given under both its names, or a value is not plain.
     """
     if not isinstance(settings, Mapping):
-        raise UserError(f"{prefix.rstrip('.') or 'the config'}: a mapping is expected, got {settings!r}")
+        within = f"{prefix.rstrip('.')}: " if prefix else ""
+        raise UserError(f"{within}a mapping is expected, got {settings!r}")
     current = {}
     for key, value in settings.items():
         f = _fields_by_key(cls).get(key)

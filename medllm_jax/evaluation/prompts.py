@@ -10,9 +10,9 @@ import string
 from collections.abc import Collection
 from typing import Any
 
-import yaml
 from etils import epath
 
+from medllm_jax.config.schema_reader import build, read_yaml_file
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import LETTERS, Question
 
@@ -41,9 +41,9 @@ class Condition:
     """
 
     cue: str
-    solution: str
-    stop: tuple[str, ...]
     max_new_tokens: int
+    solution: str = " {answer}"
+    stop: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,109 +126,91 @@ def load_template(name_or_path: epath.PathLike) -> PromptTemplate:
         raise UserError(
             f"no prompt template {str(name_or_path)!r}; give {', '.join(shipped)}, or the path of a YAML file"
         )
-    try:
-        content = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        mark = getattr(e, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{file}{line}: not YAML ({getattr(e, 'problem', None) or e})") from e
-    return _template(_Reader(content, str(file)), file.name.removesuffix(".yaml"))
+    return _template(read_yaml_file(file), str(file), file.name.removesuffix(".yaml"))
 
 
-class _Reader:
-    """A YAML mapping whose keys are all asked for, and whose mistakes name the file and the key."""
+@dataclasses.dataclass(frozen=True)
+class _TemplateFile:
+    """A template as its file has it; see `PromptTemplate`."""
 
-    def __init__(self, content: Any, where: str):
-        if not isinstance(content, dict):
-            raise UserError(f"{where}: a mapping of keys to values was expected")
-        self.content, self.where = content, where
-        self._asked: set[str] = set()
-
-    def get(self, key: str, expected: type, default: Any = None) -> Any:
-        """The value; without a default the key must be there."""
-        self._asked.add(key)
-        if key not in self.content:
-            if default is None:
-                raise UserError(f"{self.where}: the key {key!r} is missing")
-            return default
-        value = self.content[key]
-        if not isinstance(value, expected) or isinstance(value, bool):
-            raise UserError(f"{self.where}: {key!r} is {type(value).__name__}; {expected.__name__} was expected")
-        return value
-
-    def text(self, key: str, placeholders: str = "", default: str | None = None) -> str:
-        """A text whose only placeholders are the given ones."""
-        value = self.get(key, str, default)
-        allowed = placeholders.split()
-        try:
-            fields = [(name, spec, conv) for _, name, spec, conv in string.Formatter().parse(value) if name is not None]
-        except ValueError as e:
-            raise UserError(f"{self.where}: {key!r}: {e}; write {{{{ and }}}} for plain braces") from e
-        for name, spec, conversion in fields:
-            if name not in allowed or spec or conversion:
-                known = ", ".join(f"{{{a}}}" for a in allowed) or "none"
-                raise UserError(f"{self.where}: {key!r} has the unknown placeholder {{{name}}}; known are {known}")
-        return value
-
-    def strings(self, key: str, default: list | None = None) -> tuple[str, ...]:
-        values = self.get(key, list, default)
-        if not all(isinstance(v, str) and v for v in values):
-            raise UserError(f"{self.where}: {key!r} must be a list of non-empty strings")
-        return tuple(values)
-
-    def done(self) -> None:
-        if unknown := sorted(map(str, self.content.keys() - self._asked)):
-            raise UserError(f"{self.where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(self._asked))}")
+    question: str
+    number_question: str
+    conditions: dict[str, Any]
+    name: str | None = None
+    system: str = ""
+    choice: str = "{letter}: {text}"
+    shots: tuple[Any, ...] = ()
 
 
-def _template(reader: _Reader, name: str) -> PromptTemplate:
-    asked = "question choices letters k"
-    conditions = _Reader(reader.get("conditions", dict), f"{reader.where}: conditions")
-    shots = [_Reader(s, f"{reader.where}: shots[{i}]") for i, s in enumerate(reader.get("shots", list, []))]
-    template = PromptTemplate(
-        name=reader.get("name", str, name),
-        system=reader.get("system", str, "").rstrip("\n"),
-        question=reader.text("question", asked),
-        number_question=reader.text("number_question", "question"),
-        choice=reader.text("choice", "letter text", "{letter}: {text}"),
-        shots=tuple(map(_shot, shots)),
+@dataclasses.dataclass(frozen=True)
+class _ShotFile:
+    """A solved example as its file has it: `answer` is letters such as ``a,c``, or a number."""
+
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    explanation: str = ""
+
+
+def _template(content: Any, where: str, name: str) -> PromptTemplate:
+    file = build(_TemplateFile, content, where)
+    _check_placeholders(where, "question", file.question, "question choices letters k")
+    _check_placeholders(where, "number_question", file.number_question, "question")
+    _check_placeholders(where, "choice", file.choice, "letter text")
+    if not file.conditions or file.conditions.keys() - set(CONDITIONS):
+        found = ", ".join(map(str, file.conditions)) or "none"
+        raise UserError(
+            f"{where}: conditions: found {found}; {' and '.join(CONDITIONS)} (or one of them) were expected"
+        )
+    for form, key in ((file.question, "question"), (file.number_question, "number_question")):
+        if "{question}" not in form:
+            raise UserError(f"{where}: {key!r} lacks the placeholder {{question}}")
+    return PromptTemplate(
+        name=name if file.name is None else file.name,
+        system=file.system.rstrip("\n"),
+        question=file.question,
+        number_question=file.number_question,
+        choice=file.choice,
+        shots=tuple(_shot(shot, f"{where}: shots[{number}]") for number, shot in enumerate(file.shots)),
         conditions={
-            key: _condition(_Reader(conditions.get(key, dict), f"{conditions.where}: {key}"))
+            key: _condition(file.conditions[key], f"{where}: conditions: {key}")
             for key in CONDITIONS
-            if key in conditions.content
+            if key in file.conditions
         },
     )
-    reader.done()
-    if not template.conditions or conditions.content.keys() - set(CONDITIONS):
-        found = ", ".join(map(str, conditions.content)) or "none"
-        raise UserError(f"{conditions.where}: found {found}; {' and '.join(CONDITIONS)} (or one of them) were expected")
-    for form, key in ((template.question, "question"), (template.number_question, "number_question")):
-        if "{question}" not in form:
-            raise UserError(f"{reader.where}: {key!r} lacks the placeholder {{question}}")
-    return template
 
 
-def _condition(reader: _Reader) -> Condition:
-    condition = Condition(
-        cue=reader.text("cue"),
-        solution=reader.text("solution", "answer explanation", " {answer}"),
-        stop=reader.strings("stop", []),
-        max_new_tokens=reader.get("max_new_tokens", int),
-    )
-    reader.done()
+def _condition(content: Any, where: str) -> Condition:
+    condition = build(Condition, content, where)
+    _check_placeholders(where, "cue", condition.cue, "")
+    _check_placeholders(where, "solution", condition.solution, "answer explanation")
+    _check_no_empty_text(where, "stop", condition.stop)
     if condition.max_new_tokens < 1:
-        raise UserError(f"{reader.where}: 'max_new_tokens' is {condition.max_new_tokens}; at least 1 was expected")
+        raise UserError(f"{where}: 'max_new_tokens' is {condition.max_new_tokens}; at least 1 was expected")
     return condition
 
 
-def _shot(reader: _Reader) -> Shot:
-    shot = Shot(
-        question=reader.get("question", str).rstrip("\n"),
-        choices=reader.strings("choices", []),
-        answer=tuple(part for part in re.split(r"\s*,\s*", reader.get("answer", str).strip()) if part),
-        explanation=reader.get("explanation", str, "").rstrip("\n"),
-    )
-    reader.done()
-    if not shot.answer or (shot.choices and not set(shot.answer) <= set(LETTERS[: len(shot.choices)])):
-        raise UserError(f"{reader.where}: 'answer' must be letters of the choices, such as 'a' or 'a,c'")
-    return shot
+def _shot(content: Any, where: str) -> Shot:
+    file = build(_ShotFile, content, where)
+    _check_no_empty_text(where, "choices", file.choices)
+    answer = tuple(part for part in re.split(r"\s*,\s*", file.answer.strip()) if part)
+    if not answer or (file.choices and not set(answer) <= set(LETTERS[: len(file.choices)])):
+        raise UserError(f"{where}: 'answer' must be letters of the choices, such as 'a' or 'a,c'")
+    return Shot(file.question.rstrip("\n"), file.choices, answer, file.explanation.rstrip("\n"))
+
+
+def _check_placeholders(where: str, key: str, text: str, allowed: str) -> None:
+    """UserError where a text has other placeholders than the allowed ones."""
+    try:
+        fields = [(name, spec, conv) for _, name, spec, conv in string.Formatter().parse(text) if name is not None]
+    except ValueError as e:
+        raise UserError(f"{where}: {key!r}: {e}; write {{{{ and }}}} for plain braces") from e
+    for name, spec, conversion in fields:
+        if name not in allowed.split() or spec or conversion:
+            known = ", ".join(f"{{{a}}}" for a in allowed.split()) or "none"
+            raise UserError(f"{where}: {key!r} has the unknown placeholder {{{name}}}; known are {known}")
+
+
+def _check_no_empty_text(where: str, key: str, texts: Collection[str]) -> None:
+    if not all(texts):
+        raise UserError(f"{where}: {key!r} must be a list of non-empty strings")

@@ -34,7 +34,7 @@ _MOST_CUBES = 140
 
 
 @dataclass(frozen=True)
-class Slices:
+class TpuSlices:
     """Equal slices that one run takes; see `slices_of`."""
 
     topology: Topology
@@ -93,12 +93,12 @@ class Slices:
         return f"{self.generation.sold_as}-{self.chips * self.generation.cores}"
 
 
-def slices_of(topology: Topology) -> Slices:
+def slices_of(topology: Topology) -> TpuSlices:
     """Slices of a topology; UserError if Google Cloud has none of that generation or shape."""
     generation, sizes = topology.generation, topology.sizes
     if generation not in GENERATIONS:
         raise UserError(f"topology {topology.name}: launched are {', '.join(GENERATIONS)}")
-    slices = Slices(topology)
+    slices = TpuSlices(topology)
     if generation != "v5p":
         possible, known = slices.shape in _FLAT, ", ".join(_FLAT)
     else:

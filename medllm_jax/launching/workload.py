@@ -11,7 +11,7 @@ from medllm_jax.config.schema import RunConfig
 from medllm_jax.distributed.chips import parse_topology
 from medllm_jax.distributed.mesh_sizes import mesh_sizes
 from medllm_jax.errors import UserError
-from medllm_jax.launching.slices import Slices, slices_of
+from medllm_jax.launching.slices import TpuSlices, slices_of
 
 # What medllm's exit codes ask for (the table is in docs/launch.md).
 FAILED, WRONG_INPUT = 1, 2
@@ -32,7 +32,7 @@ class Workload:
 
     name: str
     config: RunConfig
-    slices: Slices
+    slices: TpuSlices
     image: str
     program: str = "train"
     restarts: int = 10
@@ -113,7 +113,7 @@ def _check_paths(config: RunConfig) -> None:
                 raise UserError(f"{setting} is {path}: that names no bucket; put the name of yours there")
 
 
-def _check_mesh(config: RunConfig, slices: Slices) -> None:
+def _check_mesh(config: RunConfig, slices: TpuSlices) -> None:
     """Checks the mesh as the run will, without its devices (see distributed/sharding.py)."""
     resolved = mesh_sizes(config.mesh, slices.devices)
     if resolved["data"] % slices.number:

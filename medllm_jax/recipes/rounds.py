@@ -21,6 +21,7 @@ from medllm_jax.preferences.make_pairs import PairOptions
 from medllm_jax.recipes.commands import Runner, heading
 from medllm_jax.storage.remote import write_whole
 from medllm_jax.storage.run_folder import recorded_config
+from medllm_jax.terminal.tables import markdown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,11 +207,10 @@ def _best(results: Sequence[dict[str, Any]]) -> int:
 
 
 def _write_table(folder: epath.Path, conditions: Sequence[str], results: Sequence[dict[str, Any]]) -> epath.Path:
-    heads = ["round", *conditions, "mean", ""]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    rows = [["round", *conditions, "mean", ""]]
     for number, result in enumerate(results):
         scores = [f"{result[condition]['accuracy']:.3f}" for condition in conditions]
         mark = "best" if number == _best(results) else ""
-        lines.append(f"| {number or 'start'} | {' | '.join(scores)} | {_mean(result):.3f} | {mark} |")
-    write_whole(folder / "table.md", "\n".join(lines) + "\n")
+        rows.append([str(number or "start"), *scores, f"{_mean(result):.3f}", mark])
+    write_whole(folder / "table.md", markdown(rows, numbers=False))
     return folder / "table.md"

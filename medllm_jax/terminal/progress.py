@@ -66,17 +66,43 @@ class Console:
         self.close()
 
 
-class Ticker:
-    """Progress of a job whose end is not known: a line every so many seconds."""
+class Counter:
+    """Progress of a job whose end is not known: how many are done, as a line every so many seconds."""
 
     def __init__(self, unit: str, *, every_seconds: float):
         self._unit, self._every, self._last = unit, every_seconds, time.monotonic()
 
-    def __call__(self, what: str, done: int) -> None:
+    def __call__(self, done: int, where: str = "") -> None:
+        """Shows that so many are done; where: what is read now."""
         now = time.monotonic()
         if now - self._last >= self._every:
             self._last = now
-            print(f"{what}: {done:,} {self._unit}", file=sys.stderr, flush=True)
+            print(f"{where}: {done:,} {self._unit}" if where else f"{done:,} {self._unit}", file=sys.stderr, flush=True)
+
+
+class Stages:
+    """Progress of stages that follow each other, each with a display of its own."""
+
+    def __init__(self):
+        self._console: Console | None = None
+        self._stage = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Shows that `done` of a stage's total are done."""
+        if self._console is None or stage != self._stage:
+            self.close()
+            self._console, self._stage = Console(stage, total, done=done, unit="task"), stage
+        self._console.update(done, every_seconds=5)
+
+    def close(self) -> None:
+        if self._console is not None:
+            self._console.close()
+
+    def __enter__(self) -> "Stages":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def size_in_words(size: float) -> str:

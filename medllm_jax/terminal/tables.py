@@ -15,8 +15,13 @@ def aligned(rows: Rows) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def markdown(rows: Rows) -> str:
-    """A Markdown table, with its last line end."""
+def markdown(rows: Rows, *, numbers: bool = True) -> str:
+    """A Markdown table, with its last line end; numbers: all columns but the first stand to the right."""
     header, *body = rows
-    ruled = [header, ["---", *["---:"] * (len(header) - 1)], *body]
-    return "".join(f"| {' | '.join(row)} |\n" for row in ruled)
+    rule = f"| {' | '.join(['---', *['---:'] * (len(header) - 1)])} |" if numbers else "|" + "---|" * len(header)
+    lines = [_line(header), rule, *map(_line, body)]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

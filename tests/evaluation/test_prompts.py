@@ -99,8 +99,8 @@ def test_the_shown_examples_are_answered_by_their_own_letters():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"questoin": "x"}, r"mine\.yaml: unknown key 'questoin'; known are choice, conditions"),
-        ({"question": None}, r"mine\.yaml: the key 'question' is missing"),
+        ({"questoin": "x"}, r"mine\.yaml: unknown key questoin: did you mean question\?"),
+        ({"question": None}, r"mine\.yaml: question is not set: it has no default"),
         (
             {"question": "Q {query}"},
             r"mine\.yaml: 'question' has the unknown placeholder \{query\}; known are \{question\}",
@@ -109,20 +109,23 @@ def test_the_shown_examples_are_answered_by_their_own_letters():
         ({"question": "Q {question!r}"}, r"unknown placeholder \{question\}"),
         ({"question": "Q {question"}, r"mine\.yaml: 'question': .*\{\{ and \}\} for plain braces"),
         ({"question": "Q {choices}"}, r"'question' lacks the placeholder \{question\}"),
-        ({"question": 3}, r"'question' is int; str was expected"),
+        ({"question": 3}, r"question: expected text, got 3"),
         (
             {"choice": "{question}"},
             r"'choice' has the unknown placeholder \{question\}; known are \{letter\}, \{text\}",
         ),
         ({"conditions": {}}, r"conditions: found none; answer_only and explain"),
         ({"conditions": {"explian": {}}}, r"conditions: found explian; answer_only and explain"),
-        ({"conditions": {"explain": {"cue": "A:"}}}, r"conditions: explain: the key 'max_new_tokens' is missing"),
+        ({"conditions": {"explain": {"cue": "A:"}}}, r"conditions: explain: max_new_tokens is not set"),
         ({"conditions": {"explain": {"cue": "A:", "max_new_tokens": 0}}}, r"'max_new_tokens' is 0; at least 1"),
-        ({"conditions": {"explain": {"cue": "A:", "max_new_tokens": True}}}, r"'max_new_tokens' is bool; int"),
+        (
+            {"conditions": {"explain": {"cue": "A:", "max_new_tokens": True}}},
+            r"max_new_tokens: expected a whole number, got True",
+        ),
         ({"conditions": {"explain": {"cue": "A{k}", "max_new_tokens": 1}}}, r"'cue' has the unknown placeholder \{k\}"),
         ({"conditions": {"explain": {"cue": "A", "max_new_tokens": 1, "stop": [""]}}}, r"'stop' must be a list"),
         ({"shots": [{"question": "X?", "choices": ["x"], "answer": "b"}]}, r"shots\[0\]: 'answer' must be letters"),
-        ({"shots": ["x"]}, r"shots\[0\]: a mapping"),
+        ({"shots": ["x"]}, r"shots\[0\]: a mapping is expected, got 'x'"),
     ],
 )
 def test_a_wrong_template_is_named(tmp_path, changes, said):

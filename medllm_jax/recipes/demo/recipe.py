@@ -12,6 +12,7 @@ from medllm_jax.errors import UserError
 from medllm_jax.recipes.commands import Runner, heading
 from medllm_jax.recipes.demo.tokenizer import train_tokenizer
 from medllm_jax.recipes.demo.world import TEMPLATE, tokenizer_texts, write_world
+from medllm_jax.terminal.tables import markdown
 
 CONFIGS = Path(__file__).parent / "configs"
 ROW = 128  # tokens; the documents of the world are short
@@ -175,8 +176,8 @@ def _questions(work: Path) -> int:
 
 
 def _table(work: Path) -> str:
-    lines = ["| model | answer-only | with explanation | difference |", "|---|---|---|---|"]
+    rows = [["model", "answer-only", "with explanation", "difference"]]
     for title, name in MODELS:
         only, explained = (_scores(work, name)[condition]["accuracy"] for condition in CONDITIONS)
-        lines.append(f"| {title} | {only:.3f} | {explained:.3f} | {explained - only:+.3f} |")
-    return "\n".join(lines) + "\n"
+        rows.append([title, f"{only:.3f}", f"{explained:.3f}", f"{explained - only:+.3f}"])
+    return markdown(rows, numbers=False)
