@@ -11,7 +11,7 @@ JOBS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMPED := pyproject.toml constraints.txt
 
-.PHONY: demo test test-all lint format compiler plans harness xpk clean
+.PHONY: demo test test-all lint format compiler plans harness xpk clean newest
 
 demo: $(VENV)/.installed
 	$(BIN)/medllm demo --workdir $(WORKDIR) --seed $(SEED)
@@ -25,6 +25,8 @@ test-all: $(VENV)/.installed-test
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
@@ -63,9 +65,19 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 	touch $@
 
-$(VENV)/.installed-lint: $(VENV)/.installed
+# Types are checked against the packages that are imported, the optional ones too.
+$(VENV)/.installed-lint: $(VENV)/.installed-test
 	$(INSTALL) -e ".[lint]"
 	touch $@
 
+# The newest packages, without constraints, in an environment of its own, made anew each time; the suite says what they break.
+# torch stays at its version; where accelerator libraries aren't wanted, set PIP_EXTRA_INDEX_URL to an index of CPU builds.
+NEWEST ?= $(VENV)-newest
+newest:
+	$(or $(shell command -v python3.12),$(PYTHON)) -m venv --clear $(NEWEST)
+	PIP_CONSTRAINT= $(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e ".[test]"
+	$(NEWEST)/bin/python -m pip list --disable-pip-version-check
+	$(NEWEST)/bin/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow"
+
 clean:
-	rm -rf $(VENV) $(VENV)-xpk build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-xpk $(VENV)-newest build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -36,8 +36,9 @@ def prepare(corpus: str, tokenizer: str, output: str, workers: int, duplicates: 
         last = now
 
     recipe = Recipe(sequence_length=SEQUENCE_LENGTH, duplicates=duplicates)
-    with in_processes(workers) as engine:
-        made = prepare_corpus([Corpus("corpus", corpus)], tokenizer, output, recipe, engine=engine, progress=progress)
+    with in_processes(workers) as executor:
+        corpora = [Corpus("corpus", corpus)]
+        made = prepare_corpus(corpora, tokenizer, output, recipe, executor=executor, progress=progress)
     stages["writing the rest"] = time.perf_counter() - last
     return {
         "seconds": time.perf_counter() - start,

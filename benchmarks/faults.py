@@ -192,12 +192,12 @@ class Run:
 
     def digests(self) -> dict[str, str]:
         """What its last checkpoint says of each of its arrays."""
-        from medllm_jax.checkpoint.orbax import load_meta
+        from medllm_jax.checkpoint.handle import open_checkpoint
 
         if self.gcs is None:
-            return load_meta(self.folder, STEPS)["digests"]
-        code = "import sys, json; from medllm_jax.checkpoint.orbax import load_meta; "
-        code += "print('META', json.dumps(load_meta(sys.argv[1])))"
+            return open_checkpoint(self.folder, STEPS).meta["digests"]
+        code = "import sys, json; from medllm_jax.checkpoint.handle import open_checkpoint; "
+        code += "print('META', json.dumps(open_checkpoint(sys.argv[1]).meta))"
         command = [sys.executable, "-c", code, self.folder]
         out = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, check=True)
         return json.loads(out.stdout.partition("META")[2])["digests"]

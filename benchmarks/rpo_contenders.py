@@ -73,6 +73,7 @@ def reference(run: str, store: str, rows: int) -> dict[str, Any]:
 def ours(run: str, store: str, rows: int, warm_up: int, steps: int) -> dict[str, Any]:
     """The step that `medllm train` compiles, on the batches that it reads."""
     from medllm_jax.checkpoint.fingerprint import model_fingerprint
+    from medllm_jax.checkpoint.handle import open_checkpoint
     from medllm_jax.checkpoint.load_model import initial_weights
     from medllm_jax.data.prefetch import put_batch
     from medllm_jax.data.reference_log_probs import read_references
@@ -84,7 +85,7 @@ def ours(run: str, store: str, rows: int, warm_up: int, steps: int) -> dict[str,
     config = _config(run, store, rows, warm_up + steps)
     stored, mesh = open_rows(config, config.data.stores), make_mesh(config.mesh)
     program = train_program(config, mesh)
-    params, frozen, _ = initial_weights(config, program.model)
+    params, frozen, _ = initial_weights(program.model, open_checkpoint(run), config.seed)
     scores = read_references(stored, model_fingerprint(merge_params(params, frozen)))
     state = program.initialise(params)
     clock, losses, pairs = _Clock(), [], []

@@ -23,12 +23,14 @@ import torch
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from benchmarks.rpo import Regime, make_model, write_pairs
+from medllm_jax.checkpoint.handle import open_checkpoint
 from medllm_jax.checkpoint.load_model import load_model
 from medllm_jax.config.schema import MeshConfig, PrecisionConfig
 from medllm_jax.data.prepare.preference_pairs import read_pairs
-from medllm_jax.data.prepare.reading import Dropped
+from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.distributed.sharding import make_mesh
-from medllm_jax.inference.generator import Generator, Sampling
+from medllm_jax.evaluation.sampling import SamplingParams
+from medllm_jax.inference.generator import Generator
 
 _TEMPERATURE = 0.8
 _GOAL = 3.0
@@ -36,11 +38,11 @@ _GOAL = 3.0
 
 def ours(run: Path, hf: Path, prompts: list[str], new: int) -> Callable[[], int]:
     """Completes all prompts as one batch; returns the number of new tokens."""
-    model = load_model(str(run), PrecisionConfig(compute="float32"), make_mesh(MeshConfig()))
+    model = load_model(open_checkpoint(run), PrecisionConfig(compute="float32"), make_mesh(MeshConfig()))
     tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True)
     beyond = [model.config.vocab_size]  # a token that is never drawn
     generator = Generator(model, tokenizer, beyond, len(prompts))
-    sampling = Sampling(max_new_tokens=new, temperature=_TEMPERATURE)
+    sampling = SamplingParams(max_new_tokens=new, temperature=_TEMPERATURE)
     return lambda: sum(len(completion.tokens) for completion in generator(prompts, sampling))
 
 
@@ -74,7 +76,7 @@ def main() -> None:
         folder = Path(temporary)
         hf, run = make_model(folder)
         write_pairs(folder / "pairs.jsonl", Regime(options.prompt, 2), max(options.batch))
-        prompts = [pair.sides[0] for pair in read_pairs([str(folder / "pairs.jsonl")], "error", Dropped())]
+        prompts = [pair.sides[0] for pair in read_pairs([str(folder / "pairs.jsonl")], "error", RejectionCounts())]
         print("\n| prompts at a time | ours, tokens/s | transformers, tokens/s | times | CPU s, ours | theirs |")
         print("| ---: | ---: | ---: | ---: | ---: | ---: |")
         for batch in options.batch:

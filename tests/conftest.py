@@ -13,6 +13,18 @@ import json
 
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes that these modules annotate are checked at every call; before any of them is imported.
+SHAPES_CHECKED = (
+    "medllm_jax.data.batch",
+    "medllm_jax.inference.generator",
+    "medllm_jax.model.attention",
+    "medllm_jax.model.quantize",
+    "medllm_jax.model.qwen2",
+    "medllm_jax.training.losses",
+)
+install_import_hook(SHAPES_CHECKED, "beartype.beartype")
 
 settings.register_profile("untimed", deadline=None)  # how long an example takes says how busy the machine is
 settings.load_profile("untimed")

@@ -25,7 +25,7 @@ def make_world(root: Path) -> World:
     """Makes everything under a folder, the same each time."""
     from etils import epath
 
-    from medllm_jax.checkpoint.orbax import write_model
+    from medllm_jax.checkpoint.write_model import write_model
     from medllm_jax.config.load import to_plain
     from medllm_jax.config.schema import MeshConfig, PrecisionConfig
     from medllm_jax.data.prepare.corpus import Corpus, Recipe, prepare_corpus

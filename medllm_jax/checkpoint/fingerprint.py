@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from medllm_jax.distributed.sharding import path_of, replicated
 
@@ -25,7 +25,7 @@ def model_fingerprint(params: Any) -> str:
 
 
 def lines_of(params: Any) -> list[str]:
-    """What the fingerprint is the hash of: a line for each parameter, in the order of the tree."""
+    """The lines that the fingerprint is the hash of: one for each parameter, in the order of the tree."""
     return [f"{line}\n" for line in line_of_each(params).values()]
 
 
@@ -33,8 +33,9 @@ def line_of_each(params: Any) -> dict[str, str]:
     """Path -> its path, dtype, shape and checksum in words, for each array of a tree, in its order."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     arrays = [leaf for _, leaf in leaves]
-    sharding = getattr(arrays[0], "sharding", None)  # none of an array in host memory
-    everywhere = replicated(sharding.mesh) if isinstance(sharding, NamedSharding) else None
+    sharding = getattr(arrays[0], "sharding", None)  # an array in host memory has none
+    on_mesh = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+    everywhere = replicated(sharding.mesh) if on_mesh else None
     sums = jax.device_get(_checksums(everywhere)(arrays))
     paths = (path_of(key_path) for key_path, _ in leaves)
     return {
@@ -48,31 +49,31 @@ def _line(path: str, dtype: np.dtype, shape: tuple[int, ...], checksum: np.ndarr
     return f"{path} {dtype.name} {shape} {words}"
 
 
-class Slices:
-    """The fingerprint of a model that is only ever seen in slices."""
+class StreamedFingerprint:
+    """The fingerprint of a model whose parameters are only ever seen in parts."""
 
     def __init__(self, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]):
         self._shapes = dict(shapes)
         self._sums = {path: np.zeros(2, np.uint32) for path in shapes}
 
     def add(self, path: str, first: int, values: np.ndarray) -> None:
-        """A slice of a parameter's elements in their order, the `first` of which has that index."""
+        """Consecutive elements of a parameter, in order; first: the index of the first of them."""
         offset = np.uint32(first % 2**32)
-        self._sums[path] += np.asarray(_slice_checksum(values, offset))  # modulo 2^32, like the whole's
+        self._sums[path] += np.asarray(_checksum_of_part(values, offset))  # modulo 2^32, like the sums of a whole array
 
     def line_of_each(self, below: str = "") -> dict[str, str]:
-        """`line_of_each` of the model, once every element was seen once; below: what stands before its paths."""
+        """`line_of_each` of the model, once every element was added once; below: a prefix of its paths."""
         # The order is that of a tree of dictionaries.
         paths = sorted(self._shapes, key=lambda path: path.split("/"))
         return {f"{below}{p}": _line(f"{below}{p}", *self._shapes[p][::-1], self._sums[p]) for p in paths}
 
     def digest(self) -> str:
-        """`model_fingerprint` of the model, once every element was seen once."""
+        """`model_fingerprint` of the model, once every element was added once."""
         return digest(f"{line}\n" for line in self.line_of_each().values())
 
 
 def digest(lines: Iterable[str]) -> str:
-    """The fingerprint of a model whose parameters were looked at in turn."""
+    """The fingerprint of a model, from the lines of its parameters."""
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -91,7 +92,7 @@ def _checksum(array: jax.Array, first: jax.Array | int = 0) -> jax.Array:
     return jnp.stack([jnp.sum(_mix(bits ^ _mix(index + jnp.uint32(seed))), dtype=jnp.uint32) for seed in (1, 2**31)])
 
 
-_slice_checksum = jax.jit(_checksum)
+_checksum_of_part = jax.jit(_checksum)
 
 
 def _mix(x: jax.Array) -> jax.Array:

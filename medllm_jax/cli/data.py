@@ -73,7 +73,7 @@ def add(verbs: Any) -> None:
 def _data_cpt(options: argparse.Namespace) -> None:
     import os
 
-    from medllm_jax.config.load import build, read_yaml
+    from medllm_jax.config.schema_reader import build, read_yaml
     from medllm_jax.data.prepare.corpus import Corpus, Recipe, prepare_corpus
     from medllm_jax.data.prepare.jobs import in_processes, on_beam
 
@@ -96,19 +96,19 @@ def _data_cpt(options: argparse.Namespace) -> None:
 
     with contextlib.ExitStack() as stack:
         if options.engine == "beam":
-            engine = on_beam(shlex.split(options.beam_options))
+            executor = on_beam(shlex.split(options.beam_options))
         else:
-            engine = stack.enter_context(in_processes(options.workers or os.cpu_count() or 1))
-        show = stack.enter_context(_stages())
+            executor = stack.enter_context(in_processes(options.workers or os.cpu_count() or 1))
+        show = stack.enter_context(_jobs())
         metadata = prepare_corpus(
-            corpora, tokenizer, output, recipe, overwrite=options.overwrite, engine=engine, progress=show
+            corpora, tokenizer, output, recipe, overwrite=options.overwrite, executor=executor, progress=show
         )
     _report_store(output, metadata, "documents")
     print(f"the whole report: medllm data show {output}")
 
 
 def _data_pairs(options: argparse.Namespace) -> None:
-    from medllm_jax.data.prepare.pii_gate import Gate
+    from medllm_jax.data.prepare.pii_gate import PiiGate
     from medllm_jax.data.prepare.preference_pairs import prepare_pairs
 
     with _counting("pairs") as progress:
@@ -122,7 +122,7 @@ def _data_pairs(options: argparse.Namespace) -> None:
             prompts=options.prompts,
             on_bad=options.on_bad,
             on_long=options.on_long,
-            gate=Gate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
+            gate=PiiGate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
             overwrite=options.overwrite,
             progress=progress,
         )
@@ -131,7 +131,7 @@ def _data_pairs(options: argparse.Namespace) -> None:
 
 def _data_sft(options: argparse.Namespace) -> None:
     from medllm_jax.data.prepare.instructions import prepare_instructions
-    from medllm_jax.data.prepare.pii_gate import Gate
+    from medllm_jax.data.prepare.pii_gate import PiiGate
 
     with _counting("conversations") as progress:
         metadata = prepare_instructions(
@@ -141,7 +141,7 @@ def _data_sft(options: argparse.Namespace) -> None:
             options.sequence_length,
             on_bad=options.on_bad,
             on_long=options.on_long,
-            gate=Gate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
+            gate=PiiGate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
             overwrite=options.overwrite,
             progress=progress,
         )
@@ -193,18 +193,18 @@ def _counting(what: str):
 
 
 @contextlib.contextmanager
-def _stages():
-    """A context whose value shows stage after stage: (stage, done, total) -> None."""
+def _jobs():
+    """A context whose value shows job after job: (job, done, total) -> None."""
     from medllm_jax.terminal.progress import Console
 
     console, current = None, None
 
-    def show(stage: str, done: int, total: int) -> None:
+    def show(job: str, done: int, total: int) -> None:
         nonlocal console, current
-        if stage != current:
+        if job != current:
             if console is not None:
                 console.close()
-            console, current = Console(stage, total, done=done, unit="unit"), stage
+            console, current = Console(job, total, done=done, unit="task"), job
         console.update(done, every_seconds=5)
 
     try:

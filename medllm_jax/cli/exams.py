@@ -64,14 +64,16 @@ def _pairs(options: argparse.Namespace) -> None:
 
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
-    from medllm_jax.evaluation.samples import SampleOptions, sample_exam
+    from medllm_jax.evaluation.samples import sample_exam
+    from medllm_jax.evaluation.sampling import SamplingParams
     from medllm_jax.preferences.make_pairs import PairOptions, choose_questions, make_pairs
     from medllm_jax.storage.remote import write_whole
     from medllm_jax.terminal.progress import Console
 
-    drawn = SampleOptions(options.samples, options.temperature, options.top_p, options.seed)
-    names = ("strategy", "most", "min_characters", "max_characters", "format_failures")
-    wanted = PairOptions(**{name: getattr(options, name) for name in names})
+    drawn = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
+    params = SamplingParams(n=options.samples, **drawn)
+    names = ("strategy", "min_characters", "max_characters", "format_failures")
+    wanted = PairOptions(most=options.max_pairs_per_prompt, **{name: getattr(options, name) for name in names})
     template = load_template(options.template)
     exam = load_exam(options.exam, years=options.years, text_only=options.text_only)
     judged_by = list(map(load_exam, options.evaluation_exam))
@@ -81,11 +83,11 @@ def _pairs(options: argparse.Namespace) -> None:
         raise UserError(f"{output} exists: give another output, or --overwrite (which keeps the samples)")
     kept = epath.Path(options.samples_file or f"{str(output).removesuffix('.jsonl')}.samples.jsonl")
 
-    sampler = _sampler(options, drawn)
+    sampler = _sampler(options, _opened(options))
     with Console("samples", len(exam.questions) * len(options.conditions), unit="prompt") as console:
         show = lambda done: console.update(done, every_seconds=10)  # noqa: E731
         samples = sample_exam(
-            exam, template, options.conditions, kept, sampler, drawn, anew=options.resample, progress=show
+            exam, template, options.conditions, kept, sampler, params, anew=options.resample, progress=show
         )
     rows, report = make_pairs(exam, template, options.conditions, samples, wanted, examples=options.show_examples)
     made_of = {"exam": exam.name, "template": template.name, "questions": len(exam.questions)}
@@ -111,57 +113,64 @@ def _evaluate(options: argparse.Namespace) -> None:
     from medllm_jax.evaluation.evaluate import evaluate, format_table
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
-    from medllm_jax.evaluation.samples import SampleOptions
+    from medllm_jax.evaluation.sampling import SamplingParams
     from medllm_jax.terminal.progress import Console
 
     choice = {"text_only": options.text_only, "prepend_stems": options.prepend_stems, "limit": options.limit}
     exam, template = load_exam(options.exam, options.years, **choice), load_template(options.template)
     temperature = options.temperature if options.samples > 1 else 0.0
-    drawn = SampleOptions(options.samples, temperature, options.top_p, options.seed)
-    output = options.output or _results_folder(options, exam.name, template.name)
-    sampler = _sampler(options, drawn)
+    params = SamplingParams(n=options.samples, temperature=temperature, top_p=options.top_p, seed=options.seed)
+    checkpoint = _opened(options)
+    output = options.output or _results_folder(options, checkpoint, exam.name, template.name)
+    sampler = _sampler(options, checkpoint)
     with Console(f"exam {exam.name}", len(exam.questions) * len(options.conditions), unit="question") as console:
         show = lambda done: console.update(done, every_seconds=10)  # noqa: E731
         summaries = evaluate(
-            exam, template, options.conditions, sampler, output, drawn, anew=options.resample, progress=show
+            exam, template, options.conditions, sampler, output, params, anew=options.resample, progress=show
         )
     print(format_table(summaries))
     print(f"outputs, grades and scores: {output}")
 
 
-def _sampler(options: argparse.Namespace, drawn: Any) -> Any:
-    """The model that is asked, one of the three kinds; None where none is named."""
-    from medllm_jax.distributed.mesh_sizes import parse_mesh_sizes
-    from medllm_jax.inference import samplers
-
+def _opened(options: argparse.Namespace) -> Any:
+    """The newest checkpoint of --run, opened once; None without --run. UserError where several models are named."""
     kinds = {"--run": options.run, "--hf": options.hf, "--server": options.server}
     named = [kind for kind, value in kinds.items() if value]
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)} are given: one model is asked at a time")
+    if not options.run:
+        return None
+    from medllm_jax.checkpoint.handle import open_checkpoint
+
+    return open_checkpoint(options.run)
+
+
+def _sampler(options: argparse.Namespace, checkpoint: Any) -> Any:
+    """The model that is asked, one of the three kinds; None where none is named."""
+    from medllm_jax.distributed.mesh_sizes import parse_mesh_sizes
+    from medllm_jax.inference import samplers
+
     if bool(options.server) != bool(options.model):
         raise UserError("a server's model is named by --server URL and --model NAME, both")
     if options.server:
         of_server = {"concurrency": options.concurrency, "chat": options.chat}
-        return samplers.named_server_sampler(options.server, options.model, drawn, **of_server)
+        return samplers.server_sampler(options.server, options.model, **of_server)
     of_machine = {"batch_size": options.batch_size, "chat": options.chat}
     if options.hf:
-        return samplers.folder_sampler(options.hf, drawn, dtype=options.compute_dtype, **of_machine)
-    if not options.run:
+        return samplers.folder_sampler(options.hf, dtype=options.compute_dtype, **of_machine)
+    if checkpoint is None:
         return None
-
     mesh, precision = parse_mesh_sizes(options.mesh), arguments.precision_of(options)
-    return samplers.run_sampler(options.run, drawn, mesh=mesh, precision=precision, **of_machine)
+    return samplers.checkpoint_sampler(checkpoint, mesh=mesh, precision=precision, **of_machine)
 
 
-def _results_folder(options: argparse.Namespace, exam: str, template: str) -> Any:
+def _results_folder(options: argparse.Namespace, checkpoint: Any, exam: str, template: str) -> Any:
     """Where results of a run stand if nothing else is said: one folder for each way of asking it."""
     from etils import epath
 
-    from medllm_jax.checkpoint.orbax import latest_step
-
-    if not options.run:
+    if checkpoint is None:
         raise UserError("--output is missing: the folder for outputs and scores (only a run has a place for them)")
-    ways = [exam, template, f"step{latest_step(options.run)}"]
+    ways = [exam, template, f"step{checkpoint.step}"]
     ways += ["chat"] * options.chat + ["stems"] * options.prepend_stems
     ways += [f"{options.samples}samples"] if options.samples > 1 else []
     return epath.Path(options.run) / "evaluation" / "-".join(ways)
@@ -186,15 +195,16 @@ def _score(options: argparse.Namespace) -> None:
     by_name = {system.name: system for system in systems}
     if options.against is not None and (options.against not in by_name or len(systems) < 2):
         raise UserError(f"--against {options.against}: there are predictions of {', '.join(by_name)}; two are compared")
-    others = [system for system in systems if options.against not in (None, system.name)]
-    first = by_name.get(options.against)
+    # Pairs of the system that the others are compared with, and one of the others.
+    first = None if options.against is None else by_name[options.against]
+    pairs = [(first, other) for other in systems if first is not None and other is not first]
     if options.json:
-        compared = {other.name: compare(first.grades[options.tier], other.grades[options.tier]) for other in others}
+        compared = {other.name: compare(one.grades[options.tier], other.grades[options.tier]) for one, other in pairs}
         print(json.dumps(as_json(systems, compared), indent=1, ensure_ascii=False))
     else:
         print(text_of(systems, options.tier))
-        for other in others:
-            print("\n" + comparison_text(first, other, options.tier))
+        for one, other in pairs:
+            print("\n" + comparison_text(one, other, options.tier))
     if options.output:
         for system in systems:
             system.write(epath.Path(options.output) / system.name, exam)
@@ -209,21 +219,21 @@ def _likelihood(options: argparse.Namespace) -> None:
 
     from etils import epath
 
-    from medllm_jax.checkpoint.orbax import latest_step
+    from medllm_jax.checkpoint.handle import open_checkpoint
     from medllm_jax.distributed.mesh_sizes import parse_mesh_sizes
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
-    from medllm_jax.inference.likelihood import likelihood_of_run
+    from medllm_jax.inference.likelihood import likelihood_of_checkpoint
     from medllm_jax.storage.remote import write_whole
 
     exam = load_exam(options.exam, options.years, text_only=options.text_only)
     template = load_template(options.template)
-    step = latest_step(options.run)
-    output = epath.Path(options.output or f"{options.run}/evaluation/{exam.name}-{template.name}-step{step}")
+    checkpoint = open_checkpoint(options.run)
+    output = epath.Path(options.output or f"{options.run}/evaluation/{exam.name}-{template.name}-step{checkpoint.step}")
     placed = {"mesh": parse_mesh_sizes(options.mesh), "precision": arguments.precision_of(options)}
-    score = likelihood_of_run(options.run, exam, template, batch_size=options.batch_size, **placed)
+    score = likelihood_of_checkpoint(checkpoint, exam, template, batch_size=options.batch_size, **placed)
     output.mkdir(parents=True, exist_ok=True)
-    found = {"exam": exam.name, "template": template.name, "model": f"{options.run}@{step}", "step": step}
+    found = {"exam": exam.name, "template": template.name, "model": checkpoint.label, "step": checkpoint.step}
     write_whole(output / "likelihood.json", json.dumps(found | score.as_dict(), indent=2, ensure_ascii=False) + "\n")
     shares = f"{100 * score.accuracy:.1f}%; by points {100 * score.weighted_accuracy:.1f}%"
     print(f"the likeliest answer is right: {score.correct} of {score.n} ({shares}); not scored: {score.left_out}")
@@ -271,7 +281,11 @@ def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     kept = "where the samples are kept, and gone on from (default: beside the output)"
     parser.add_argument("--samples-file", metavar="PATH", help=kept)
     parser.add_argument("--strategy", choices=("gold", "onpolicy", "both"), default="both", help="what is preferred")
-    parser.add_argument("--most", type=int, default=10, help="pairs of one prompt, at most (default 10)")
+    most = {"dest": "max_pairs_per_prompt", "type": int, "default": 10}
+    parser.add_argument(
+        "--max-pairs-per-prompt", **most, metavar="N", help="make at most N pairs of one prompt (default 10)"
+    )
+    parser.add_argument("--most", **most, help=argparse.SUPPRESS)  # the option's older name
     parser.add_argument("--min-characters", type=int, default=1, help="shorter samples are left out (default 1)")
     parser.add_argument("--max-characters", type=int, help="longer samples are left out (default: none)")
     failures = "samples in which no answer can be read: rejected like wrong ones (default), or left out"

@@ -1,7 +1,13 @@
-"""Everything a run can set, as frozen dataclasses. Reading them from YAML and the command line is in settings.py."""
+"""Everything that a run can set, as frozen dataclasses; load.py reads them from YAML and the command line.
+
+A field's metadata tells what may become of it when a run is resumed (see `storage.run_folder.open_run`). Without it,
+the setting changes what is computed: it stays as it is, unless the user forces another value. A section's metadata
+holds for the fields in it that have none.
+"""
 
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +18,18 @@ Remat = Literal[
     "none", "elementwise", "attention_mlp", "attention_gate", "attention", "attention_offload", "dots", "full"
 ]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# It changes speed, place or what is written, not what is computed (sums may be taken in another order).
+FREE = {"resume": "free"}
+# The schedule depends on the number of steps unless it is constant.
+FREE_IF_SCHEDULE_IS_CONSTANT = {"resume": "free if the schedule is constant"}
+# The arrays of a checkpoint, or its position in the data, depend on it: force makes nothing else of them.
+FIXED = {"resume": "fixed"}
+
+
+def renamed(name: str, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of a field that had another name, which files and overrides may still use."""
+    return {**metadata, "formerly": name}
 
 
 @dataclass(frozen=True)
@@ -97,7 +115,7 @@ class PrecisionConfig:
         compute: matrix products
     """
 
-    params: DType = "float32"
+    params: DType = field(default="float32", metadata=FIXED)
     compute: DType = "bfloat16"
 
 
@@ -110,7 +128,8 @@ class InitConfig:
             null draws random weights from the run's seed
     """
 
-    checkpoint: str | None = None
+    # Only the first start reads it.
+    checkpoint: str | None = field(default=None, metadata=FREE)
 
 
 @dataclass(frozen=True)
@@ -170,12 +189,13 @@ class DataConfig:
         prefetch: batches held ready ahead of the device; at least as many as threads
     """
 
-    store: str | tuple[str, ...]
+    # Rows are told apart by their digest, not by where they lie.
+    store: str | tuple[str, ...] = field(metadata=FREE)
     mix: dict[str, float] | None = None
-    batch_size: int = 8
-    accumulate: int = 1
-    threads: int = 4
-    prefetch: int = 8
+    batch_size: int = field(default=8, metadata=FIXED)
+    accumulate: int = field(default=1, metadata=FREE)
+    threads: int = field(default=4, metadata=FREE)
+    prefetch: int = field(default=8, metadata=FREE)
 
     def __post_init__(self):
         for name in ("batch_size", "accumulate", "threads", "prefetch"):
@@ -238,14 +258,14 @@ class ObjectiveConfig:
             a whole micro-batch
     """
 
-    name: Literal["cpt", "sft", "rpo"] = "cpt"
+    name: Literal["cpt", "sft", "rpo"] = field(default="cpt", metadata=FIXED)
     pair_loss: Literal["dpo", "ipo", "hinge"] = "dpo"
     beta: float = 0.1
     label_smoothing: float = 0.0
     alpha: float = 1.0
     nll_reduction: Literal["sequence", "token"] = "sequence"
     reference: Literal["cached", "adapters_off"] = "cached"
-    vocab_chunks: int = 1
+    vocab_chunks: int = field(default=1, metadata=FREE)
 
     def __post_init__(self):
         _require(self.beta > 0, f"objective.beta is {self.beta}: it must be positive")
@@ -288,7 +308,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    state_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata=FIXED)
 
     def __post_init__(self):
         _require(
@@ -319,18 +339,21 @@ class GuardConfig:
 
     Attributes:
         action: what then: `stop` ends the run, `skip` goes on with the next batch
-        limit: of steps that a run skips before it stops all the same
+        max_skipped: a run that skips more steps stops all the same
         grad_norm: a gradient of a larger norm is a spike; 0 takes none for one
         loss: a larger loss is a spike; 0 takes none for one
     """
 
-    action: Literal["stop", "skip"] = "stop"
-    limit: int = 10
+    action: Literal["stop", "skip"] = field(default="stop", metadata=FREE)
+    max_skipped: int = field(default=10, metadata=renamed("limit", FREE))
     grad_norm: float = 0.0
     loss: float = 0.0
 
     def __post_init__(self):
-        _require(self.limit > 0, f"guard.limit is {self.limit}: it must be positive; to skip no step, set action: stop")
+        _require(
+            self.max_skipped > 0,
+            f"guard.max_skipped is {self.max_skipped}: it must be positive; to skip no step, set action: stop",
+        )
         for name in ("grad_norm", "loss"):
             _require(getattr(self, name) >= 0, f"guard.{name} is {getattr(self, name)}: it must not be negative")
 
@@ -392,26 +415,26 @@ class RunConfig:
         profile: steps to trace for xprof, like steps=10:13; the trace is in profile/ of the run folder
     """
 
-    run: str
-    steps: int
+    run: str = field(metadata=FREE)
+    steps: int = field(metadata=FREE_IF_SCHEDULE_IS_CONSTANT)
     data: DataConfig
     seed: int = 0
-    model: ModelConfig | None = None
+    model: ModelConfig | None = field(default=None, metadata=FIXED)
     init: InitConfig = field(default_factory=InitConfig)
-    adapter: AdapterConfig | None = None
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    held_out: HeldOutConfig | None = None
+    adapter: AdapterConfig | None = field(default=None, metadata=FIXED)
+    mesh: MeshConfig = field(default_factory=MeshConfig, metadata=FREE)
+    held_out: HeldOutConfig | None = field(default=None, metadata=FREE)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
     guard: GuardConfig = field(default_factory=GuardConfig)
-    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    attention: Literal["auto", "splash", "xla", "cudnn"] = "auto"
-    remat: Remat = "none"
-    distributed: bool = False
-    profile: str | None = None
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig, metadata=FREE)
+    logging: LoggingConfig = field(default_factory=LoggingConfig, metadata=FREE)
+    attention: Literal["auto", "splash", "xla", "cudnn"] = field(default="auto", metadata=FREE)
+    remat: Remat = field(default="none", metadata=FREE)
+    distributed: bool = field(default=False, metadata=FREE)
+    profile: str | None = field(default=None, metadata=FREE)
 
     def __post_init__(self):
         _require(self.steps > 0, f"steps is {self.steps}: it must be positive")

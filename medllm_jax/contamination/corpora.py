@@ -9,16 +9,10 @@ from etils import epath
 
 from medllm_jax.contamination.exams import Overlap
 from medllm_jax.contamination.ngrams import GRAM
-from medllm_jax.data.prepare.reading import (
-    DOCUMENT_FILES,
-    ROW_FILES,
-    Dropped,
-    ReadOptions,
-    Slice,
-    find_files,
-    read_documents,
-    read_rows,
-)
+from medllm_jax.data.prepare.files import DOCUMENT_FILES, RECORD_FILES, find_files
+from medllm_jax.data.prepare.inventory import whole_file
+from medllm_jax.data.prepare.readers import ReadOptions, read_documents, read_records
+from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.data.store import RowStore, check_compatible
 from medllm_jax.data.tokenizer import fingerprint, load_tokenizer
 from medllm_jax.errors import UserError
@@ -88,15 +82,14 @@ def _texts(source: str, tokenizer: str | None) -> Iterator[str]:
     if (epath.Path(source) / "store.json").exists():
         yield from _texts_of_store(source, tokenizer)
         return
-    options, dropped = ReadOptions(), Dropped()
+    options, rejections = ReadOptions(), RejectionCounts()
     for file in find_files(source, DOCUMENT_FILES):
-        size = file.stat().length
-        whole = Slice(str(file), 0, size, 1, size)
-        if file.name.endswith(ROW_FILES):
-            for row, _ in read_rows(whole, options, dropped):
-                yield from _strings(row)
+        whole = whole_file(file)
+        if file.name.endswith(RECORD_FILES):
+            for record, _ in read_records(whole, options, rejections):
+                yield from _strings(record)
         else:
-            yield from (document.text for document in read_documents(whole, options, dropped))
+            yield from (document.text for document in read_documents(whole, options, rejections))
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -12,7 +12,8 @@ import jinja2
 import yaml
 from etils import epath
 
-from medllm_jax.checkpoint import orbax as checkpoint
+from medllm_jax.checkpoint.handle import Checkpoint
+from medllm_jax.checkpoint.orbax import steps
 from medllm_jax.config.load import build
 from medllm_jax.config.schema import AdapterConfig, ModelConfig, RunConfig
 from medllm_jax.data.store import CorpusRows, RowStore
@@ -76,8 +77,7 @@ _BY_SHAPE = {
 
 
 def documents(
-    run: str,
-    step: int,
+    checkpoint: Checkpoint,
     *,
     adapter: bool,
     parameters: int,
@@ -91,10 +91,10 @@ def documents(
     beside those in the run folder that are of this step.
     Raises UserError for what holds no exam results.
     """
-    config = checkpoint.load_model_config(run, step)
-    stages, source = _history(run, step)
+    run, step = checkpoint.run, checkpoint.step
+    stages, source = _history(checkpoint)
     base = base_name or source or "a model of unknown name"
-    licence = _OWN if base == _RANDOM else licence_of(config)
+    licence = _OWN if base == _RANDOM else licence_of(checkpoint.model)
     carried = _licence_file(run)
     corpora, absent = _corpora(stages)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -147,22 +147,21 @@ class _Stage(NamedTuple):
     step: int
 
 
-def _history(run: str, step: int) -> tuple[list[_Stage], str | None]:
+def _history(checkpoint: Checkpoint) -> tuple[list[_Stage], str | None]:
     """The runs from the first to this one, and the name of the model before them; None where that is not known."""
     stages: list[_Stage] = []
-    place, at = run, step
     while True:
-        meta = checkpoint.load_meta(place, at)
+        meta = checkpoint.meta
         if "config" not in meta or "run" not in meta["config"]:  # converted, not trained
             return stages[::-1], (meta.get("source") or {}).get("name")
-        config = build(RunConfig, meta["config"], where=f"checkpoint of {place}")
-        stages.append(_Stage(config, at))
+        config = build(RunConfig, meta["config"], where=f"checkpoint of {checkpoint.run}")
+        stages.append(_Stage(config, checkpoint.step))
         if config.init.checkpoint is None:
             return stages[::-1], _RANDOM
-        newest = checkpoint.newest_step(config.init.checkpoint)
-        if newest is None:
+        there = steps(config.init.checkpoint)
+        if not there:
             return stages[::-1], None
-        place, at = config.init.checkpoint, newest
+        checkpoint = Checkpoint(config.init.checkpoint, there[-1])
 
 
 _HEADER = ("stage", "steps", "rows a step", "learning rate", "objective", "weights")
@@ -236,8 +235,10 @@ def _scores(results: Results) -> Iterator[list[str]]:
     if not results.grades:
         return
     shares = [_shown(accuracy(results.grades[c])) if c in results.grades else "-" for c in CONDITIONS]
-    both = len(results.grades) == len(CONDITIONS)
-    difference = _shown(compare(*map(results.grades.get, CONDITIONS)).weighted_difference, "+") if both else "-"
+    difference = "-"
+    if len(results.grades) == len(CONDITIONS):
+        before, after = (results.grades[condition] for condition in CONDITIONS)
+        difference = _shown(compare(before, after).weighted_difference, "+")
     questions = len(next(iter(results.grades.values())))
     yield [_last_part(results.exam), results.name, str(questions), *shares, difference]
 

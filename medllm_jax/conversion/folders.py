@@ -162,7 +162,7 @@ def full_disk_is_reported(target: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # of TensorStore, ValueError
-        if storage_problem(error) not in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        if storage_problem(error) not in [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]:
             raise
         raise UserError(
             f"{target}: the disk is full: make room and go on with --resume, or remove {unfinished_folder(target)}"

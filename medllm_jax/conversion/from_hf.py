@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from medllm_jax.checkpoint import orbax as checkpoint
 from medllm_jax.checkpoint.arrays import chunk_shape
-from medllm_jax.checkpoint.orbax import Base, StoredWeight
+from medllm_jax.checkpoint.handle import Base, open_checkpoint
+from medllm_jax.checkpoint.orbax import steps
+from medllm_jax.checkpoint.write_model import StoredWeight, finish_model, new_arrays, write_model
 from medllm_jax.config.load import to_plain
 from medllm_jax.conversion.folders import (
     ResumableFolder,
@@ -24,9 +25,9 @@ from medllm_jax.conversion.folders import (
 )
 from medllm_jax.conversion.hf_config import read_json
 from medllm_jax.conversion.hf_weights import HFFolder, open_hf
-from medllm_jax.conversion.names import Tensor
+from medllm_jax.conversion.names import RowRange, Tensor, row_ranges
 from medllm_jax.conversion.peft import factors, is_adapter, open_adapter
-from medllm_jax.conversion.run_weights import fingerprint_of, open_run
+from medllm_jax.conversion.run_weights import RunWeights
 from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.distributed.sharding import parts_of
 from medllm_jax.errors import UserError
@@ -36,7 +37,7 @@ from medllm_jax.storage.remote import remove_folder
 from medllm_jax.terminal.progress import Console, size_in_words
 
 _WORKERS = 2
-_SLICE_BYTES = 16 << 20  # that a worker takes at least, where a weight has as many
+_RANGE_BYTES = 16 << 20  # a worker takes at least so many, where a weight has them
 
 
 def from_hf(
@@ -48,7 +49,7 @@ def from_hf(
     part: tuple[int, int] = (0, 1),
     resume: bool = False,
 ) -> None:
-    """Converts the checkpoint in a folder, local or gs://, slice by slice; the weights keep their dtype.
+    """Converts the checkpoint in a folder, local or gs://, range by range; the weights keep their dtype.
 
     storage: how the projections are quantised, for a model that only adapters will be trained on. mesh: sizes of data,
     fsdp and tensor; weights are stored in the parts that devices of such a mesh will read. part: (number, of): which
@@ -64,20 +65,20 @@ def from_hf(
         raise UserError(f"{source} is an adapter of PEFT's: give --base too, the run folder of the model it belongs to")
     model = open_hf(source)
     has_tokenizer = _check_tokenizer(model)
-    weights, slices = plan_of(model, storage, mesh)
-    size = sum(each.bytes for each in slices)
+    weights, tasks = plan_of(model, storage, mesh)
+    size = sum(task.bytes for task in tasks)
     stored = sum(int(np.prod(weight.shape)) * weight.dtype.itemsize for weight in weights.values())
     check_room(target, stored)
 
     what = {"source": model.identity(), "storage": storage and to_plain(storage), "mesh": mesh and dict(mesh)}
     filling = ResumableFolder(target, what, part=number, parts=parts)
     filling.open(resume=resume)
-    memory = size_in_words(memory_needed(slices))
+    memory = size_in_words(memory_needed(tasks))
     print(f"{source}: {size_in_words(size)} in {model.dtype.name}; it takes at most {memory} of memory", flush=True)
     try:
         with full_disk_is_reported(target):
-            arrays = checkpoint.new_arrays(filling.folder, weights)
-            todo = [each for each in slices[number::parts] if each.unit not in filling.done]
+            arrays = new_arrays(filling.folder, weights)
+            todo = [task for task in tasks[number::parts] if task.name not in filling.done]
             _convert(model, arrays, storage, todo, filling)
             if not filling.finish():
                 print(f"{target}: part {number + 1} of {parts} is done; the last part to be ready completes it")
@@ -87,10 +88,10 @@ def from_hf(
             meta = {"model": to_plain(model.config), "source": {"name": _name(model)}}
             if storage is not None:
                 meta["storage"] = to_plain(storage)
-            checkpoint.finish_model(filling.folder, weights, meta)
+            finish_model(filling.folder, weights, meta)
             filling.settle()
     except FileNotFoundError:
-        if parts == 1 or not checkpoint.steps(target):
+        if parts == 1 or not steps(target):
             raise
         # Another part was ready at the same moment, and has put the folder in its place.
     except BaseException:
@@ -117,41 +118,42 @@ def from_peft(
         raise UserError(f"{target} exists and is not empty: choose another folder, or remove it first")
     if not is_adapter(source):
         raise UserError(f"{source} has no adapter_config.json: with --base, the folder of an adapter is expected")
-    run = open_run(base)
-    if run.adapted is not None:
+    checkpoint = open_checkpoint(base)
+    if checkpoint.adapter is not None:
         raise UserError(f"{base} holds adapters: the whole model that they stand on is expected")
-    if run.storage is not None:
-        if storage not in (None, run.storage.format):
-            raise UserError(f"--base-storage {storage}: {base} is stored in {run.storage.format}")
-        storage, double_quantization = run.storage.format, run.storage.double
+    stored = checkpoint.storage
+    if stored is not None:
+        if storage not in (None, stored.format):
+            raise UserError(f"--base-storage {storage}: {base} is stored in {stored.format}")
+        storage, double_quantization = stored.format, stored.double
     adapter = open_adapter(
-        source, run.config, {"base": storage or "bfloat16", "double_quantization": double_quantization}
+        source, checkpoint.model, {"base": storage or "bfloat16", "double_quantization": double_quantization}
     )
-    fingerprint = fingerprint_of(run.arrays, "reading the base")
-    place = str(checkpoint.checkpoints_of(base).parent)
+    fingerprint = RunWeights(checkpoint).fingerprint("reading the base")
     meta = {
-        "base": Base(place, run.step, fingerprint)._asdict(),
+        "base": Base(checkpoint.run_folder, checkpoint.step, fingerprint)._asdict(),
         "config": {"adapter": to_plain(adapter.settings)},
     }
     remove_folder(unfinished_folder(target))  # of an adapter nothing is worth going on with
     filling = ResumableFolder(target, {"adapter": str(source)})
     filling.open(resume=False)
-    weights = unflatten_dict(factors(adapter, run.config), sep="/")
+    weights = unflatten_dict(factors(adapter, checkpoint.model), sep="/")
     tokenizer = run_folder.find_tokenizer(base)
     if tokenizer is not None:
         run_folder.copy_tokenizer(tokenizer, filling.folder)
-    checkpoint.write_model(filling.folder, jax.tree.map(jnp.asarray, weights), to_plain(run.config), **meta)
+    write_model(filling.folder, jax.tree.map(jnp.asarray, weights), to_plain(checkpoint.model), **meta)
     filling.settle()
     size = sum(value.size for value in jax.tree.leaves(weights))
     print(
-        f"{target}: {size:,} parameters of adapters in {adapter.dtype.name}, of the model in {place}, step {run.step}"
+        f"{target}: {size:,} parameters of adapters in {adapter.dtype.name}, "
+        f"of the model in {checkpoint.run_folder}, step {checkpoint.step}"
     )
 
 
 # --- what goes where ---------------------------------------------------------------------------------------------
 
 
-class _Place(NamedTuple):
+class _Target(NamedTuple):
     """Where a tensor goes: the weights that it is a block of, or all of, in chunks of so many of its rows."""
 
     tensor: Tensor
@@ -161,42 +163,40 @@ class _Place(NamedTuple):
     quantised: bool
 
 
-class Slice(NamedTuple):
-    """Some rows of a tensor, which are converted together."""
+class ConversionTask(NamedTuple):
+    """Rows of a tensor that are converted together, and where they go."""
 
-    place: _Place
-    first: int
-    last: int
+    target: _Target
+    rows: RowRange
 
     @property
-    def unit(self) -> str:
-        return f"{self.place.tensor.name}:{self.first}"
+    def name(self) -> str:
+        return f"{self.rows.tensor.name}:{self.rows.first}"
 
     @property
     def bytes(self) -> int:
-        return (self.last - self.first) * self.place.row_bytes
+        return (self.rows.last - self.rows.first) * self.target.row_bytes
 
 
 def plan_of(
     model: HFFolder, storage: Storage | None, mesh: Mapping[str, int] | None
-) -> tuple[dict[str, StoredWeight], list[Slice]]:
-    """Path -> how a weight will be stored, and the slices to convert in order; reads nothing."""
-    places = [_placed(model, tensor, storage, mesh) for tensor in model.tensors]
-    weights = {path: weight for place in places for path, weight in place.weights.items()}
-    return weights, [each for place in places for each in _slices(place)]
+) -> tuple[dict[str, StoredWeight], list[ConversionTask]]:
+    """Path -> how a weight will be stored, and the tasks in order; reads nothing."""
+    targets = [_target_of(model, tensor, storage, mesh) for tensor in model.tensors]
+    weights = {path: weight for target in targets for path, weight in target.weights.items()}
+    return weights, [task for target in targets for task in _tasks(target)]
 
 
-def _placed(model: HFFolder, tensor: Tensor, storage: Storage | None, mesh: Mapping[str, int] | None) -> _Place:
+def _target_of(model: HFFolder, tensor: Tensor, storage: Storage | None, mesh: Mapping[str, int] | None) -> _Target:
     stacked = tensor.layer is not None
     blocks = (model.config.num_hidden_layers,) if stacked else ()
     row_bytes = model.dtype.itemsize * int(np.prod(tensor.shape[1:]))
-    quantised = storage is not None and tensor.path.endswith("_proj/weight")
-    if not quantised:
+    if storage is None or not tensor.path.endswith("_proj/weight"):
         shape = (*blocks, *tensor.shape)
         parts = None if mesh is None else parts_of(tensor.path, shape, mesh)
         chunk = chunk_shape(shape, model.dtype.itemsize, parts, stacked=stacked)
         rows = chunk[1] if stacked else chunk[0]
-        return _Place(tensor, {tensor.path: StoredWeight(shape, model.dtype, chunk)}, rows, row_bytes, False)
+        return _Target(tensor, {tensor.path: StoredWeight(shape, model.dtype, chunk)}, rows, row_bytes, False)
     if tensor.shape[1] % BLOCK:
         raise UserError(
             f"{tensor.name} {list(tensor.shape)} can't be quantised: blocks of {BLOCK} don't divide its rows"
@@ -206,7 +206,7 @@ def _placed(model: HFFolder, tensor: Tensor, storage: Storage | None, mesh: Mapp
         functools.partial(quantize, storage=storage), jax.ShapeDtypeStruct(tensor.shape, model.dtype)
     )
     shapes = {f"{folder}/{name}": ((*blocks, *array.shape), np.dtype(array.dtype)) for name, array in arrays.items()}
-    # All arrays are written in the same rows, so that no two slices share a chunk.
+    # All arrays are written in the same rows, so that no two tasks share a chunk.
     shape, dtype = shapes[f"{folder}/codes"]
     parts = None if mesh is None else parts_of(f"{folder}/codes", shape, mesh)
     rows = chunk_shape(shape, dtype.itemsize, parts, stacked=True)[1]
@@ -215,18 +215,17 @@ def _placed(model: HFFolder, tensor: Tensor, storage: Storage | None, mesh: Mapp
         parts = (1,) * len(shape) if mesh is None else parts_of(path, shape, mesh)
         columns = (size // part for size, part in zip(shape[2:], parts[2:], strict=True))
         weights[path] = StoredWeight(shape, dtype, (1, rows, *columns))
-    return _Place(tensor, weights, rows, row_bytes, True)
+    return _Target(tensor, weights, rows, row_bytes, True)
 
 
-def _slices(place: _Place) -> list[Slice]:
-    size = place.tensor.shape[0]
-    rows = place.rows * max(1, _SLICE_BYTES // (place.rows * place.row_bytes))
-    return [Slice(place, first, min(first + rows, size)) for first in range(0, size, rows)]
+def _tasks(target: _Target) -> list[ConversionTask]:
+    rows = target.rows * max(1, _RANGE_BYTES // (target.rows * target.row_bytes))
+    return [ConversionTask(target, each) for each in row_ranges(target.tensor, rows)]
 
 
-def memory_needed(slices: list[Slice]) -> int:
-    """Bytes of host memory that the slices at work take at most: as read, in chunks, and as written."""
-    largest = max(each.bytes * (6 if each.place.quantised else 3) for each in slices)
+def memory_needed(tasks: list[ConversionTask]) -> int:
+    """Bytes of host memory that the tasks at work take at most: as read, in chunks, and as written."""
+    largest = max(task.bytes * (6 if task.target.quantised else 3) for task in tasks)
     return _WORKERS * largest
 
 
@@ -234,27 +233,31 @@ def memory_needed(slices: list[Slice]) -> int:
 
 
 def _convert(
-    model: HFFolder, arrays: dict[str, Any], storage: Storage | None, todo: list[Slice], filling: ResumableFolder
+    model: HFFolder,
+    arrays: dict[str, Any],
+    storage: Storage | None,
+    todo: list[ConversionTask],
+    filling: ResumableFolder,
 ) -> None:
-    def convert(each: Slice) -> Slice:
-        place = each.place
-        rows = model.read(place.tensor, each.first, each.last)
-        values = {place.tensor.path: rows}
-        if place.quantised:
-            folder = place.tensor.path.rpartition("/")[0]
+    def convert(task: ConversionTask) -> ConversionTask:
+        tensor, first, last = task.rows
+        rows = model.read(tensor, first, last)
+        values = {tensor.path: rows}
+        if storage is not None and task.target.quantised:
+            folder = tensor.path.rpartition("/")[0]
             values = {f"{folder}/{name}": np.asarray(array) for name, array in _quantizer(storage)(rows).items()}
         for path, value in values.items():
-            block = arrays[path] if place.tensor.layer is None else arrays[path][place.tensor.layer]
-            block[each.first : each.last].write(value, can_reference_source_data_indefinitely=True).result()
-        return each
+            block = arrays[path] if tensor.layer is None else arrays[path][tensor.layer]
+            block[first:last].write(value, can_reference_source_data_indefinitely=True).result()
+        return task
 
-    total = sum(each.bytes for each in todo)
+    total = sum(task.bytes for task in todo)
     done = 0
     with Console("converting", total, unit="bytes") as console:
-        for each in ahead(convert, todo, workers=_WORKERS):
-            filling.note(each.unit)
-            done += each.bytes
-            console.update(done, each.place.tensor.name, every_seconds=10)
+        for task in ahead(convert, todo, workers=_WORKERS):
+            filling.note(task.name)
+            done += task.bytes
+            console.update(done, task.rows.tensor.name, every_seconds=10)
 
 
 @functools.cache

@@ -106,7 +106,7 @@ def read_bytes(file: epath.Path, offset: int, size: int) -> np.ndarray:
         with Path(file).open("rb", buffering=0) as opened:
             opened.seek(offset)
             read = 0
-            while read < size and (count := opened.readinto(data[read:])):
+            while read < size and (count := opened.readinto(data[read:].data)):
                 read += count
             data = data[:read]
     if len(data) != size:

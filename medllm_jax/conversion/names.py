@@ -41,6 +41,20 @@ class Tensor(NamedTuple):
     layer: int | None
 
 
+class RowRange(NamedTuple):
+    """Consecutive rows of a tensor: those from `first` to before `last`."""
+
+    tensor: Tensor
+    first: int
+    last: int
+
+
+def row_ranges(tensor: Tensor, rows: int) -> list[RowRange]:
+    """All rows of a tensor in order, in ranges of at most so many."""
+    size = tensor.shape[0]
+    return [RowRange(tensor, first, min(first + rows, size)) for first in range(0, size, rows)]
+
+
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter of the model, blocks stacked."""
     state = nnx.state(nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0))))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from medllm_jax.checkpoint import orbax as checkpoint
+from medllm_jax.checkpoint.handle import Checkpoint
 from medllm_jax.config.schema import AdapterConfig, ModelConfig, Projection
 from medllm_jax.conversion.hf_config import read_json
 from medllm_jax.conversion.hf_weights import Entry, listed, one_dtype, read_header, refuse_pickles
@@ -148,17 +148,15 @@ def factors(adapter: Adapter, config: ModelConfig) -> dict[str, np.ndarray]:
     return {path: np.stack(blocks) for path, blocks in stacked.items()}
 
 
-class AdapterOf:
+class AdapterWeights:
     """The adapters of a checkpoint, in tensors as PEFT names them."""
 
-    def __init__(self, path: str, step: int):
-        adapted = checkpoint.load_adapted(path, step)
-        if adapted is None:
-            raise UserError(f"{path} holds a whole model, not adapters: export it without --adapter")
-        self.path, self.step, self.settings = path, step, adapted.settings
-        self.config = checkpoint.load_model_config(path, step)
+    def __init__(self, checkpoint: Checkpoint):
+        if checkpoint.adapter is None:
+            raise UserError(f"{checkpoint.run} holds a whole model, not adapters: export it without --adapter")
+        self.checkpoint, self.settings, self.config = checkpoint, checkpoint.adapter, checkpoint.model
         self.tensors = tensors_of_adapter(self.config, self.settings)
-        self._factors = dict(checkpoint.stream_params(path, step))
+        self._factors = checkpoint.host_params()
         self.dtype = next(iter(self._factors.values())).dtype
 
     def read(
@@ -167,6 +165,6 @@ class AdapterOf:
         """Rows of one tensor, in a dtype (default: this one's)."""
         return self._factors[tensor.path][tensor.layer][first:last].astype(dtype or self.dtype, copy=False)
 
-    def slice_rows(self, tensor: Tensor) -> int:
+    def rows_at_a_time(self, tensor: Tensor) -> int:
         """All of them."""
         return tensor.shape[0]

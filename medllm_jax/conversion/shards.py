@@ -125,7 +125,7 @@ def _write(path: epath.Path, data: Iterable[np.ndarray], size: int) -> None:
     with Path(unfinished).open("wb", buffering=0) as file:
         for piece in data:
             while len(piece):
-                piece = piece[file.write(piece) :]
+                piece = piece[file.write(piece.data) :]
     if unfinished.stat().length != size:
         raise OSError(f"{unfinished} has {unfinished.stat().length} bytes and was to have {size}")
     read_header(unfinished)  # which says that it is whole

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from medllm_jax.checkpoint import orbax as checkpoint
+from medllm_jax.checkpoint.handle import open_checkpoint
 from medllm_jax.conversion import peft
 from medllm_jax.conversion.card import documents
 from medllm_jax.conversion.folders import (
@@ -27,8 +27,8 @@ from medllm_jax.conversion.folders import (
 )
 from medllm_jax.conversion.hf_config import config_json, json_text, token_ids_of
 from medllm_jax.conversion.hf_weights import DTYPES, INDEX, SINGLE
-from medllm_jax.conversion.names import Tensor
-from medllm_jax.conversion.run_weights import Run, open_run
+from medllm_jax.conversion.names import RowRange, row_ranges
+from medllm_jax.conversion.run_weights import RunWeights
 from medllm_jax.conversion.shards import Shard, holds_shard, index_of, shards_of, tensor_bytes, write_shard
 from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.errors import UserError
@@ -37,6 +37,7 @@ from medllm_jax.storage.remote import is_remote, names_in, remove_folder
 from medllm_jax.terminal.progress import Console, size_in_words
 
 SUMS = "SHA256SUMS"
+Weights = RunWeights | peft.AdapterWeights
 # Shards written side by side, each by a thread that reads, one that writes and one that takes checksums. One more would
 # take more than 2 GiB of memory for a quantised model of 72B.
 _MOST_SHARDS = 3
@@ -73,8 +74,8 @@ def to_hf(
         print(f"{target} is whole already")  # it was stopped before the last of its steps
         return
     replace = _make_way(target, overwrite=overwrite, resume=resume)
-    run = open_run(source, step)
-    weights = peft.AdapterOf(source, run.step) if adapter else run
+    checkpoint = open_checkpoint(source, step)
+    weights = peft.AdapterWeights(checkpoint) if adapter else RunWeights(checkpoint)
     stored = np.dtype(dtype) if dtype else weights.dtype
     if stored not in DTYPES.values():
         raise UserError(f"{source}: weights of dtype {stored.name} can't be exported: give --dtype float32 or bfloat16")
@@ -85,11 +86,11 @@ def to_hf(
     last = _last(weights, shards, stored, token_ids, base_name)
     size = sum(tensor_bytes(tensor, stored) for tensor in weights.tensors)
     check_room(target, size)
-    if not adapter:
-        run.check()
+    if isinstance(weights, RunWeights):
+        weights.check()
 
     what = {
-        "source": checkpoint.identity(source, run.step),
+        "source": checkpoint.identity,
         "files": [[shard.name, shard.bytes, stored.name] for shard in shards],
         "beside": hashlib.sha256(repr((first, last)).encode()).hexdigest(),
     }
@@ -106,22 +107,22 @@ def to_hf(
         if filling.keep():
             print(f"what is done is kept in {filling.folder}; --resume goes on with it", flush=True)
         raise
-    if run.adapted is not None and not adapter:
-        settings, base = run.adapted
-        print(f"adapters of {source} merged into {base.checkpoint}, step {base.step}, in {settings.base}")
+    if checkpoint.adapter is not None and not adapter:
+        base = checkpoint.whole
+        print(f"adapters of {source} merged into {base.run}, step {base.step}, in {checkpoint.adapter.base}")
     parameters = sum(int(np.prod(tensor.shape)) for tensor in weights.tensors)
     print(
-        f"{target}: step {run.step} of {source}, {parameters:,} parameters in {stored.name}, {files} files, "
+        f"{target}: step {checkpoint.step} of {source}, {parameters:,} parameters in {stored.name}, {files} files, "
         f"{'with' if run_folder.find_tokenizer(source) else 'WITHOUT'} tokenizer, {time.monotonic() - start:.1f} s"
     )
 
 
-def memory_needed(weights: Run | peft.AdapterOf, dtype: np.dtype) -> int:
-    """Bytes of host memory that the slices at work take at most: those waiting, as stored and as written."""
-    if isinstance(weights, peft.AdapterOf):
+def memory_needed(weights: Weights, dtype: np.dtype) -> int:
+    """Bytes of host memory that the ranges at work take at most: those waiting, as stored and as written."""
+    if isinstance(weights, peft.AdapterWeights):
         return 2 * sum(tensor_bytes(tensor, weights.dtype) for tensor in weights.tensors)
-    widest = max(4 if weights.adapted or weights.storage else weights.dtype.itemsize, dtype.itemsize)
-    largest = max(min(weights.slice_rows(t), t.shape[0]) * int(np.prod(t.shape[1:])) for t in weights.tensors)
+    widest = max(4 if weights.checkpoint.adapter or weights.storage else weights.dtype.itemsize, dtype.itemsize)
+    largest = max(min(weights.rows_at_a_time(t), t.shape[0]) * int(np.prod(t.shape[1:])) for t in weights.tensors)
     return _SHARDS * (4 * _READERS * largest * widest + _READERS * weights.chunk_bytes())
 
 
@@ -160,20 +161,19 @@ def _make_way(target: str, *, overwrite: bool, resume: bool) -> bool:
 
 
 def _companions(
-    weights: Run | peft.AdapterOf, base_name: str | None, evaluations: Sequence[str]
+    weights: Weights, base_name: str | None, evaluations: Sequence[str]
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """File name -> content of what stands beside the weights (tokenizer, card, notice, licence); ids of tokens."""
     files, token_ids = {}, {}
-    carried = run_folder.find_tokenizer(weights.path)
+    carried = run_folder.find_tokenizer(weights.checkpoint.run)
     if carried is not None:
         files = {file.name: file.read_bytes() for file in sorted(carried.iterdir())}
         generation = json.loads(files["generation_config.json"]) if "generation_config.json" in files else None
         token_ids = token_ids_of(load_tokenizer(carried), generation)
         files.setdefault("generation_config.json", json_text(token_ids).encode())
     texts = documents(
-        weights.path,
-        weights.step,
-        adapter=isinstance(weights, peft.AdapterOf),
+        weights.checkpoint,
+        adapter=isinstance(weights, peft.AdapterWeights),
         parameters=sum(int(np.prod(tensor.shape)) for tensor in weights.tensors),
         base_name=base_name,
         evaluations=evaluations,
@@ -182,14 +182,14 @@ def _companions(
 
 
 def _last(
-    weights: Run | peft.AdapterOf,
+    weights: Weights,
     shards: Sequence[Shard],
     dtype: np.dtype,
     token_ids: dict[str, Any],
     base_name: str | None,
 ) -> dict[str, bytes]:
     """File name -> content of what makes a folder loadable, in the order in which to write it."""
-    if isinstance(weights, peft.AdapterOf):
+    if isinstance(weights, peft.AdapterWeights):
         return {peft.CONFIG: json_text(peft.config_json(weights.settings, base_name)).encode()}
     files = {"config.json": json_text(config_json(weights.config, dtype.name, token_ids)).encode()}
     index = index_of(shards, dtype)
@@ -197,7 +197,7 @@ def _last(
 
 
 def _fill(
-    weights: Run | peft.AdapterOf,
+    weights: Weights,
     shards: Sequence[Shard],
     first: dict[str, bytes],
     last: dict[str, bytes],
@@ -216,7 +216,7 @@ def _fill(
 
 
 def _write_weights(
-    weights: Run | peft.AdapterOf, shards: Sequence[Shard], dtype: np.dtype, filling: ResumableFolder
+    weights: Weights, shards: Sequence[Shard], dtype: np.dtype, filling: ResumableFolder
 ) -> dict[str, str]:
     """File name -> sha256 of the files with weights, those among them that were written before included."""
     there = [s for s in shards if s.name in filling.done and holds_shard(filling.folder, s)]
@@ -225,11 +225,11 @@ def _write_weights(
     progress = _Progress(sum(sizes.values()), sum(sizes[name] for name in sums))
 
     def write(shard: Shard) -> None:
-        def read(place: tuple[Tensor, int, int]) -> np.ndarray:
-            return weights.read(*place, dtype)
+        def read(rows: RowRange) -> np.ndarray:
+            return weights.read(*rows, dtype)
 
-        places = (place for tensor in shard.tensors for place in _slices(weights, tensor))
-        pieces = progress.count(ahead(read, places, workers=_READERS), shard.name)
+        ranges = (rows for tensor in shard.tensors for rows in row_ranges(tensor, weights.rows_at_a_time(tensor)))
+        pieces = progress.count(ahead(read, ranges, workers=_READERS), shard.name)
         sums[shard.name] = write_shard(filling.folder, shard, pieces)
         filling.note(shard.name, sums[shard.name])
 
@@ -266,8 +266,3 @@ class _Progress:
             with self._lock:
                 self._done += piece.nbytes
                 self._console.update(self._done, name, every_seconds=10)
-
-
-def _slices(weights: Run | peft.AdapterOf, tensor: Tensor) -> Iterator[tuple[Tensor, int, int]]:
-    rows, size = weights.slice_rows(tensor), tensor.shape[0]
-    return ((tensor, first, min(first + rows, size)) for first in range(0, size, rows))

@@ -16,12 +16,13 @@ from etils import epath
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from medllm_jax.checkpoint import orbax as checkpoint
+from medllm_jax.checkpoint.handle import open_checkpoint
+from medllm_jax.checkpoint.orbax import checkpoints_of
 from medllm_jax.config.load import to_plain
 from medllm_jax.conversion.folders import ahead
 from medllm_jax.conversion.hf_weights import HFFolder, open_hf
-from medllm_jax.conversion.names import Tensor
-from medllm_jax.conversion.run_weights import SLICE_BYTES, Run, open_run
+from medllm_jax.conversion.names import RowRange, Tensor, row_ranges
+from medllm_jax.conversion.run_weights import RANGE_BYTES, RunWeights
 from medllm_jax.data.tokenizer import encode_plain, load_tokenizer
 from medllm_jax.errors import UserError
 from medllm_jax.model.qwen2 import Backend, Qwen2
@@ -31,7 +32,7 @@ from medllm_jax.terminal.progress import Console
 
 _LISTED = 10  # differences that are printed
 
-Side = HFFolder | Run
+Side = HFFolder | RunWeights
 
 
 def verify(
@@ -65,8 +66,8 @@ def verify(
 def _open(path: str) -> Side:
     if (epath.Path(path) / "config.json").exists():
         return open_hf(path)
-    if checkpoint.checkpoints_of(path).exists():
-        return open_run(path)
+    if checkpoints_of(path).exists():
+        return RunWeights(open_checkpoint(path))
     raise UserError(
         f"{path} is neither a Hugging Face checkpoint (it has no config.json) nor a run folder (it has no checkpoints/)"
     )
@@ -92,32 +93,29 @@ class _Print(NamedTuple):
 
 def fingerprints(side: Side) -> dict[str, _Print]:
     """Tensor name -> dtype, shape, and sha256 of its bytes."""
-    if isinstance(side, Run):
+    if isinstance(side, RunWeights):
         side.check()
     digests = {tensor.name: hashlib.sha256() for tensor in side.tensors}
     dtypes: dict[str, str] = {}
 
-    def read(place: tuple[Tensor, int, int]) -> tuple[Tensor, np.ndarray]:
-        return place[0], side.read(*place)
+    def read(rows: RowRange) -> tuple[Tensor, np.ndarray]:
+        return rows.tensor, side.read(*rows)
 
-    places = (place for tensor in side.tensors for place in _slices(side, tensor))
+    ranges = (rows for tensor in side.tensors for rows in row_ranges(tensor, _rows_at_a_time(side, tensor)))
     total, done = side.dtype.itemsize * sum(int(np.prod(tensor.shape)) for tensor in side.tensors), 0
     with Console("reading", total, unit="bytes") as console:
-        for tensor, rows in ahead(read, places, workers=2):
-            digests[tensor.name].update(memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8)))
+        for tensor, rows in ahead(read, ranges, workers=2):
+            digests[tensor.name].update(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
             dtypes[tensor.name] = rows.dtype.name
             done += rows.nbytes
             console.update(done, tensor.name, every_seconds=10)
     return {t.name: _Print(dtypes[t.name], t.shape, digests[t.name].hexdigest()) for t in side.tensors}
 
 
-def _slices(side: Side, tensor: Tensor) -> list[tuple[Tensor, int, int]]:
-    if isinstance(side, Run):
-        rows = side.slice_rows(tensor)
-    else:
-        rows = max(1, SLICE_BYTES // (side.dtype.itemsize * int(np.prod(tensor.shape[1:]))))
-    size = tensor.shape[0]
-    return [(tensor, first, min(first + rows, size)) for first in range(0, size, rows)]
+def _rows_at_a_time(side: Side, tensor: Tensor) -> int:
+    if isinstance(side, RunWeights):
+        return side.rows_at_a_time(tensor)
+    return max(1, RANGE_BYTES // (side.dtype.itemsize * int(np.prod(tensor.shape[1:]))))
 
 
 def _same_bytes(first: Side, second: Side) -> bool:
@@ -145,7 +143,7 @@ def _token_rows(side: Side, prompts: Sequence[str], random_tokens: int) -> list[
     if not prompts:
         rng = np.random.default_rng(0)
         return [rng.integers(side.config.vocab_size, size=random_tokens).tolist()]
-    folder = side.path if isinstance(side, HFFolder) else run_folder.tokenizer_of(side.path)
+    folder = side.path if isinstance(side, HFFolder) else run_folder.tokenizer_of(side.checkpoint.run)
     rows = encode_plain(load_tokenizer(folder), prompts)
     if not all(rows):
         raise UserError("a prompt is empty: give at least a word")
@@ -176,7 +174,7 @@ def _same_logits(sides: tuple[Side, Side], rows: list[list[int]], tolerance: flo
 
 def stacked_weights(side: Side) -> dict[str, np.ndarray]:
     """Path -> weight, the blocks' stacked on a first axis; holds all of them."""
-    if isinstance(side, Run):
+    if isinstance(side, RunWeights):
         side.check()
     weights: dict[str, np.ndarray] = {}
     blocks = side.config.num_hidden_layers

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Float32, Int32
 
 Kind = Literal["cpt", "sft", "pairs"]
 TARGET = 3  # stored in place of a branch
@@ -41,7 +42,9 @@ class Batch(NamedTuple):
     reference_log_probs: Array | None = None
 
 
-def batch_of(rows: np.ndarray, kind: Kind, reference_log_probs: np.ndarray | None = None) -> Batch:
+def batch_of(
+    rows: Int32[np.ndarray, "B 3 S"], kind: Kind, reference_log_probs: Float32[np.ndarray, "B P 2"] | None = None
+) -> Batch:
     """Stored rows int32 [B, 3, S] (channels tokens, segment_ids, branch_ids) as a Batch of numpy arrays."""
     tokens, segment_ids, parts = (np.ascontiguousarray(rows[:, channel]) for channel in range(3))
     branch_ids = np.where(parts == TARGET, 0, parts) if kind != "cpt" else parts
@@ -68,7 +71,7 @@ class _Runs(NamedTuple):
     branches: np.ndarray
 
 
-def _runs_of(segment_ids: np.ndarray, branch_ids: np.ndarray) -> _Runs:
+def _runs_of(segment_ids: Int32[np.ndarray, "B S"], branch_ids: Int32[np.ndarray, "B S"]) -> _Runs:
     segments, branches = segment_ids.reshape(-1), branch_ids.reshape(-1)
     new = np.empty(segments.shape, bool)
     np.not_equal(segments[1:], segments[:-1], out=new[1:])
@@ -80,7 +83,7 @@ def _runs_of(segment_ids: np.ndarray, branch_ids: np.ndarray) -> _Runs:
     return _Runs(starts, lengths, segments[starts], branches[starts])
 
 
-def _positions(runs: _Runs) -> np.ndarray:
+def _positions(runs: _Runs) -> Int32[np.ndarray, " tokens"]:
     """Rotary positions int32 [B * S] that follow from segments and branches; 0 on padding.
 
     A segment starts at 0, its branches each start where its branch 0 ended.
@@ -96,12 +99,12 @@ def _positions(runs: _Runs) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)
-def _numbers(size: int) -> np.ndarray:
+def _numbers(size: int) -> Int32[np.ndarray, " size"]:
     return np.arange(size, dtype=np.int32)
 
 
-def _loss_weights(runs: _Runs, parts: np.ndarray, kind: Kind) -> np.ndarray:
-    """Target weights float32 [B * S]: every token with a past (cpt), or every token of a response (sft, pairs)."""
+def _loss_weights(runs: _Runs, parts: Int32[np.ndarray, "B S"], kind: Kind) -> Float32[np.ndarray, "*shape"]:
+    """Target weights of B * S tokens: every token with a past (cpt), or every token of a response (sft, pairs)."""
     if kind != "cpt":
         return (parts > 0).astype(np.float32)
     weights = np.ones(parts.size, np.float32)

@@ -1,7 +1,7 @@
-"""Packing: token sequences of any length become rows of S tokens, without losing or repeating one.
+"""Packing: token sequences of any length become rows of S tokens; no token is lost or repeated.
 
-Pure functions from iterables to iterables, so memory holds the rows that are open and nothing else. A row is int32
-[3, S] (tokens, segment_ids, branch_ids; see ``batch.py``); padding is 0 in all channels.
+The functions are pure, from iterables to iterables, so memory holds only the rows that are open. A row is int32 [3, S]
+(tokens, segment_ids, branch_ids; see ``batch.py``); padding is 0 in all channels.
 """
 
 import bisect
@@ -32,16 +32,16 @@ class Segment(NamedTuple):
 
 
 def document_segment(tokens: np.ndarray) -> Segment:
-    """A document, or a piece of one: everything is branch 0.
+    """A document, or a piece of one, integers [n]: everything is branch 0.
 
-    A copy: a view would keep all that was read with it in memory for as long as its row is open.
+    The tokens are copied: a view would keep all that was read with it in memory for as long as its row is open.
     """
     return Segment(np.array(tokens, np.int32), _zeros(len(tokens).bit_length())[: len(tokens)])
 
 
 @functools.cache
 def _zeros(bits: int) -> np.ndarray:
-    """int32 [2^bits], one for all documents: those that wait for a row would otherwise hold twice their memory."""
+    """int32 [2^bits], shared by all documents: those that wait for a row would otherwise hold twice their memory."""
     zeros = np.zeros(2**bits, np.int32)
     zeros.flags.writeable = False
     return zeros
@@ -52,7 +52,7 @@ def pair_segment(
 ) -> Segment:
     """A preference pair: the prompt (branch 0), the chosen response (branch 1), the rejected one (branch 2).
 
-    repeat_prompt: the rejected response has a prompt of its own.
+    prompt, chosen, rejected: integers [n] each. repeat_prompt: the rejected response has a prompt of its own.
     """
     if repeat_prompt:
         return _joined((prompt, 0), (chosen, 1), (prompt, 0), (rejected, 2))
@@ -60,7 +60,7 @@ def pair_segment(
 
 
 def instruction_segment(turns: Sequence[tuple[np.ndarray, bool]]) -> Segment:
-    """A conversation: (tokens, whether they are to be learnt) of its parts in order."""
+    """A conversation, of its parts in order: (tokens, integers [n]; whether the model learns to write them)."""
     return _joined(*((tokens, TARGET if learnt else 0) for tokens, learnt in turns))
 
 
@@ -87,9 +87,9 @@ def best_fit(
 ) -> Iterator[np.ndarray]:
     """Rows int32 [3, S] that hold each segment whole, each put where it leaves the least room.
 
-    Of every window of about so many tokens the longest segments go first (best fit decreasing), so that short ones
-    fill what long ones leave. max_segments: the most segments of one row. open_rows: the most rows that wait for more;
-    past that the fullest one leaves. ValueError for an empty segment or one longer than a row.
+    In each window of about ``window_tokens`` tokens the longest segments go first (best fit decreasing), so that short
+    ones fill what long ones leave. max_segments: the most segments of one row. open_rows: the most rows that wait for
+    more segments; beyond that the fullest one leaves. ValueError for an empty segment or one longer than a row.
     """
     # Sorted (room left, serial number): the serial number orders equal rooms, and is the key of `filled`.
     rooms: list[tuple[int, int]] = []
@@ -118,7 +118,7 @@ def best_fit(
 
 
 def _longest_first(segments: Iterable[Segment], window_tokens: int) -> Iterator[Segment]:
-    """The segments of each window by falling length; equally long ones stay in order."""
+    """The segments of each window, longest first; equally long ones stay in order."""
     window: list[Segment] = []
     tokens = 0
     for segment in segments:
@@ -153,7 +153,7 @@ def _falls_back(branch_ids: np.ndarray) -> np.ndarray:
 
 
 def row_of(segments: Iterable[Segment], sequence_length: int) -> np.ndarray:
-    """One row int32 [3, S] of segments, one after the other, the rest padding."""
+    """One row int32 [3, S]: the segments one after the other, then padding."""
     row = np.zeros((3, sequence_length), np.int32)
     start = 0
     for number, segment in enumerate(segments, 1):

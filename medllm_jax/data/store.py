@@ -1,14 +1,14 @@
-"""The row store: packed rows of either kind, as one folder, local or gs://, and how it is read.
+"""The row store: a folder of packed rows, local or gs://, and how it is read.
 
 * ``rows``                zarr3 array int32 [N, 3, S]; channels tokens, segment_ids, branch_ids (see ``batch.py``). A
                           shard (a file) holds many rows; each row is compressed and carries a crc32c, so it is read
                           alone and verified.
 * ``tokens_per_row.npy``  int32 [N]: tokens of each row without padding.
 * ``store.json``          what the rows are (``StoreMetadata``), written last: a folder without it is not a store.
-* ``reference/``          log-probabilities of pairs under a reference model (see ``preferences.py``).
+* ``reference/``          log-probabilities of pairs under a reference model (see ``reference_log_probs.py``).
 
-Nothing in it is taken on trust: rows and shard indices have their crc32c, the two other files of the array are bound by
-hashes in store.json, and store.json by a checksum of its own.
+Every byte is checked: rows and shard indices have a crc32c each, store.json has hashes of the two other files of the
+array, and a checksum of itself.
 """
 
 import dataclasses
@@ -33,17 +33,17 @@ ARRAY = "rows"
 ARRAY_METADATA = "rows/zarr.json"
 TOKENS_PER_ROW = "tokens_per_row.npy"
 
-# What TensorStore says when storage cannot be reached: the rows may be as good as ever.
+# TensorStore's errors when storage cannot be reached; they say nothing about the rows.
 _UNREACHABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "CANCELLED")
 _COPY_AGAIN = "copy the store again or prepare it again"
 
 
 @dataclasses.dataclass(frozen=True)
 class CorpusRows:
-    """A corpus in a store: rows ``first_row`` to ``first_row + rows``, which hold nothing of another corpus.
+    """A corpus in a store: rows ``first_row`` to ``first_row + rows``; they hold no other corpus.
 
     examples: documents or pairs; split_documents: documents longer than a row, which were cut; tokens: without padding;
-    manifest: who it is from and what was done to it (see ``corpus.py``).
+    manifest: where it comes from and what was done to it (see ``prepare/corpus.py``).
     """
 
     name: str
@@ -57,11 +57,11 @@ class CorpusRows:
 
 @dataclasses.dataclass(frozen=True)
 class StoreMetadata:
-    """What ``store.json`` says of the rows.
+    """The content of ``store.json``: what the rows are.
 
     kind: "cpt", "sft" or "pairs"; corpora: in the order of their rows; tokens: without padding;
     fill: tokens / (rows * sequence_length); pairs_per_row: the most pairs, or conversations, of a row, 0 for documents;
-    shard_rows: rows of a shard; digest: sha256 over the rows' little-endian bytes in order;
+    shard_rows: rows in a shard; digest: sha256 over the rows' little-endian bytes in order;
     files: name -> sha256 of the files beside the shards; recipe: the settings that the rows were prepared with;
     dropped: reason -> {"count": int, "first": ["file:line", ...]}.
     """
@@ -104,7 +104,7 @@ class StoreMetadata:
         """ValueError, KeyError or TypeError where the text is not what ``to_json`` writes."""
         content = json.loads(data)
         if content.pop("checksum") != _checksum(content):
-            raise ValueError("it is not as it was written: its checksum differs")
+            raise ValueError("its checksum differs from the one written")
         content["corpora"] = tuple(CorpusRows(**corpus) for corpus in content["corpora"])
         return cls(**content)
 
@@ -123,7 +123,7 @@ class RowStore:
 
     @classmethod
     def open(cls, path: str | epath.PathLike) -> Self:
-        """Opens a store; UserError where it is missing, incomplete, of another format, or not what store.json says."""
+        """Opens a store; UserError where it is missing, incomplete, of another format, or unlike its store.json."""
         path = epath.Path(path)
         store = cls(path, _read_metadata(path))
         store._file(ARRAY_METADATA)
@@ -199,7 +199,7 @@ class RowStore:
                 "driver": "zarr3",
                 "kvstore": kvstore_spec(self.path / ARRAY),
                 "recheck_cached_metadata": "open",
-                "recheck_cached_data": False,  # rows never change once store.json stands
+                "recheck_cached_data": False,  # rows never change once store.json is written
                 "fill_missing_data_reads": False,  # a lost shard must not read as rows of padding
             }
             # A context of its own: a store that is replaced and opened again must not find the old rows in a cache.

@@ -1,4 +1,4 @@
-"""How a store is written: shard by shard, whole or not at all."""
+"""Writing a store: shard by shard; it is there whole or not at all."""
 
 import contextlib
 import dataclasses
@@ -25,14 +25,14 @@ from medllm_jax.data.store import (
 from medllm_jax.errors import UserError
 from medllm_jax.storage.remote import is_remote, kvstore_spec, remove_folder
 
-# Of uncompressed rows: what the writer holds in memory, once being filled and once being written.
+# Uncompressed rows of a shard. The writer holds two in memory: one is filled while the other is written.
 _SHARD_BYTES = 64 * 2**20
 _MAX_SHARD_ROWS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class CorpusFacts:
-    """What the rows of a corpus do not say themselves (see ``store.CorpusRows``)."""
+    """What must be told of a corpus beside its rows (see ``store.CorpusRows``)."""
 
     examples: int
     split_documents: int = 0
@@ -40,12 +40,13 @@ class CorpusFacts:
 
 
 class RowStoreWriter:
-    """Writes a store, used as a context manager: ``append`` rows, then ``finish``; leaving without it removes all.
+    """Writes a store, used as a context manager: ``append`` rows, then ``finish``.
 
-    A local store is written beside its place and renamed; one in object storage counts once its store.json is written.
+    Leaving the context without ``finish`` removes all that was written. A local store is written beside its place and
+    renamed; one in object storage counts once its store.json is written.
 
-    Raises UserError where ``output`` exists, unless it is a store and ``overwrite`` is set. What is left of a
-    store that was never finished is replaced without asking.
+    Raises UserError where ``output`` exists, unless it is a store and ``overwrite`` is set. The remains of a store that
+    was never finished are replaced without asking.
     """
 
     def __init__(self, output: str | epath.PathLike, kind: Kind, sequence_length: int, *, overwrite: bool = False):
@@ -64,7 +65,7 @@ class RowStoreWriter:
         self._shard = self._new_shard()  # the one being filled, and its rows so far
         self._filled = 0
         self._written = 0
-        self._pending: ts.Future | None = None
+        self._pending: ts.WriteFutures | None = None
         self._digest = hashlib.sha256()
         self._corpora: dict[str, list[np.ndarray]] = {}  # name -> tokens of each of its rows
         self._max_token_id = 0
@@ -117,16 +118,16 @@ class RowStoreWriter:
         dropped: Mapping[str, Mapping[str, Any]] | None = None,
         recipe: Mapping[str, Any] | None = None,
     ) -> StoreMetadata:
-        """Writes what is left and then store.json, and puts the store in its place.
+        """Writes the last rows and then store.json, and puts the store in its place.
 
-        corpora: in the order of their rows; one of which nothing was left has none. ValueError without any row.
+        corpora: in the order of their rows; a corpus may have no rows. ValueError where the store would have none.
         """
         if self._filled:
             self._write()
         if self._array is None or self._pending is None:
             raise ValueError("a store needs at least one row")
         if [name for name in corpora if name in self._corpora] != list(self._corpora):
-            raise ValueError(f"rows are of {list(self._corpora)}, what is said is of {list(corpora)}")
+            raise ValueError(f"rows are of {list(self._corpora)}, facts are of {list(corpora)}")
         self._pending.result()
         rows = self._written
         self._array.resize(exclusive_max=[rows, 3, self.sequence_length], shrink_only=True).result()
@@ -175,7 +176,7 @@ class RowStoreWriter:
             first += rows
 
     def _write(self) -> None:
-        """Starts writing the shard that is full (or the last, shorter one), after the one before has been written."""
+        """Starts writing the full shard (or the last, shorter one), once the one before it is written."""
         if self._array is None:
             if is_remote(self._folder):
                 _remove_store(self._folder)
@@ -187,7 +188,7 @@ class RowStoreWriter:
             # Doubling keeps the number of times that the array's metadata is rewritten small.
             shape = [2 * self._array.shape[0], 3, self.sequence_length]
             self._array = self._array.resize(exclusive_max=shape, expand_only=True).result()
-        # Never touched again, so no copy of it need be made before it is compressed.
+        # The shard never changes again, so it need not be copied before it is compressed.
         rows, self._shard, self._filled = self._shard[: self._filled], self._new_shard(), 0
         self._pending = self._array[self._written : end].write(rows, can_reference_source_data_indefinitely=True)
         self._written = end
@@ -214,12 +215,12 @@ class RowStoreWriter:
                 "dimension_names": ["row", "channel", "token"],
             },
         }
-        # (open=True: creating it twice, because the first answer was lost, is no error.)
+        # (open=True: a repeated request, after an answer that was lost, is no error.)
         return ts.open(spec, open=True, create=True).result()
 
 
 def check_replaceable(path: epath.Path, *, overwrite: bool) -> None:
-    """UserError where something stands at an output that must not be replaced."""
+    """UserError where there is something at an output that must not be replaced."""
     if not path.exists():
         return
     if not path.is_dir():
@@ -233,6 +234,6 @@ def check_replaceable(path: epath.Path, *, overwrite: bool) -> None:
 
 
 def _remove_store(path: epath.Path) -> None:
-    """Removes a store; its store.json goes first, so that what is left of an interrupted removal is not a store."""
+    """Removes a store; its store.json goes first, so that the remains of an interrupted removal are not a store."""
     (path / METADATA_FILE).unlink(missing_ok=True)
     remove_folder(path)

@@ -1,7 +1,7 @@
-"""Tokenizers: load one, say which one it is, and turn text into token ids.
+"""Tokenizers: loading one, identifying it, and turning text into token ids.
 
 Text is data: ``encode_plain`` never turns the *text* of a control token, such as ``<|im_end|>``, into the token itself,
-so a document cannot end itself or open a chat turn. Only what a chat template wrote goes through ``encode_rendered``.
+so a document cannot end itself or open a chat turn. ``encode_rendered`` is for text that a chat template wrote.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from medllm_jax.errors import UserError
 from medllm_jax.storage.remote import is_remote
 
 _SENTENCEPIECE = "tokenizer.model"
-# Any of these makes a folder a tokenizer; the order is the order in which they are hashed.
+# A folder with any of these holds a tokenizer; they are hashed in this order.
 _VOCABULARY_FILES = ("vocab.json", "merges.txt", _SENTENCEPIECE, "added_tokens.json")
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json")
 # Beside one of these a SentencePiece model is not the whole tokenizer, and transformers puts them together.
@@ -60,10 +60,10 @@ def load_tokenizer(path: str | epath.PathLike) -> Any:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model, with as much of a ``transformers`` tokenizer's interface as is used here.
+    """A SentencePiece model, with the part of a ``transformers`` tokenizer's interface that is used here.
 
-    It has no chat template. The text of a control piece is never the piece; a piece that the model's training was
-    given as a user-defined symbol is ordinary text to SentencePiece, and so it is here.
+    It has no chat template. The text of a control piece never becomes the piece. User-defined symbols are ordinary text
+    to SentencePiece, and here too.
     """
 
     chat_template = None
@@ -105,13 +105,13 @@ class SentencePieceTokenizer:
 
 
 def _known(token_id: int) -> int | None:
-    return token_id if token_id >= 0 else None  # SentencePiece says -1 where there is none
+    return token_id if token_id >= 0 else None  # SentencePiece gives -1 where there is none
 
 
 def fingerprint(path: str | epath.PathLike) -> str:
-    """sha256 (hex) of what maps text to token ids; files that differ in formatting or chat template only are equal.
+    """sha256 (hex) of what maps text to token ids; formatting of the files and chat templates change nothing.
 
-    A SentencePiece file has the fingerprint of the folder that has it alone, as tokenizer.model.
+    A SentencePiece file has the fingerprint of a folder that holds only this file, as tokenizer.model.
 
     Raises UserError where there is no tokenizer.
     """
@@ -149,7 +149,7 @@ def encode_plain(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def encode_rendered(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that a chat template wrote: control tokens count as such. No special tokens are added.
+    """Token ids of texts that a chat template wrote: control tokens are tokens. No special tokens are added.
 
     Raises UserError for a SentencePiece model: it has no chat template, so nothing can have been rendered for it.
     """
@@ -161,12 +161,13 @@ def encode_rendered(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]]) -> list[list[int]]:
-    """Token ids of prompts, all texts that a model continues, or all chat messages that it is to answer.
+    """Token ids of prompts: either all are texts that a model continues, or all are chats that it answers.
 
     Raises UserError for messages where the tokenizer has no chat template, or one that refuses them.
     """
-    if not any(isinstance(prompt, list) for prompt in prompts):
-        return encode_plain(tokenizer, prompts)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if len(texts) == len(prompts):
+        return encode_plain(tokenizer, texts)
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template: put prompts as plain text, or give a tokenizer with one")
     import jinja2
@@ -180,7 +181,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]]
 
 def _encode(tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool) -> list[list[int]]:
     if tokenizer.is_fast:
-        # What calling the tokenizer comes to, without offsets and masks that nobody reads: they cost half the time.
+        # Equal to calling the tokenizer, without the offsets and masks that nobody reads: they take half the time.
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -214,11 +215,10 @@ def control_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 
 def byte_pieces(tokenizer: Any) -> np.ndarray:
-    """Which tokens are not whole characters, bool [vocabulary]; control tokens and other added ones are not.
+    """Which tokens are pieces of a character, bool [vocabulary]; control tokens and other added ones never are.
 
-    In a byte-level vocabulary the tokens whose bytes are not valid UTF-8 by themselves; where characters that are not
-    in the vocabulary fall back to bytes, the tokens such as ``<0xE3>``. The share of them in a corpus says how badly
-    the vocabulary fits its language.
+    In a byte-level vocabulary these are the tokens whose bytes alone are not valid UTF-8; in a vocabulary with byte
+    fallback, the tokens such as ``<0xE3>``. Their share in a corpus measures how badly the vocabulary fits it.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
         return tokenizer.bytes
@@ -278,7 +278,7 @@ def _require_tokenizer(path: str | epath.PathLike) -> epath.Path:
 
 
 def _lone_model(path: epath.Path) -> epath.Path | None:
-    """The SentencePiece model, where it is all that the tokenizer consists of."""
+    """The SentencePiece model, where the tokenizer consists of nothing else."""
     if not path.is_dir():
         return path
     alone = not any((path / name).exists() for name in _MORE_THAN_A_MODEL)
@@ -287,7 +287,7 @@ def _lone_model(path: epath.Path) -> epath.Path | None:
 
 @contextlib.contextmanager
 def _local_copy(path: epath.Path) -> Iterator[Path]:
-    """The folder itself, or for object storage, which transformers cannot read, a temporary copy of its small files."""
+    """The folder itself; of one in object storage, which transformers can't read, a copy of the files it needs."""
     if not is_remote(path):
         yield Path(path)
         return

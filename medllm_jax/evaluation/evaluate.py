@@ -14,7 +14,8 @@ from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.extraction.extract import extract, vote
 from medllm_jax.evaluation.grading import Grade, Summary, grade, summarize, write_grades
 from medllm_jax.evaluation.prompts import CONDITIONS, PromptTemplate
-from medllm_jax.evaluation.samples import GREEDY, Sample, SampleOptions, Sampler, sample_exam
+from medllm_jax.evaluation.samples import sample_exam
+from medllm_jax.evaluation.sampling import Completion, Sampler, SamplingParams
 from medllm_jax.terminal.tables import aligned, markdown
 
 
@@ -24,7 +25,7 @@ def evaluate(
     conditions: Sequence[str],
     sampler: Sampler | None,
     output_dir: epath.PathLike,
-    options: SampleOptions = GREEDY,
+    params: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
     *,
     anew: bool = False,
     progress: Callable[[int], None] = lambda done: None,
@@ -41,7 +42,7 @@ def evaluate(
       conditions: among prompts.CONDITIONS.
       sampler: the model; None where all outputs are there already.
       output_dir: made where it does not exist.
-      options: greedy by default; with several samples of a prompt the answer is the most frequent one
+      params: greedy by default; with several samples of a prompt the answer is the most frequent one
         (self-consistency, arXiv 2203.11171).
       anew: forgets the outputs that are there.
       progress: called with the number of prompts done so far, over all conditions, kept ones included.
@@ -53,7 +54,7 @@ def evaluate(
         raise UserError(f"conditions: {list(conditions)} given; one or both of {', '.join(CONDITIONS)} were expected")
     output_dir = epath.Path(output_dir)
     file = output_dir / "samples.jsonl"
-    samples = sample_exam(exam, template, conditions, file, sampler, options, anew=anew, progress=progress)
+    samples = sample_exam(exam, template, conditions, file, sampler, params, anew=anew, progress=progress)
     grades = {
         condition: [grade_samples(q, samples.of(q.id, condition), condition) for q in exam.questions]
         for condition in conditions
@@ -73,7 +74,7 @@ def evaluate(
     return summaries
 
 
-def grade_samples(question: Question, samples: Sequence[Sample], condition: str) -> Grade:
+def grade_samples(question: Question, samples: Sequence[Completion], condition: str) -> Grade:
     """The grade of one output, or of what most of several outputs answer."""
     return grade(question, vote([extract(question, s.text, s.finish_reason, condition) for s in samples]))
 

@@ -8,82 +8,22 @@ settings alone, so a file that was begun goes on to the same content, wherever i
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from etils import epath
 
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.prompts import Prompt, PromptTemplate
+from medllm_jax.evaluation.sampling import Completion, Sampler, SamplingParams
+from medllm_jax.storage.append import AppendedFile
 from medllm_jax.storage.json_lines import Row, parse_row
-from medllm_jax.storage.remote import is_remote, write_whole
 
 Key = tuple[str, str]  # question id, condition
 
-
-@dataclasses.dataclass(frozen=True)
-class SampleOptions:
-    """How samples are drawn: so many of each prompt, at a temperature, from the likeliest tokens that reach top_p."""
-
-    samples: int = 8
-    temperature: float = 0.8
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.samples < 1:
-            raise UserError(f"samples is {self.samples}: it must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}: it must not be negative")
-        if not self.temperature and self.samples > 1:
-            raise UserError(f"temperature is {self.temperature}: {self.samples} samples would all be the same")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
-
-
-GREEDY = SampleOptions(samples=1, temperature=0.0)
-
-
-class Completion(Protocol):
-    """What a model makes of a prompt: its text, and "length" where it ended at the limit, "stop" otherwise."""
-
-    @property
-    def text(self) -> str: ...
-
-    @property
-    def finish_reason(self) -> str: ...
-
-
-class Sample(NamedTuple):
-    """One completion, as it came."""
-
-    text: str
-    finish_reason: str
-
-
-class Draw(Protocol):
-    """Draws `samples` completions of each prompt; those of a prompt depend on it and on its seed (31 bits) alone."""
-
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        seeds: Sequence[int],
-        *,
-        samples: int,
-        max_new_tokens: int,
-        stop: tuple[str, ...],
-    ) -> Iterable[Sequence[Completion]]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    """A model to draw from. `model` is equal iff the model is; `where` is for people; `chat`: prompts are messages."""
-
-    model: str
-    where: str
-    draw: Draw
-    chat: bool = False
+# What the head of a file says of how its samples were drawn -> the field of SamplingParams.
+_PARAMS = {"samples": "n", "temperature": "temperature", "top_p": "top_p", "seed": "seed"}
 
 
 def prompt_of(question: Question, template: PromptTemplate, condition: str, *, chat: bool) -> Prompt:
@@ -97,7 +37,7 @@ def sample_exam(
     conditions: Sequence[str],
     file: epath.PathLike,
     sampler: Sampler | None,
-    options: SampleOptions,
+    params: SamplingParams,
     *,
     anew: bool = False,
     progress: Callable[[int], None] = lambda done: None,
@@ -108,7 +48,7 @@ def sample_exam(
       exam, template, conditions: what is asked. The file may hold other questions too, which stay.
       file: local or gs://, JSON lines; made where it does not exist.
       sampler: the model; None where the file holds all samples already, which then are taken as they are.
-      options: how samples are drawn.
+      params: how samples are drawn; limit and stop strings are the template's.
       anew: forgets what is in the file.
       progress: called with the number of prompts whose samples are there.
 
@@ -121,28 +61,29 @@ def sample_exam(
     if sampler is None:
         if kept is None:
             raise UserError(f"{file} holds no samples: name the model to sample (--run, or --server and --model)")
-        settings = kept.settings
+        samples = kept
     else:
-        settings = {"model": sampler.model, "chat": sampler.chat, **dataclasses.asdict(options)}
+        settings = {"model": sampler.model, "chat": sampler.chat}
+        settings |= {name: getattr(params, field) for name, field in _PARAMS.items()}
         if kept is not None:
             kept.check_settings(settings)
-    samples = kept or Samples(file, settings, sampler.where)
+        samples = kept or Samples(file, settings, sampler.where)
     asked = {condition: _Asked.of(exam, template, condition, samples.chat) for condition in conditions}
     pending = {condition: [i for i in its.ids if not samples.holds(i, its)] for condition, its in asked.items()}
     missing = sum(map(len, pending.values()))
     total = sum(len(its.ids) for its in asked.values())
     progress(total - missing)
-    if missing and sampler is None:
-        raise UserError(f"{file} lacks the samples of {missing} of {total} prompts: name the model to sample")
     if not missing:
         return samples
+    if sampler is None:
+        raise UserError(f"{file} lacks the samples of {missing} of {total} prompts: name the model to sample")
     with samples.appending() as add:
         for condition, ids in pending.items():
             its = asked[condition]
-            seeds = [_seed(options.seed, condition, i) for i in ids]
-            limits = {"max_new_tokens": its.max_new_tokens, "stop": its.stop}
+            seeds = [_seed(params.seed, condition, i) for i in ids]
             prompts = [its.prompts[i] for i in ids]
-            drawn = sampler.draw(prompts, seeds, samples=options.samples, **limits) if ids else ()
+            limited = dataclasses.replace(params, max_new_tokens=its.max_new_tokens, stop=its.stop)
+            drawn = sampler.sample(prompts, seeds, limited) if ids else ()
             for question, completions in zip(ids, drawn, strict=True):
                 add(question, its, completions)
                 missing -= 1
@@ -174,7 +115,7 @@ class _Asked:
         return cls(condition, prompts, hashes, limits.max_new_tokens, limits.stop)
 
     @property
-    def ids(self) -> Iterable[str]:
+    def ids(self) -> Collection[str]:
         return self.prompts.keys()
 
 
@@ -191,7 +132,7 @@ class Samples:
     def __init__(self, file: epath.Path, settings: dict[str, Any], where: str):
         self.file, self.settings, self.where = file, settings, where
         self._lines = [_line({"settings": settings, "where": where})]
-        self._by_key: dict[Key, tuple[Sample, ...]] = {}
+        self._by_key: dict[Key, tuple[Completion, ...]] = {}
         self._hashes: dict[Key, str] = {}
 
     @property
@@ -199,7 +140,7 @@ class Samples:
         """Whether the prompts were put as chat messages."""
         return self.settings["chat"]
 
-    def of(self, question: str, condition: str) -> tuple[Sample, ...]:
+    def of(self, question: str, condition: str) -> tuple[Completion, ...]:
         """The samples of a question under a condition, in the order in which they were drawn."""
         return self._by_key[question, condition]
 
@@ -213,7 +154,7 @@ class Samples:
             return None
         rows = [parse_row(line.decode("utf-8", "replace"), f"{file}:{n}") for n, line in enumerate(whole, 1)]
         settings = rows[0].fields.get("settings")
-        expected = {"model", "chat", *(field.name for field in dataclasses.fields(SampleOptions))}
+        expected = {"model", "chat", *_PARAMS}
         if not isinstance(settings, dict) or settings.keys() != expected:
             raise rows[0].error("not the head of a file of samples; give another output, or remove this file")
         samples = cls(file, settings, rows[0].get("where", str))
@@ -228,7 +169,7 @@ class Samples:
         if len(drawn) != self.settings["samples"]:
             raise row.error(f"{len(drawn)} samples where {self.settings['samples']} were drawn: remove this line")
         parts = [Row(each, row.where) if isinstance(each, dict) else row for each in drawn]
-        self._by_key[key] = tuple(Sample(part.get("text", str), part.get("finish_reason", str)) for part in parts)
+        self._by_key[key] = tuple(Completion(part.get("text", str), part.get("finish_reason", str)) for part in parts)
         self._hashes[key] = row.get("prompt_hash", str)
 
     def check_settings(self, settings: dict[str, Any]) -> None:
@@ -260,10 +201,11 @@ class Samples:
 
     def _add(self, question: str, asked: _Asked, drawn: Sequence[Completion]) -> bytes:
         key = question, asked.condition
-        self._by_key[key] = tuple(Sample(each.text, each.finish_reason) for each in drawn)
+        self._by_key[key] = tuple(Completion(each.text, each.finish_reason) for each in drawn)
         self._hashes[key] = asked.hashes[question]
         row = {"id": question, "condition": asked.condition, "prompt_hash": self._hashes[key]}
-        self._lines.append(_line(row | {"samples": [sample._asdict() for sample in self._by_key[key]]}))
+        texts = [{"text": each.text, "finish_reason": each.finish_reason} for each in self._by_key[key]]
+        self._lines.append(_line(row | {"samples": texts}))
         return self._lines[-1]
 
 
@@ -274,35 +216,24 @@ class _Appending:
     """
 
     def __init__(self, samples: Samples):
-        self._samples, self._unwritten, self._file = samples, 0, None
+        self._samples, self._unwritten = samples, 0
 
     def __enter__(self) -> Callable[[str, _Asked, Sequence[Completion]], None]:
-        file = self._samples.file
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._write()  # without the torn line that an interrupted run may have left
-        if not is_remote(file):
-            self._file = file.open("ab")
+        self._samples.file.parent.mkdir(parents=True, exist_ok=True)
+        # Written anew, without the torn line that an interrupted run may have left.
+        self._file = AppendedFile(self._samples.file, self._samples._lines)
         return self._add
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        elif self._unwritten:
-            self._write()
+        if self._unwritten:
+            self._file.flush()
 
     def _add(self, question: str, asked: _Asked, drawn: Sequence[Completion]) -> None:
-        line = self._samples._add(question, asked, drawn)
-        if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
-            return
+        self._file.add(self._samples._add(question, asked, drawn))
         self._unwritten += 1
         if self._unwritten >= max(10, len(self._samples._lines) // 50):
-            self._write()
-
-    def _write(self) -> None:
-        write_whole(self._samples.file, b"".join(self._samples._lines).decode())
-        self._unwritten = 0
+            self._file.flush()
+            self._unwritten = 0
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -1,75 +1,45 @@
 """Batched generation with a key/value cache: greedy or sampled, jitted, in chunks so that stop strings can be seen."""
 
-import dataclasses
 import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from medllm_jax.checkpoint.fingerprint import model_fingerprint
+from medllm_jax.checkpoint.handle import Checkpoint
 from medllm_jax.checkpoint.load_model import LoadedModel, load_model
 from medllm_jax.config.schema import MeshConfig, PrecisionConfig
 from medllm_jax.data.tokenizer import encode_prompts, load_tokenizer
 from medllm_jax.distributed.compiler_options import compiler_options
 from medllm_jax.distributed.sharding import check_divisible, make_mesh, rows_over
 from medllm_jax.errors import UserError
+from medllm_jax.evaluation.prompts import Prompt
+from medllm_jax.evaluation.sampling import Completion, SamplingParams, cut_at_stop
 from medllm_jax.model.qwen2 import Cache, Qwen2, empty_cache
 from medllm_jax.storage import run_folder
-
-Prompt = str | list[dict[str, str]]
 
 _CHUNK = 16  # tokens between two looks at the text on the host
 _BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen.
-
-    max_new_tokens: at most so many. temperature: 0 takes the likeliest token. top_p: sample from the smallest set of
-    tokens whose probabilities reach it. stop: strings that end a completion and are cut off. seed: a prompt's samples
-    depend on it and on the prompt's number, not on the batch that it is in; a call may say both of each prompt.
+class _Decoding(NamedTuple):
+    """What the decode loop carries: logits of the next token, its rotary position, which rows are finished, the cache,
+    and a key for each row's random numbers.
     """
 
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}: it must not be negative")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
-
-
-class Completion(NamedTuple):
-    """What followed a prompt: its text without what ended it, its token ids with it, and why it ended."""
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: Literal["stop", "length"]
-
-
-class _Decoding(NamedTuple):
-    """What the decode loop carries: logits float32 [B, V] of the next token, its rotary position int32 [B], which rows
-    are finished bool [B], the cache, and keys [B] of the rows' random numbers."""
-
-    logits: jax.Array
-    position: jax.Array
-    finished: jax.Array
+    logits: Float[Array, "rows vocab"]
+    position: Int[Array, " rows"]
+    finished: Bool[Array, " rows"]
     cache: Cache
-    keys: jax.Array
+    keys: Key[Array, " rows"]
 
 
 class Generator:
@@ -81,22 +51,23 @@ class Generator:
         self._eos = jnp.asarray(sorted(set(eos_token_ids)), jnp.int32)
         options = {"compiler_options": compiler_options(model.mesh)}
         self._prefill = jax.jit(self._prefill_rows, static_argnames="columns", **options)
-        sampling = ("temperature", "top_p")
-        self._decode = jax.jit(self._decode_chunk, static_argnames=sampling, donate_argnums=1, **options)
+        self._decode = jax.jit(
+            self._decode_chunk, static_argnames=("temperature", "top_p"), donate_argnums=1, **options
+        )
 
     @classmethod
-    def from_run(
+    def from_checkpoint(
         cls,
-        run: str,
+        checkpoint: Checkpoint,
         *,
         batch_size: int,
         mesh: MeshConfig = MeshConfig(),  # noqa: B008 (frozen)
         precision: PrecisionConfig = PrecisionConfig(),  # noqa: B008 (frozen)
     ) -> "Generator":
-        """The newest model of a run folder, with the tokenizer that the run carries."""
-        folder = run_folder.tokenizer_of(run)
+        """The model of a checkpoint, with the tokenizer that its run carries."""
+        folder = run_folder.tokenizer_of(checkpoint.run)
         tokenizer = load_tokenizer(folder)
-        model = load_model(run, precision, make_mesh(mesh))
+        model = load_model(checkpoint, precision, make_mesh(mesh))
         return cls(model, tokenizer, eos_token_ids(folder, tokenizer), batch_size)
 
     @functools.cached_property
@@ -104,17 +75,26 @@ class Generator:
         """A hash of the model's weights."""
         return model_fingerprint(self._model.params)
 
+    def sample(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], params: SamplingParams
+    ) -> Iterator[Sequence[Completion]]:
+        """`params.n` completions of each prompt, in order; see `evaluation.sampling.Sample`."""
+        repeated = [prompt for prompt in prompts for _ in range(params.n)]
+        draws = [(seed, number) for seed in seeds for number in range(params.n)]
+        yield from zip(*[self(repeated, params, draws)] * params.n, strict=True)
+
     def __call__(
-        self, prompts: Sequence[Prompt], sampling: Sampling, draws: Sequence[tuple[int, int]] | None = None
+        self, prompts: Sequence[Prompt], params: SamplingParams, draws: Sequence[tuple[int, int]] | None = None
     ) -> Iterator[Completion]:
-        """Completions in the order of the prompts; UserError for a prompt without room in the model's context.
+        """One completion of each prompt, in order; UserError for a prompt without room in the model's context.
 
         prompts: texts that the model continues, or chat messages that it answers.
-        draws: seed and number of each prompt, both uint32, which its random numbers come from. By default the seed is
-        that of `sampling`, and the number is the prompt's place.
+        draws: seed and number of each prompt, both uint32, which its random numbers come from: a completion depends on
+        its prompt and on these, not on the batch that it is in. By default the seed is that of `params`, and the number
+        is the prompt's place.
         """
         encoded = encode_prompts(self._tokenizer, prompts)
-        context, new = self._model.config.max_position_embeddings, sampling.max_new_tokens
+        context, new = self._model.config.max_position_embeddings, params.max_new_tokens
         for number, tokens in enumerate(encoded):
             if not tokens:
                 raise UserError(f"prompt {number} is empty: there is nothing to continue")
@@ -123,46 +103,41 @@ class Generator:
                     f"prompt {number} has {len(tokens)} tokens and up to {new} may follow, but the model's context is "
                     f"{context}: shorten the prompt (fewer examples in the template) or the template's max_new_tokens"
                 )
-        draws = [(sampling.seed, place) for place in range(len(encoded))] if draws is None else draws
+        draws = [(params.seed, place) for place in range(len(encoded))] if draws is None else draws
         for start in range(0, len(encoded), self._batch_size):
             batch = slice(start, start + self._batch_size)
-            yield from self._complete(encoded[batch], draws[batch], sampling)
+            yield from self._complete(encoded[batch], draws[batch], params)
 
     def _complete(
-        self, prompts: list[list[int]], draws: Sequence[tuple[int, int]], sampling: Sampling
+        self, prompts: list[list[int]], draws: Sequence[tuple[int, int]], params: SamplingParams
     ) -> list[Completion]:
-        state = self._start(prompts, draws, sampling)
+        state = self._start(prompts, draws, params)
         outputs: list[list[int]] = [[] for _ in prompts]
-        endings: list[tuple[str, str] | None] = [None] * len(prompts)  # text and reason, once a row has ended
-        for _ in range(0, sampling.max_new_tokens, _CHUNK):
-            state, tokens = self._decode(
-                self._model.params, state, temperature=sampling.temperature, top_p=sampling.top_p
-            )
+        endings: list[Completion | None] = [None] * len(prompts)  # once a row has ended
+        for _ in range(0, params.max_new_tokens, _CHUNK):
+            state, tokens = self._decode(self._model.params, state, temperature=params.temperature, top_p=params.top_p)
             for row, new in enumerate(np.asarray(tokens)[: len(prompts)].tolist()):
                 if endings[row] is None:
-                    outputs[row] = (outputs[row] + new)[: sampling.max_new_tokens]
-                    endings[row] = self._ending(outputs[row], sampling)
+                    outputs[row] = (outputs[row] + new)[: params.max_new_tokens]
+                    endings[row] = self._ending(outputs[row], params)
             if all(endings):
                 break
             ended = np.ones(self._batch_size, bool)
             ended[: len(prompts)] = [ending is not None for ending in endings]
             state = state._replace(finished=jax.device_put(ended, state.finished.sharding))
-        return [
-            Completion(text, self._through_eos(tokens), reason)
-            for tokens, (text, reason) in zip(outputs, endings, strict=True)
-        ]
+        return [ending for ending in endings if ending is not None]  # the last chunk ended all of them
 
-    def _ending(self, tokens: list[int], sampling: Sampling) -> tuple[str, str] | None:
-        """Text and finish reason if these tokens end the completion."""
+    def _ending(self, tokens: list[int], params: SamplingParams) -> Completion | None:
+        """The completion, if these tokens end it."""
         whole = self._through_eos(tokens)
         ended = whole[-1] in self._eos_set
         text = self._tokenizer.decode(whole[:-1] if ended else whole, skip_special_tokens=False)
-        stops = [place for stop in sampling.stop if (place := text.find(stop)) >= 0]
-        if stops:
-            return text[: min(stops)], "stop"
+        cut = cut_at_stop(text, params.stop)
+        if cut is not None:
+            return Completion(cut, "stop", whole)
         if ended:
-            return text, "stop"
-        return (text, "length") if len(tokens) >= sampling.max_new_tokens else None
+            return Completion(text, "stop", whole)
+        return Completion(text, "length", whole) if len(tokens) >= params.max_new_tokens else None
 
     def _through_eos(self, tokens: list[int]) -> tuple[int, ...]:
         end = next((place for place, token in enumerate(tokens) if token in self._eos_set), len(tokens))
@@ -172,9 +147,9 @@ class Generator:
     def _eos_set(self) -> frozenset[int]:
         return frozenset(np.asarray(self._eos).tolist())
 
-    def _start(self, prompts: list[list[int]], draws: Sequence[tuple[int, int]], sampling: Sampling) -> _Decoding:
+    def _start(self, prompts: list[list[int]], draws: Sequence[tuple[int, int]], params: SamplingParams) -> _Decoding:
         """Runs the prompts through the model; they are padded at their left, so that all end in the same column."""
-        width, columns = _columns(max(map(len, prompts)), sampling)
+        width, columns = _columns(max(map(len, prompts)), params)
         tokens = np.zeros((self._batch_size, width), np.int32)
         lengths = np.ones(self._batch_size, np.int32)
         for row, prompt in enumerate(prompts):
@@ -186,24 +161,33 @@ class Generator:
         placed = (jax.device_put(array, sharding) for array in (tokens, lengths, seeds, numbers))
         return self._prefill(self._model.params, *placed, columns=columns)
 
-    def lower_prefill(self, prompt_tokens: int, sampling: Sampling) -> jax.stages.Lowered:
+    def lower_prefill(self, prompt_tokens: int, params: SamplingParams) -> jax.stages.Lowered:
         """The program that reads prompts of so many tokens, for a look at what it costs; the weights may be shapes."""
         sharding, rows = rows_over(self._model.mesh), self._batch_size
-        width, columns = _columns(prompt_tokens, sampling)
+        width, columns = _columns(prompt_tokens, params)
         shapes = [((rows, width), jnp.int32), ((rows,), jnp.int32), ((rows,), jnp.uint32), ((rows,), jnp.uint32)]
         placed = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
         return self._prefill.lower(self._model.params, *placed, columns=columns)
 
-    def lower_decode(self, state: Any, sampling: Sampling) -> jax.stages.Lowered:
+    def lower_decode(self, state: Any, params: SamplingParams) -> jax.stages.Lowered:
         """The program that adds a chunk of tokens to what `lower_prefill`'s returns; its shapes and shardings do."""
-        return self._decode.lower(self._model.params, state, temperature=sampling.temperature, top_p=sampling.top_p)
+        return self._decode.lower(self._model.params, state, temperature=params.temperature, top_p=params.top_p)
 
     # --- on the device ---
 
     def _network(self, params: Any) -> Qwen2:
         return nnx.merge(self._model.structure, params)
 
-    def _prefill_rows(self, params: Any, tokens, lengths, seeds, numbers, *, columns: int) -> _Decoding:
+    def _prefill_rows(
+        self,
+        params: Any,
+        tokens: Int[Array, "rows width"],
+        lengths: Int[Array, " rows"],
+        seeds: UInt[Array, " rows"],
+        numbers: UInt[Array, " rows"],
+        *,
+        columns: int,
+    ) -> _Decoding:
         network = self._network(params)
         batch, width = tokens.shape
         positions = jnp.arange(width) - (width - lengths)[:, None]
@@ -214,8 +198,10 @@ class Generator:
         finished = jnp.zeros(batch, bool)
         return _Decoding(_next_logits(network, hidden), lengths, finished, cache, keys)
 
-    def _decode_chunk(self, params: Any, state: _Decoding, *, temperature: float, top_p: float):
-        """Up to `_CHUNK` more tokens int32 [B, chunk] of each row; stops early once every row is finished."""
+    def _decode_chunk(
+        self, params: Any, state: _Decoding, *, temperature: float, top_p: float
+    ) -> tuple[_Decoding, Int[Array, "rows chunk"]]:
+        """Up to `_CHUNK` more tokens of each row; stops early once every row is finished."""
         network = self._network(params)
         padding = self._eos[0]
 
@@ -240,20 +226,22 @@ class Generator:
         return state, tokens
 
 
-def _columns(prompt_tokens: int, sampling: Sampling) -> tuple[int, int]:
+def _columns(prompt_tokens: int, params: SamplingParams) -> tuple[int, int]:
     """Columns that the longest prompt is padded to, and those of the cache."""
     width = -(-prompt_tokens // _BUCKET) * _BUCKET
-    return width, width + -(-sampling.max_new_tokens // _CHUNK) * _CHUNK
+    return width, width + -(-params.max_new_tokens // _CHUNK) * _CHUNK
 
 
-def _next_logits(network: Qwen2, hidden: jax.Array) -> jax.Array:
-    """float32 [B, V] of the token after the last column."""
+def _next_logits(network: Qwen2, hidden: Float[Array, "rows columns hidden"]) -> Float[Array, "rows vocab"]:
+    """float32 logits of the token after the last column."""
     head = network.head_weight.astype(hidden.dtype)
     return jnp.einsum("bd,vd->bv", hidden[:, -1], head, preferred_element_type=jnp.float32)
 
 
-def choose(logits: jax.Array, keys: jax.Array, temperature: float, top_p: float) -> jax.Array:
-    """One token id int32 [B] of logits float32 [B, V]: the likeliest, or drawn with a key for each row."""
+def choose(
+    logits: Float[Array, "rows vocab"], keys: Key[Array, " rows"], temperature: float, top_p: float
+) -> Int[Array, " rows"]:
+    """One token id (int32) a row of logits (float32): the likeliest, or drawn with the row's key."""
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / temperature
@@ -267,8 +255,8 @@ def choose(logits: jax.Array, keys: jax.Array, temperature: float, top_p: float)
     return _draw(logits, jax.vmap(jax.random.uniform)(keys))
 
 
-def _draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The token int32 [B] at which the running sum of probabilities passes a number [B] from [0, 1).
+def _draw(logits: Float[Array, "rows vocab"], uniform: Float[Array, " rows"]) -> Int[Array, " rows"]:
+    """The token (int32) at which the running sum of probabilities passes a number from [0, 1).
 
     One random number a token instead of one for each of the vocabulary's entries. Sums run over groups of tokens first,
     and then inside a group: fewer to add up, and less to round.
@@ -285,8 +273,10 @@ def _draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
     return group[:, 0] * size + _first_beyond(inside, jnp.cumsum(inside, axis=-1), target - before)
 
 
-def _first_beyond(weights: jax.Array, running: jax.Array, target: jax.Array) -> jax.Array:
-    """int32 [B]: where the running sum [B, N] first passes the target; whatever rounding does, a place with weight."""
+def _first_beyond(
+    weights: Float[Array, "rows places"], running: Float[Array, "rows places"], target: Float[Array, " rows"]
+) -> Int[Array, " rows"]:
+    """Where the running sum first passes the target (int32); whatever rounding does, a place with weight."""
     return jnp.argmax(jnp.where(weights > 0, running > target[:, None], -1), axis=-1).astype(jnp.int32)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from medllm_jax.checkpoint.handle import Checkpoint
 from medllm_jax.checkpoint.load_model import load_model
 from medllm_jax.config.schema import MeshConfig, ModelConfig, PrecisionConfig
 from medllm_jax.data.tokenizer import encode_plain, load_tokenizer
@@ -173,11 +174,17 @@ def _ask(exam: Exam, template: PromptTemplate, tokenizer: Any) -> Iterator[_Aske
         yield _Asked(question, prompt, answers, encode_plain(tokenizer, texts))
 
 
-def likelihood_of_run(
-    run: str, exam: Exam, template: PromptTemplate, *, batch_size: int, mesh: MeshConfig, precision: PrecisionConfig
+def likelihood_of_checkpoint(
+    checkpoint: Checkpoint,
+    exam: Exam,
+    template: PromptTemplate,
+    *,
+    batch_size: int,
+    mesh: MeshConfig,
+    precision: PrecisionConfig,
 ) -> LikelihoodScore:
-    """Scores the newest model of a run folder."""
-    tokenizer = load_tokenizer(run_folder.tokenizer_of(run))
-    model = load_model(run, precision, make_mesh(mesh))
+    """Scores the model of a checkpoint."""
+    tokenizer = load_tokenizer(run_folder.tokenizer_of(checkpoint.run))
+    model = load_model(checkpoint, precision, make_mesh(mesh))
     scorer = Likelihood(exam, template, tokenizer, model.config, model.structure, model.mesh, batch_size)
     return scorer.measure(model.params)

@@ -9,23 +9,17 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.prompts import Prompt
+from medllm_jax.evaluation.sampling import Completion, SamplingParams, cut_at_stop
 
 _RETRIES = 8
 _BACKOFF = 1.0  # seconds before the second repetition; each further wait is twice as long, up to a minute
 _PASSING = (408, 429, 500, 502, 503, 504)
 _CONNECT_SECONDS = 10.0
 _AHEAD = 4  # times `concurrency`: how far the prompts that are asked run ahead of the first that is not answered
-
-
-class Completion(NamedTuple):
-    """What followed a prompt, without the stop string; the reason is "stop", "length", or a word of the server's."""
-
-    text: str
-    finish_reason: str
 
 
 class OpenAIClient:
@@ -39,8 +33,6 @@ class OpenAIClient:
         url: str,
         model: str,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
         concurrency: int = 8,
         timeout: float = 900.0,
     ):
@@ -49,7 +41,6 @@ class OpenAIClient:
         Args:
           url: of the server, with or without its "/v1".
           model: the name by which the server knows it.
-          temperature, top_p: as in the API; temperature 0 takes the likeliest token.
           concurrency: requests under way at a time, at most.
           timeout: seconds that one answer may take.
 
@@ -65,7 +56,6 @@ class OpenAIClient:
         if concurrency < 1:
             raise UserError(f"concurrency is {concurrency}: it must be at least 1")
         self.url, self.model = url.rstrip("/").removesuffix("/v1"), model
-        self._settings = {"model": model, "temperature": temperature, "top_p": top_p}
         self._concurrency = concurrency
         key = os.environ.get("OPENAI_API_KEY")
         self._http = urllib3.PoolManager(
@@ -84,20 +74,22 @@ class OpenAIClient:
             ),
         )
 
+    def sample(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], params: SamplingParams
+    ) -> Iterator[Sequence[Completion]]:
+        """`params.n` completions of each prompt, in order; see `evaluation.sampling.Sample`."""
+        repeated = [prompt for prompt in prompts for _ in range(params.n)]
+        numbered = [seed + number for seed in seeds for number in range(params.n)]
+        yield from zip(*[self(repeated, params, numbered)] * params.n, strict=True)
+
     def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_new_tokens: int,
-        stop: tuple[str, ...],
-        seeds: Sequence[int] | None = None,
+        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int] | None = None
     ) -> Iterator[Completion]:
-        """Completions in the order of the prompts, each yielded as soon as it and all before it are there.
+        """One completion of each prompt, in order, each yielded as soon as it and all before it are there.
 
         Args:
           prompts: texts, or lists of chat messages.
-          max_new_tokens: tokens of a completion, at most.
-          stop: strings that end a completion. Servers that ignore them do no harm but for the time they take.
+          params: how to draw; a server that ignores the stop strings costs only time. Its seed and n are not sent.
           seeds: one a prompt, for servers that draw by the request's seed (vLLM does).
 
         Raises:
@@ -107,7 +99,7 @@ class OpenAIClient:
             waiting: deque[Future[Completion]] = deque()
             try:
                 for prompt, seed in zip(prompts, seeds or [None] * len(prompts), strict=True):
-                    waiting.append(pool.submit(self._ask, prompt, max_new_tokens, stop, seed))
+                    waiting.append(pool.submit(self._ask, prompt, params, seed))
                     if len(waiting) >= _AHEAD * self._concurrency:
                         yield waiting.popleft().result()
                 while waiting:
@@ -116,13 +108,14 @@ class OpenAIClient:
                 for future in waiting:
                     future.cancel()
 
-    def _ask(self, prompt: Prompt, max_new_tokens: int, stop: tuple[str, ...], seed: int | None) -> Completion:
+    def _ask(self, prompt: Prompt, params: SamplingParams, seed: int | None) -> Completion:
         import urllib3
 
         chat = isinstance(prompt, list)
         url = f"{self.url}/v1/{'chat/completions' if chat else 'completions'}"
-        body = self._settings | {("messages" if chat else "prompt"): prompt, "max_tokens": max_new_tokens}
-        body |= ({"stop": list(stop)} if stop else {}) | ({} if seed is None else {"seed": seed})
+        body: dict[str, Any] = {"model": self.model, "temperature": params.temperature, "top_p": params.top_p}
+        body |= {("messages" if chat else "prompt"): prompt, "max_tokens": params.max_new_tokens}
+        body |= ({"stop": list(params.stop)} if params.stop else {}) | ({} if seed is None else {"seed": seed})
         try:
             response = self._http.request("POST", url, body=json.dumps(body).encode())
         except urllib3.exceptions.HTTPError as error:
@@ -133,7 +126,7 @@ class OpenAIClient:
             ) from error
         if response.status != 200:
             raise UserError(f"{url}: status {response.status} for model {self.model!r}{_said(response.data, prompt)}")
-        return _completion(response.data, chat, stop, url)
+        return _completion(response.data, chat, params.stop, url)
 
 
 def _completion(data: bytes, chat: bool, stop: tuple[str, ...], url: str) -> Completion:
@@ -144,8 +137,8 @@ def _completion(data: bytes, chat: bool, stop: tuple[str, ...], url: str) -> Com
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{url}: the answer is no completion; is this an OpenAI-compatible server?") from error
     text = text or ""  # a chat message without content is null
-    ends = [place for s in stop if (place := text.find(s)) >= 0]
-    return Completion(text[: min(ends)], "stop") if ends else Completion(text, str(reason))
+    cut = cut_at_stop(text, stop)
+    return Completion(text, str(reason)) if cut is None else Completion(cut, "stop")
 
 
 def _said(data: bytes, prompt: Prompt) -> str:

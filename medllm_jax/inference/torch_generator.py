@@ -9,7 +9,7 @@ from typing import Any
 from medllm_jax.data.tokenizer import encode_prompts, load_tokenizer
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.prompts import Prompt
-from medllm_jax.evaluation.samples import Sample
+from medllm_jax.evaluation.sampling import Completion, SamplingParams, cut_at_stop
 
 _SLICE = 1 << 24  # bytes hashed at a time
 
@@ -69,34 +69,32 @@ class TorchGenerator:
                     digest.update(part)
         return digest.hexdigest()[:32]
 
-    def greedy(self, prompts: Sequence[Prompt], *, max_new_tokens: int, stop: tuple[str, ...]) -> Iterator[Sample]:
-        """The likeliest continuations, in the order of the prompts; UserError for a prompt without room."""
-        encoded = self._encode(prompts, max_new_tokens)
+    def sample(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], params: SamplingParams
+    ) -> Iterator[Sequence[Completion]]:
+        """`params.n` completions of each prompt, in order; see `evaluation.sampling.Sample`.
+
+        They depend on the kind of device, too. UserError for a prompt without room in the model's context.
+        """
+        if params.temperature:
+            for prompt, seed in zip(prompts, seeds, strict=True):
+                yield self._sample_one(prompt, seed, params)
+            return
+        encoded = self._encode(prompts, params.max_new_tokens)
         for start in range(0, len(encoded), self._batch_size):
             batch = encoded[start : start + self._batch_size]
-            yield from self._complete(batch, max_new_tokens, stop, do_sample=False)
+            yield from ([completion] for completion in self._complete(batch, params, do_sample=False))
 
-    def sample(
-        self,
-        prompt: Prompt,
-        seed: int,
-        samples: int,
-        *,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-        stop: tuple[str, ...],
-    ) -> list[Sample]:
-        """Samples of one prompt, which depend on it and the seed alone (and on the kind of device)."""
+    def _sample_one(self, prompt: Prompt, seed: int, params: SamplingParams) -> list[Completion]:
         import torch
 
         torch.manual_seed(seed)
-        (encoded,) = self._encode([prompt], max_new_tokens)
-        drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        found: list[Sample] = []
-        while len(found) < samples:
-            rows = min(self._batch_size, samples - len(found))
-            found += self._complete([encoded] * rows, max_new_tokens, stop, **drawn)
+        (encoded,) = self._encode([prompt], params.max_new_tokens)
+        drawn = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": 0}
+        found: list[Completion] = []
+        while len(found) < params.n:
+            rows = min(self._batch_size, params.n - len(found))
+            found += self._complete([encoded] * rows, params, **drawn)
         return found
 
     def _encode(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
@@ -110,17 +108,15 @@ class TorchGenerator:
                 )
         return encoded
 
-    def _complete(
-        self, encoded: list[list[int]], max_new_tokens: int, stop: tuple[str, ...], **how: Any
-    ) -> list[Sample]:
+    def _complete(self, encoded: list[list[int]], params: SamplingParams, **how: Any) -> list[Completion]:
         import torch
 
         width = max(map(len, encoded))
         # Padded at the left, so that all continue in the same column.
         tokens = torch.tensor([[self._eos[0]] * (width - len(row)) + row for row in encoded])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
-        stopping = {"stop_strings": list(stop), "tokenizer": self._tokenizer} if stop else {}
-        limits = {"max_new_tokens": max_new_tokens, "eos_token_id": self._eos, "pad_token_id": self._eos[0]}
+        stopping = {"stop_strings": list(params.stop), "tokenizer": self._tokenizer} if params.stop else {}
+        limits = {"max_new_tokens": params.max_new_tokens, "eos_token_id": self._eos, "pad_token_id": self._eos[0]}
         with torch.inference_mode():
             out = self._model.generate(
                 tokens.to(self._model.device),
@@ -130,12 +126,12 @@ class TorchGenerator:
                 **stopping,
                 **how,
             )
-        return [self._finished(row, max_new_tokens, stop) for row in out[:, width:].tolist()]
+        return [self._completion(row, params.stop) for row in out[:, width:].tolist()]
 
-    def _finished(self, tokens: list[int], max_new_tokens: int, stop: tuple[str, ...]) -> Sample:
+    def _completion(self, tokens: list[int], stop: tuple[str, ...]) -> Completion:
         end = next((place for place, token in enumerate(tokens) if token in self._eos), None)
         text = self._tokenizer.decode(tokens[:end], skip_special_tokens=False)
-        stops = [place for each in stop if (place := text.find(each)) >= 0]
-        if stops:
-            return Sample(text[: min(stops)], "stop")
-        return Sample(text, "length" if end is None else "stop")
+        cut = cut_at_stop(text, stop)
+        if cut is not None:
+            return Completion(cut, "stop")
+        return Completion(text, "length" if end is None else "stop")

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 RESIDUALS = "attention"  # for remat policies
 
@@ -21,12 +22,12 @@ _SMALLEST_BLOCK = 64
 class TokenLayout(NamedTuple):
     """Where tokens stand: index in the row int32 [S] or [], segment_ids and branch_ids int32 [B, S]."""
 
-    index: jax.Array
-    segment_ids: jax.Array
-    branch_ids: jax.Array
+    index: Int[Array, "*S"]
+    segment_ids: Int[Array, "B S"]
+    branch_ids: Int[Array, "B S"]
 
 
-def visible(query: TokenLayout, key: TokenLayout) -> jax.Array:
+def visible(query: TokenLayout, key: TokenLayout) -> Bool[Array, "B Q T"]:
     """bool [B, Q, T]: may this query see this key?"""
     not_later = key.index[None, :] <= query.index[:, None]
     same_segment = key.segment_ids[:, None, :] == query.segment_ids[:, :, None]
@@ -35,7 +36,13 @@ def visible(query: TokenLayout, key: TokenLayout) -> jax.Array:
     return not_later[None] & same_segment & shared_or_own
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, query: TokenLayout, key: TokenLayout) -> jax.Array:
+def attend(
+    q: Float[Array, "B Q H E"],
+    k: Float[Array, "B T K E"],
+    v: Float[Array, "B T K E"],
+    query: TokenLayout,
+    key: TokenLayout,
+) -> Float[Array, "B Q H E"]:
     """Scaled dot-product attention, grouped-query; scores and softmax in float32.
 
     q: [B, Q, H, E]; k, v: [B, T, K, E]. Returns [B, Q, H, E] in q's dtype. A query that sees no key is not allowed
@@ -53,14 +60,20 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, query: TokenLayout, key: To
     return checkpoint_name(out.reshape(batch, queries, heads, width), RESIDUALS)
 
 
-def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, query: TokenLayout, key: TokenLayout) -> jax.Array:
+def attend_in_blocks(
+    q: Float[Array, "B Q H E"],
+    k: Float[Array, "B T K E"],
+    v: Float[Array, "B T K E"],
+    query: TokenLayout,
+    key: TokenLayout,
+) -> Float[Array, "B Q H E"]:
     """`attend` for whole rows (query is key), in causal blocks of queries: no block sees the keys after it."""
     length = q.shape[1]
     most = max(1, min(_MOST_BLOCKS, length // _SMALLEST_BLOCK))
     blocks = next(n for n in range(most, 0, -1) if length % n == 0)
     size = length // blocks
 
-    def block(start: int) -> jax.Array:
+    def block(start: int) -> Float[Array, "B q H E"]:
         end = start + size
         queries = TokenLayout(query.index[start:end], query.segment_ids[:, start:end], query.branch_ids[:, start:end])
         keys = TokenLayout(key.index[:end], key.segment_ids[:, :end], key.branch_ids[:, :end])
@@ -70,14 +83,14 @@ def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, query: TokenLayou
 
 
 def attend_by_cudnn(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B Q H E"],
+    k: Float[Array, "B T K E"],
+    v: Float[Array, "B T K E"],
     query: TokenLayout,
     key: TokenLayout,
     *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
-) -> jax.Array:
+) -> Float[Array, "B Q H E"]:
     """`attend` by cuDNN's flash attention: bfloat16 or float16, on Nvidia GPUs.
 
     The rule is given as an array: bool [B, 1, Q, T] becomes a bias in q's dtype, 2 B Q T bytes that all heads share.

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Integer
 
 from medllm_jax.errors import UserError
 from medllm_jax.model.linear import LinearLayer
@@ -60,7 +61,7 @@ class Storage:
     double: bool = False
 
 
-def quantize(weight: jax.Array, storage: Storage) -> dict[str, jax.Array]:
+def quantize(weight: Float[Array, "*blocks out in"], storage: Storage) -> dict[str, Array]:
     """The stored arrays, by name, of a weight [..., out, in]; `in` is a multiple of 64."""
     blocks = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, BLOCK)
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
@@ -75,7 +76,7 @@ def quantize(weight: jax.Array, storage: Storage) -> dict[str, jax.Array]:
     return arrays | {"absmax": code.astype(jnp.uint8), "absmax_low": low, "absmax_step": step}
 
 
-def dequantize(arrays: dict[str, jax.Array], storage: Storage, dtype) -> jax.Array:
+def dequantize(arrays: dict[str, Array], storage: Storage, dtype) -> Float[Array, "*blocks out in"]:
     """The weight [..., out, in] that stored arrays stand for."""
     codes, absmax = arrays["codes"], arrays["absmax"].astype(jnp.float32)
     if storage.double:
@@ -87,7 +88,7 @@ def dequantize(arrays: dict[str, jax.Array], storage: Storage, dtype) -> jax.Arr
     return jnp.stack(values, axis=-1).reshape(*absmax.shape[:-1], -1)
 
 
-def _encode(scaled: jax.Array, format: str) -> jax.Array:
+def _encode(scaled: Float32[Array, "*shape"], format: str) -> Integer[Array, "*shape"]:
     """The code of the nearest value; for NF4, of the lower one where two are equally near, as in bitsandbytes."""
     if format == "int8":
         return jnp.round(127 * scaled).astype(jnp.int8)
@@ -97,7 +98,7 @@ def _encode(scaled: jax.Array, format: str) -> jax.Array:
     return functools.reduce(operator.add, [(scaled > middle).astype(jnp.uint8) for middle in middles])
 
 
-def _decode(codes: jax.Array, format: str) -> jax.Array:
+def _decode(codes: Integer[Array, "*shape"], format: str) -> Float32[Array, "*shape"]:
     """float32 values, -1 to 1, of codes."""
     if format == "int8":
         return codes.astype(jnp.float32) / 127
@@ -139,12 +140,12 @@ class QuantizedLinear(LinearLayer):
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if bias else None
         self.storage, self.gather = storage, gather
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
         names = ("codes", "absmax", "absmax_low", "absmax_step") if self.storage.double else ("codes", "absmax")
         y = self._product({name: getattr(self, name)[...] for name in names}, x)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
-    def _product(self, arrays: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    def _product(self, arrays: dict[str, jax.Array], x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
         # The backward pass needs the weight again: keeping it from the forward pass would undo the quantisation.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def product(arrays: dict[str, jax.Array], x: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from medllm_jax.config.schema import ModelConfig
 from medllm_jax.model.attention import RESIDUALS, TokenLayout, attend, attend_in_blocks
@@ -70,10 +71,10 @@ class Cache(NamedTuple):
     already written.
     """
 
-    keys: jax.Array
-    values: jax.Array
-    segment_ids: jax.Array
-    length: jax.Array
+    keys: Float[Array, "L B C K E"]
+    values: Float[Array, "L B C K E"]
+    segment_ids: Int[Array, "B C"]
+    length: Int[Array, ""]
 
 
 def empty_cache(config: ModelConfig, rows: int, columns: int, dtype) -> Cache:
@@ -87,6 +88,9 @@ def empty_cache(config: ModelConfig, rows: int, columns: int, dtype) -> Cache:
     )
 
 
+Angles = tuple[Float[Array, "B S 1 half"], Float[Array, "B S 1 half"]]  # cos and sin
+
+
 class Embedding(nnx.Module):
     """Rows of ``weight`` [V, D] by token id."""
 
@@ -95,7 +99,7 @@ class Embedding(nnx.Module):
         shape = (config.vocab_size, config.hidden_size)
         self.weight = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, backend.param_dtype))
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         table = self.backend.constrain(self.weight[...].astype(self.backend.compute_dtype), "embedding")
         return self.backend.constrain(table[tokens], "hidden")
 
@@ -107,21 +111,23 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones((config.hidden_size,), param_dtype))
         self.eps = config.rms_norm_eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return normed.astype(x.dtype) * self.weight[...].astype(x.dtype)
 
 
-def rotary(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotary(positions: Int[Array, "B S"], width: int, theta: float) -> Angles:
     """cos and sin, float32 [B, S, 1, E / 2], of RoPE (arXiv 2104.09864) with base ``theta``."""
     frequencies = theta ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates [B, S, heads, E], halves paired as Hugging Face pairs them: i with i + E / 2."""
+def rotate(
+    x: Float[Array, "B S heads E"], cos: Float[Array, "B S 1 half"], sin: Float[Array, "B S 1 half"]
+) -> Float[Array, "B S heads E"]:
+    """Rotates heads, halves paired as Hugging Face pairs them: i with i + E / 2."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -139,15 +145,18 @@ class Attention(nnx.Module):
         self.v_proj = backend.linear("v_proj")(hidden, keys, bias=True, **make)
         self.o_proj = backend.linear("o_proj")(queries, hidden, bias=False, **make)
 
-    def qkv(self, x: jax.Array, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q [B, S, H, E], k and v [B, S, K, E] of x [B, S, D]; q and k rotated."""
+    def qkv(
+        self, x: Float[Array, "B S D"], angles: Angles
+    ) -> tuple[Float[Array, "B S H E"], Float[Array, "B S K E"], Float[Array, "B S K E"]]:
+        """q, k and v; q and k rotated."""
         q, k, v = (
             self.backend.constrain(proj(x).reshape(*x.shape[:-1], -1, self.config.dim_of_head), "heads")
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return tuple(checkpoint_name(x, "qkv") for x in (rotate(q, *angles), rotate(k, *angles), v))
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        return checkpoint_name(q, "qkv"), checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv")
 
-    def out(self, attended: jax.Array) -> jax.Array:
+    def out(self, attended: Float[Array, "B S H E"]) -> Float[Array, "B S D"]:
         return self.o_proj(attended.reshape(*attended.shape[:-2], -1))
 
 
@@ -162,7 +171,7 @@ class MLP(nnx.Module):
         self.up_proj = backend.linear("up_proj")(hidden, width, **make)
         self.down_proj = backend.linear("down_proj")(width, hidden, **make)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         gate = checkpoint_name(self.gate_proj(x), "gate")
         up = checkpoint_name(self.up_proj(x), "up")
         return self.down_proj(self.backend.constrain(jax.nn.silu(gate) * up, "mlp"))
@@ -178,8 +187,10 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config, param_dtype=backend.param_dtype)
         self.mlp = MLP(config, backend, rngs=rngs)
 
-    def __call__(self, x: jax.Array, angles, attend_to: Callable) -> tuple[jax.Array, Any]:
-        """x [B, S, D]; ``attend_to(q, k, v) -> (attended, carry)`` holds the mask, and the cache if there is one."""
+    def __call__(
+        self, x: Float[Array, "B S D"], angles: Angles, attend_to: Callable
+    ) -> tuple[Float[Array, "B S D"], Any]:
+        """``attend_to(q, k, v) -> (attended, carry)`` holds the mask, and the cache if there is one."""
         attended, carry = attend_to(*self.self_attn.qkv(self.input_layernorm(x), angles))
         x = checkpoint_name(self.backend.constrain(x + self.self_attn.out(attended), "hidden"), "residual")
         x = self.backend.constrain(x + self.mlp(self.post_attention_layernorm(x)), "hidden")
@@ -200,12 +211,18 @@ class Qwen2(nnx.Module):
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, **make)
 
     @property
-    def head_weight(self) -> jax.Array:
-        """[V, D]: the LM head, or the embedding where they are tied."""
+    def head_weight(self) -> Float[Array, "V D"]:
+        """The LM head, or the embedding where they are tied."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, branch_ids: jax.Array):
-        """Final hidden states [B, S, D] in the compute dtype; all arguments int32 [B, S] (see data/batch.py)."""
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        branch_ids: Int[Array, "B S"],
+    ) -> Float[Array, "B S D"]:
+        """Final hidden states in the compute dtype; all arguments as in data/batch.py."""
         place = TokenLayout(jnp.arange(tokens.shape[1]), segment_ids, branch_ids)
         x, angles = self._embed(tokens, positions)
         structure, blocks = nnx.split(self.layers)
@@ -220,8 +237,10 @@ class Qwen2(nnx.Module):
         x, _ = jax.lax.scan(body, x, blocks)
         return self.norm(x)
 
-    def extend(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache):
-        """Hidden states [B, S, D] of S more columns after those in the cache, and the cache with them in it.
+    def extend(
+        self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"], cache: Cache
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """Hidden states of S more columns after those in the cache, and the cache with them in it.
 
         Same rule, one branch: a column is seen by later ones of the same segment; padding columns have segment 0.
         """
@@ -251,5 +270,5 @@ class Qwen2(nnx.Module):
         (x, keys, values), _ = jax.lax.scan(body, (x, cache.keys, cache.values), (numbers, blocks))
         return self.norm(x), Cache(keys, values, segments, start + tokens.shape[1])
 
-    def _embed(self, tokens: jax.Array, positions: jax.Array):
+    def _embed(self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"]) -> tuple[Float[Array, "B S D"], Angles]:
         return self.embed_tokens(tokens), rotary(positions, self.config.dim_of_head, self.config.rope_theta)

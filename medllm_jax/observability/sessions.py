@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 from medllm_jax.reliability import crash_report
+from medllm_jax.storage.json_lines import read_rows
 from medllm_jax.storage.remote import write_whole
 
 FILE = "sessions.jsonl"
@@ -22,7 +23,7 @@ def begin(run: epath.Path, step: int, changes: dict[str, Any]) -> list[dict[str,
     step: that it goes on from. changes: settings that were changed by force, with what they were and are.
     """
     file = run / FILE
-    before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    before = [row.fields for row in read_rows(file)] if file.exists() else []
     device = jax.devices()[0]
     session = {
         "time": time.time(),

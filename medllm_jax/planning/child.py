@@ -19,7 +19,8 @@ from medllm_jax.distributed.chips import parse_topology
 from medllm_jax.distributed.compiler_options import compiler_options
 from medllm_jax.distributed.sharding import check_divisible, make_mesh
 from medllm_jax.errors import UserError
-from medllm_jax.inference.generator import Generator, Sampling
+from medllm_jax.evaluation.sampling import SamplingParams
+from medllm_jax.inference.generator import Generator
 from medllm_jax.model.abstract import abstract_model, merge_params
 from medllm_jax.training.programs import abstract_batch, score_program, train_program
 from medllm_jax.training.resolve import ResolvedConfig
@@ -78,7 +79,7 @@ def _generate(config: ResolvedConfig, mesh: Any, request: dict, compile_program:
     params = merge_params(model.abstract, model.frozen)
     loaded = LoadedModel(model.config, model.structure, params, mesh)
     generator = Generator(loaded, None, [0], config.data.batch_size // config.data.accumulate)
-    sampling = Sampling(request["new_tokens"])
+    sampling = SamplingParams(max_new_tokens=request["new_tokens"])
     prefill = generator.lower_prefill(request["sequence_length"], sampling)
     compiled = compile_program("prefill", prefill, {"parameters": params})
     state = jax.tree.map(

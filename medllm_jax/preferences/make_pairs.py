@@ -21,7 +21,8 @@ from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.extraction.extract import extract
 from medllm_jax.evaluation.grading import grade
 from medllm_jax.evaluation.prompts import PromptTemplate
-from medllm_jax.evaluation.samples import Sample, Samples, prompt_of
+from medllm_jax.evaluation.samples import Samples, prompt_of
+from medllm_jax.evaluation.sampling import Completion
 
 Strategy = Literal["gold", "onpolicy", "both"]
 
@@ -48,7 +49,7 @@ class PairOptions:
 
     def __post_init__(self):
         if self.most < 1:
-            raise UserError(f"most is {self.most}: it must be at least 1")
+            raise UserError(f"max_pairs_per_prompt is {self.most}: it must be at least 1")
         longest = self.min_characters if self.max_characters is None else self.max_characters
         if not 1 <= self.min_characters <= longest:
             raise UserError(
@@ -95,7 +96,7 @@ class Report:
         if self.gold.counts:
             yield f"ground truths left out: {_listed(self.gold.counts)}"
         if self.rows:
-            beyond = f"; {self.beyond_most} more left out by --most" if self.beyond_most else ""
+            beyond = f"; {self.beyond_most} more left out by --max-pairs-per-prompt" if self.beyond_most else ""
             lengths = ", ".join(f"{side} {mean:.0f}" for side, mean in self.characters.items())
             yield f"pairs by what is preferred: {_listed(self.rows)}{beyond}; mean characters: {lengths}"
 
@@ -179,7 +180,7 @@ def _sides(
     return right, wrong
 
 
-def _verdict(question: Question, condition: str, sample: Sample, options: PairOptions, seen: set[str]) -> str:
+def _verdict(question: Question, condition: str, sample: Completion, options: PairOptions, seen: set[str]) -> str:
     """One of the three verdicts that a sample is used by, or why it is in no pair."""
     if sample.finish_reason != "stop":
         return "cut at the length limit" if sample.finish_reason == "length" else "cut by the server"

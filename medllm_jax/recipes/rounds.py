@@ -7,15 +7,16 @@ a round is in its folder.
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from etils import epath
 
-from medllm_jax.config.load import build, load_run_config, read_yaml, to_plain
-from medllm_jax.config.schema import RunConfig
+from medllm_jax.config.load import load_run_config, to_plain
+from medllm_jax.config.schema import RunConfig, renamed
+from medllm_jax.config.schema_reader import build, read_yaml, rename_old_keys
+from medllm_jax.config.shipped import find_config
 from medllm_jax.errors import UserError
-from medllm_jax.evaluation.samples import SampleOptions
+from medllm_jax.evaluation.sampling import SamplingParams
 from medllm_jax.preferences.make_pairs import PairOptions
 from medllm_jax.recipes.commands import Runner, heading
 from medllm_jax.storage.remote import write_whole
@@ -40,7 +41,7 @@ class RoundsConfig:
         top_p: of the samples
         seed: of the samples
         strategy: what is preferred over a wrong sample (see `medllm pairs`)
-        most: pairs of one prompt, at most
+        max_pairs_per_prompt: more pairs of one prompt are left out
         sequence_length: tokens of a row of pairs; longer pairs are left out and counted
         batch_size: prompts completed at a time
     """
@@ -58,7 +59,7 @@ class RoundsConfig:
     top_p: float = 1.0
     seed: int = 0
     strategy: Literal["gold", "onpolicy", "both"] = "both"
-    most: int = 10
+    max_pairs_per_prompt: int = dataclasses.field(default=10, metadata=renamed("most", {}))
     sequence_length: int = 4096
     batch_size: int = 8
 
@@ -69,18 +70,23 @@ class RoundsConfig:
             raise UserError(f"temperature has {len(self.temperature)} numbers and there are {self.rounds} rounds")
         # What can't be sampled or paired is known now, and not after the start has been examined.
         for number in range(1, self.rounds + 1):
-            SampleOptions(self.samples, self.temperature_of(number), self.top_p, self.seed)
-        PairOptions(self.strategy, self.most)
+            drawn = {"temperature": self.temperature_of(number), "top_p": self.top_p, "seed": self.seed}
+            SamplingParams(n=self.samples, **drawn)
+        PairOptions(self.strategy, self.max_pairs_per_prompt)
 
     def temperature_of(self, number: int) -> float:
         return self.temperature if isinstance(self.temperature, float) else self.temperature[number - 1]
 
 
 def load_rounds_config(path: str) -> RoundsConfig:
-    """A RoundsConfig from a YAML file; the files it names by relative paths are beside it."""
-    config = build(RoundsConfig, read_yaml(path), where=path)
-    beside = Path(path).parent
-    files = {"train": str(beside / config.train)}
+    """A RoundsConfig from a YAML file, or by the name of a shipped one.
+
+    The files that it names by relative paths are beside it; `train` may also be the name of a shipped config.
+    """
+    file = find_config(path, "rounds")
+    config = build(RoundsConfig, read_yaml(file), where=path)
+    beside = file.parent
+    files = {"train": str(find_config(config.train, "runs", folder=beside))}
     if config.template.endswith((".yaml", ".yml")):
         files["template"] = str(beside / config.template)
     return dataclasses.replace(config, **files)
@@ -125,10 +131,20 @@ def _open_folder(folder: epath.Path, config: RoundsConfig, train: RunConfig) -> 
             raise UserError(f"{folder} is not empty and holds no rounds: choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(marker, json.dumps(settings, indent=2))
-    elif (found := json.loads(marker.read_text())) != settings:
+        return
+    found = _current(json.loads(marker.read_text()))
+    if found != settings:
         section = next(section for section in settings if found[section] != settings[section])
         name = next(name for name in settings[section] if found[section].get(name) != settings[section][name])
         raise UserError(f"{folder} holds rounds of another {section} {name}: set it back, or choose another folder")
+
+
+def _current(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Recorded settings as today's names have them, with the defaults of settings that are newer than the record."""
+    train = build(RunConfig, recorded["train"], where="rounds.json")
+    return json.loads(
+        json.dumps({"rounds": rename_old_keys(RoundsConfig, recorded["rounds"]), "train": to_plain(train)})
+    )
 
 
 # --- the stages of a round -------------------------------------------------------------------------------------------
@@ -139,10 +155,11 @@ def _make_pairs(medllm: Runner, config: RoundsConfig, place: epath.Path, model: 
     rows, report = place / "pairs.jsonl", place / "pairs.jsonl.report.json"
     if not rows.exists():
         drawn = ("--samples", config.samples, "--temperature", config.temperature_of(number), "--top-p", config.top_p)
-        pairing = ("--strategy", config.strategy, "--most", config.most, "--evaluation-exam", config.held_out)
+        pairing = ("--strategy", config.strategy, "--max-pairs-per-prompt", config.max_pairs_per_prompt)
+        judged = ("--evaluation-exam", config.held_out)
         try:
             medllm(
-                *("pairs", "--run", model, "--exam", config.questions, *_prompts(config), *drawn, *pairing),
+                *("pairs", "--run", model, "--exam", config.questions, *_prompts(config), *drawn, *pairing, *judged),
                 *("--seed", config.seed + number, "--output", rows),
             )
         except UserError:

@@ -54,4 +54,4 @@ class PreemptionHandler:
         self._given = True
         print("SIGTERM: the run saves after this step, and ends; a second one ends it at once", flush=True)
         if not self._armed:
-            raise Preempted("before its first step: nothing was to be saved")
+            raise Preempted("before its first step there is nothing to save")

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from medllm_jax.checkpoint.orbax import DamagedError, check_state, load_meta, load_state, set_aside, steps
+from medllm_jax.checkpoint.handle import Checkpoint, DamagedError
+from medllm_jax.checkpoint.orbax import set_aside, steps
 from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.distributed.processes import run_on_all
 from medllm_jax.errors import Preempted, RunError, UserError
@@ -76,11 +77,18 @@ def _report(folder: epath.Path, stage: str, problem: BaseException | str) -> Non
 
 
 class Restored(NamedTuple):
-    """What a run goes on from."""
+    """What a run goes on from: a checkpoint of its own, and the state in it."""
 
-    step: int
+    checkpoint: Checkpoint
     state: TrainState
-    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.step
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return self.checkpoint.meta
 
 
 def restore(folder: epath.Path, abstract: TrainState, watch: Watchdog) -> Restored | None:
@@ -120,9 +128,9 @@ def _set_aside(folder: epath.Path, bad: dict[int, DamagedError]) -> None:
 
 def _read(folder: epath.Path, step: int, abstract: TrainState) -> Restored:
     def read() -> Restored:
-        meta = load_meta(folder, step)
-        return Restored(step, load_state(folder, step, abstract), meta)
+        checkpoint = Checkpoint(folder, step)
+        return Restored(checkpoint, checkpoint.load_state(abstract))
 
     restored = run_on_all(f"reading checkpoint {step}", read, DamagedError)
-    check_state(folder, step, restored.state, restored.meta)
+    restored.checkpoint.check_state(restored.state)
     return restored

@@ -12,8 +12,9 @@ from medllm_jax.config.schema import RunConfig
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.grading import Grade, read_grades
 from medllm_jax.evaluation.prompts import CONDITIONS
-from medllm_jax.evaluation.samples import Sample, Samples
-from medllm_jax.observability.metrics import read_lines
+from medllm_jax.evaluation.samples import Samples
+from medllm_jax.evaluation.sampling import Completion
+from medllm_jax.storage.json_lines import read_appended_rows
 from medllm_jax.storage.remote import names_in
 from medllm_jax.storage.run_folder import recorded_config
 
@@ -42,7 +43,7 @@ class Results:
     likelihood: dict[str, Any] | None
     contamination: dict[str, Any] | None
 
-    def outputs(self, question: str, condition: str) -> tuple[Sample, ...]:
+    def outputs(self, question: str, condition: str) -> tuple[Completion, ...]:
         """The raw outputs to a question; none where they were not kept."""
         samples = Samples.read(self.folder / "samples.jsonl")
         try:
@@ -79,7 +80,7 @@ def collect(paths: Iterable[str]) -> tuple[list[RecordedRun], list[Results]]:
     names |= {
         f: run_names[run] if of_run[run] == 1 else f"{run_names[run]}/{f.name}" for f, run in results.items() if run
     }
-    read = [RecordedRun(run_names[f], config, read_lines(f / "metrics.jsonl")) for f, config in runs.items()]
+    read = [RecordedRun(run_names[f], config, read_appended_rows(f / "metrics.jsonl")) for f, config in runs.items()]
     return read, [_results(folder, names[folder]) for folder in results]
 
 

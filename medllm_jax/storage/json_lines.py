@@ -1,21 +1,97 @@
-"""JSON lines with errors that name the file and the line."""
+"""JSON Lines: lines of a stream, the JSON object of each, and errors that name the file and the line.
+
+All readers of JSON Lines use ``read_lines`` and ``parse_object``. ``read_rows`` is for files whose every line must be
+an object, ``read_appended_rows`` for those that a program appends to and may leave with a torn line. What reads corpora
+(``data/prepare/readers.py``) decides for each bad line whether it is an error or is skipped.
+"""
 
 import dataclasses
 import json
+import math
 import types
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
 
 from etils import epath
 
 from medllm_jax.errors import UserError
+from medllm_jax.storage.remote import open_buffered
 
 _REQUIRED = object()
 _WORDS = {str: "a string", list: "a list", bool: "true or false", int: "a whole number", float: "a number"}
 
+_BLOCK = 2**20  # bytes: how much of a line that is too long is read at a time
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors begin a file with it
+
+
+class ByteStream(Protocol):
+    """A binary stream, as far as lines are read from it."""
+
+    def readline(self, limit: int, /) -> bytes: ...
+
+
+class Line(NamedTuple):
+    """A line of a file: its number, from 1, and its bytes with the line end; None where it is longer than allowed."""
+
+    number: int
+    content: bytes | None
+
+
+class LineError(ValueError):
+    """A line that is not a JSON object.
+
+    reason: "not UTF-8", "not valid JSON" or "not a JSON object". The message also quotes or locates the problem; the
+    reason quotes nothing of the line.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def read_lines(
+    stream: ByteStream, *, first_line: int = 1, max_stream_bytes: float = math.inf, max_line_bytes: int | None = None
+) -> Iterator[Line]:
+    """The lines of a binary stream from its position, blank ones too; memory holds one line.
+
+    Lines end at ``\\n`` alone: other characters that split lines, such as U+2028, may stand inside a JSON string.
+
+    first_line: number of the first line. max_stream_bytes: reading ends with the line that reaches so many bytes.
+    max_line_bytes: longer lines (with their end) are passed over, and have None as their content.
+    """
+    position = 0
+    number = first_line
+    limit = -1 if max_line_bytes is None else max_line_bytes + 1
+    while position < max_stream_bytes and (line := stream.readline(limit)):
+        position += len(line)
+        too_long = max_line_bytes is not None and len(line) > max_line_bytes
+        rest = line
+        while too_long and rest and not rest.endswith(b"\n"):
+            rest = stream.readline(_BLOCK)
+            position += len(rest)
+        if too_long:
+            yield Line(number, None)
+        else:
+            yield Line(number, line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line)
+        number += 1
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line; raises LineError where the line is not one."""
+    try:
+        content = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise LineError("not UTF-8", f"byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise LineError("not valid JSON", f"not JSON ({error}); one JSON object a line was expected") from error
+    if not isinstance(content, dict):
+        raise LineError("not a JSON object", f"{_short(content)} is not a JSON object; one object a line was expected")
+    return content
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One JSON object and where it stands ("file:line")."""
+    """One JSON object and its place ("file:line")."""
 
     fields: dict[str, Any]
     where: str
@@ -42,29 +118,47 @@ class Row:
         return UserError(f"{self.where}: {message}")
 
 
-def read_rows(file: epath.PathLike) -> list[Row]:
-    """Reads all objects of a JSON lines file; blank lines are allowed.
+def iterate_rows(file: epath.PathLike) -> Iterator[Row]:
+    """The objects of a JSON Lines file, local or gs://, one in memory at a time; blank lines are allowed.
 
     Raises:
-      UserError: the file is not UTF-8, or a line is not a JSON object.
+      UserError: a line is not UTF-8, or not a JSON object.
     """
+    with open_buffered(epath.Path(file)) as stream:
+        for line in read_lines(stream):
+            if line.content and not line.content.isspace():
+                yield parse_row(line.content, f"{file}:{line.number}")
+
+
+def read_rows(file: epath.PathLike) -> list[Row]:
+    """All objects of a JSON Lines file; see ``iterate_rows``."""
+    return list(iterate_rows(file))
+
+
+def read_appended_rows(file: epath.PathLike) -> list[dict[str, Any]]:
+    """The objects of a file that a program appends to; none where there is no file.
+
+    The first line that is not a JSON object ends them: a killed program leaves its last line torn.
+    """
+    rows: list[dict[str, Any]] = []
     file = epath.Path(file)
-    try:
-        # Not splitlines(): it also splits at U+2028 and other characters that may stand inside a JSON string.
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{file}: byte {e.start} is not UTF-8; save the file as UTF-8") from e
-    return [parse_row(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if file.exists():
+        with open_buffered(file) as stream:
+            for line in read_lines(stream):
+                try:
+                    rows.append(parse_object(line.content or b""))
+                except LineError:
+                    break
+    return rows
 
 
-def parse_row(line: str, where: str) -> Row:
+def parse_row(line: bytes | str, where: str) -> Row:
+    """The object of one line; UserError with its place where the line is not one."""
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: not JSON ({e}); one JSON object a line was expected") from e
-    if not isinstance(fields, dict):
-        raise UserError(f"{where}: {_short(fields)} is not a JSON object; one object a line was expected")
-    return Row(fields, where)
+        # A lone surrogate, which has no UTF-8, is as good as any other text that is not JSON.
+        return Row(parse_object(line.encode("utf-8", "replace") if isinstance(line, str) else line), where)
+    except LineError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _short(value: Any) -> str:

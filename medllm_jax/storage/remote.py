@@ -6,11 +6,13 @@ what is done in a bucket must bear that: writing and removing do; moving does no
 
 import contextlib
 import errno
+import io
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medllm_jax.errors import UserError
 
@@ -40,6 +42,17 @@ def names_in(folder: "epath.Path") -> set[str]:
         return {entry.name for entry in folder.iterdir()}
     except FileNotFoundError:
         return set()
+
+
+@contextlib.contextmanager
+def open_buffered(path: "epath.Path", buffer_bytes: int = 2**20) -> "Iterator[io.BufferedReader[Any]]":
+    """A file open for reading, with a buffer of our own.
+
+    Files under gs:// look for line ends in Python, and cannot bound the length of a line.
+    """
+    with path.open("rb") as raw:
+        # (Paths promise IO, which has no readinto; what they open has.)
+        yield io.BufferedReader(raw, buffer_bytes)  # pyrefly: ignore[bad-specialization]
 
 
 def write_whole(path: "epath.Path", text: str) -> None:

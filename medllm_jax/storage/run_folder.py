@@ -9,13 +9,13 @@ profile/        traces for xprof             damaged/        checkpoints that di
 writer.json     which program writes now
 """
 
-import fnmatch
-from typing import Any
+from typing import Any, Literal
 
 from etils import epath
 
-from medllm_jax.config.load import build, read_yaml, to_plain, to_yaml
+from medllm_jax.config.load import to_plain, to_yaml
 from medllm_jax.config.schema import RunConfig
+from medllm_jax.config.schema_reader import build, metadata_along, read_yaml
 from medllm_jax.errors import UserError
 from medllm_jax.storage.remote import move_folder, names_in, remove_folder, write_whole
 
@@ -42,40 +42,6 @@ _UNFINISHED_TOKENIZER = ".tokenizer.tmp"
 _BEFORE_A_RUN = ("writer.json", "crashes")  # what a start leaves that died before there was a run
 _UNFINISHED_CONFIG = ".config.yaml."  # how the name of one begins that was not written to its end
 
-# Settings that may differ when a run goes on: they change speed, place or what is written, not what is computed
-# (sums may be taken in another order). The schedule depends on `steps` unless it is constant.
-_MAY_CHANGE = (
-    "run",
-    "mesh.*",
-    "checkpoint.*",
-    "logging.*",
-    "data.store",  # the rows are told apart by their digest, not by where they lie
-    "data.accumulate",
-    "data.threads",
-    "data.prefetch",
-    "distributed",
-    "guard.action",
-    "guard.limit",
-    "watchdog.*",
-    "profile",
-    "held_out*",
-    "init.checkpoint",  # read at the first start only
-    "objective.vocab_chunks",
-    "attention",
-    "remat",
-)
-
-
-# What the arrays of a checkpoint are, or what its position in the data means: no force makes another of it.
-_NEVER_CHANGES = (
-    "model.*",
-    "adapter*",
-    "precision.params",
-    "optimizer.state_dtype",
-    "objective.name",
-    "data.batch_size",
-)
-
 
 def open_run(config: RunConfig, *, force: bool = False) -> tuple[epath.Path, dict[str, Any]]:
     """The folder of a new run, or of one that goes on, and what was changed by force: setting -> what it was and is.
@@ -93,7 +59,7 @@ def open_run(config: RunConfig, *, force: bool = False) -> tuple[epath.Path, dic
 
 
 def recorded_config(run: str | epath.Path) -> RunConfig | None:
-    """The config that a run folder was begun with, or None."""
+    """The config that a run folder was started with, or None."""
     file = epath.Path(run) / "config.yaml"
     return build(RunConfig, read_yaml(file), where=str(file)) if file.exists() else None
 
@@ -113,22 +79,27 @@ def record_config(folder: epath.Path, config: RunConfig, *, replaced_at: int | N
 
 def _check_same_run(config: RunConfig, recorded: RunConfig, folder: epath.Path, force: bool) -> dict[str, Any]:
     before, now = _flat(to_plain(recorded)), _flat(to_plain(config))
-    free = _MAY_CHANGE + (("steps",) if config.optimizer.schedule == "constant" else ())
-
-    def matches(key: str, patterns: tuple[str, ...]) -> bool:
-        return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
-
     keys = sorted(before.keys() | now.keys())
     changed = {key: [before.get(key), now.get(key)] for key in keys if before.get(key) != now.get(key)}
-    changed = {key: values for key, values in changed.items() if not matches(key, free)}
-    refused = {key: values for key, values in changed.items() if not force or matches(key, _NEVER_CHANGES)}
+    rules = {key: on_resume(key, config) for key in changed}
+    changed = {key: values for key, values in changed.items() if rules[key] != "free"}
+    refused = {key: values for key, values in changed.items() if not force or rules[key] == "fixed"}
     if refused:
         differing = "; ".join(f"{key} was {was!r} and is now {now!r}" for key, (was, now) in refused.items())
-        forced = "" if force or any(matches(key, _NEVER_CHANGES) for key in refused) else ", or give --force"
+        forced = "" if force or any(rules[key] == "fixed" for key in refused) else ", or give --force"
         raise UserError(
             f"run {folder} can't go on with this config: {differing}; set it back, or choose another run folder{forced}"
         )
     return changed
+
+
+def on_resume(key: str, config: RunConfig) -> Literal["free", "kept unless forced", "fixed"]:
+    """Whether a setting, by its dotted key, may change when a run is resumed: what its field's metadata tells."""
+    rules = [metadata["resume"] for metadata in metadata_along(RunConfig, key) if "resume" in metadata]
+    rule = rules[-1] if rules else "kept unless forced"
+    if rule == "free if the schedule is constant":
+        return "free" if config.optimizer.schedule == "constant" else "kept unless forced"
+    return rule
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

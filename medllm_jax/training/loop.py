@@ -17,7 +17,7 @@ from medllm_jax.reliability.bad_steps import BadStepGuard
 from medllm_jax.reliability.supervision import supervised
 from medllm_jax.storage import run_folder
 from medllm_jax.training.programs import train_program
-from medllm_jax.training.resolve import resolve
+from medllm_jax.training.resolve import open_source, resolve
 from medllm_jax.training.setup import (
     open_held_out,
     open_progress,
@@ -39,7 +39,8 @@ def train(config: RunConfig, *, force: bool = False) -> epath.Path:
       Preempted: the process got SIGTERM, and what there was to save is saved.
       RunError: the run can't go on, and says why.
     """
-    config = resolve(config)
+    source = open_source(config)
+    config = resolve(config, source)
     folder, changes = run_on_all("opening the run folder", lambda: run_folder.open_run(config, force=force), UserError)
     rows = open_rows(config, config.data.stores)
     if config.data.mix is not None:
@@ -48,7 +49,7 @@ def train(config: RunConfig, *, force: bool = False) -> epath.Path:
     program = train_program(config, mesh)
 
     with supervised(folder, config.watchdog.seconds) as (lease, watch, preemption):
-        start, state, meta, frozen = restore_or_init(config, folder, rows, program, watch)
+        start, state, meta, frozen = restore_or_init(config, source, folder, rows, program, watch)
         reference = references_of(config, rows, meta["reference_model"])
         held_out = open_held_out(config, program, mesh, meta["reference_model"])
         seen, step = Seen(rows, meta["seen"]), start

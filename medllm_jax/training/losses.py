@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from medllm_jax.config.schema import ObjectiveConfig
 from medllm_jax.data.batch import Batch
 from medllm_jax.model.abstract import base_of
 
+HostOrDevice = Array | np.ndarray  # as a batch's arrays
 Model = Any  # a Qwen2: callable to hidden states, with head_weight
 
 
@@ -22,10 +25,10 @@ class LossSum(NamedTuple):
     The loss is ``total / weight``. means: name -> (sum, weight), reported as their ratio; counts: name -> sum.
     """
 
-    total: jax.Array
-    weight: jax.Array
-    means: dict[str, tuple[jax.Array, jax.Array]]
-    counts: dict[str, jax.Array]
+    total: Float32[Array, ""]
+    weight: Float32[Array, ""]
+    means: dict[str, tuple[Float32[Array, ""], Float32[Array, ""]]]
+    counts: dict[str, Float32[Array, ""]]
 
 
 # (model, rows, whole) -> sums over the rows, which are all or some of a step's whole batch.
@@ -88,8 +91,10 @@ def rpo(config: ObjectiveConfig) -> Loss:
         by_sequence = config.nll_reduction == "sequence"
         nll = -log_probs[..., 0] / jnp.maximum(lengths[..., 0] if by_sequence else _mean_chosen_length(whole, pairs), 1)
 
-        def mean(value: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return jnp.sum(value * where), jnp.sum(where, dtype=jnp.float32)
+        def mean(
+            value: Float32[Array, "B P"] | Bool[Array, "B P"], where: Bool[Array, "B P"]
+        ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+            return jnp.sum(value * where, dtype=jnp.float32), jnp.sum(where, dtype=jnp.float32)
 
         total, weight = mean(is_pair * preference + config.alpha * nll, exists)
         chosen = batch.loss_weights * (batch.branch_ids != 2)
@@ -121,36 +126,36 @@ def compared_with(reference: Callable[[Model], Model], config: ObjectiveConfig, 
     return compared
 
 
-def _reference_of(batch: Batch) -> jax.Array:
+def _reference_of(batch: Batch) -> Float32[HostOrDevice, "B P 2"]:
     if batch.reference_log_probs is None:
         raise ValueError("a batch of pairs without reference log-probabilities: float32 [B, P, 2] is needed")
     return batch.reference_log_probs
 
 
-def _mean_chosen_length(batch: Batch, pairs: int) -> jax.Array:
+def _mean_chosen_length(batch: Batch, pairs: int) -> Float32[Array, ""]:
     lengths = sum_by_response(batch.loss_weights, batch, pairs)[..., 0]
     return jnp.sum(lengths) / jnp.maximum(jnp.sum(lengths > 0), 1)
 
 
-def pair_log_probs(model: Model, batch: Batch, pairs: int, vocab_chunks: int) -> jax.Array:
-    """float32 [B, P, 2]: log-probability of each chosen and rejected response given its prompt; 0 where no pair is."""
+def pair_log_probs(model: Model, batch: Batch, pairs: int, vocab_chunks: int) -> Float32[Array, "B P 2"]:
+    """Log-probability of each chosen and rejected response given its prompt; 0 where no pair is."""
     scores = score_tokens(model, batch, pairs=pairs, vocab_chunks=vocab_chunks)
     return sum_by_response(scores.log_probs * batch.loss_weights, batch, pairs)
 
 
-def sum_by_response(values: jax.Array, batch: Batch, pairs: int) -> jax.Array:
-    """[B, P, 2] sums of per-token values [B, S] over the rejected response of each example, and over all else of it."""
+def sum_by_response(values: Float32[HostOrDevice, "B S"], batch: Batch, pairs: int) -> Float32[Array, "B P 2"]:
+    """Sums of per-token values over the rejected response of each example, and over all else of it."""
     in_pair = _one_hot_pairs(batch.segment_ids, pairs)
     rejected = batch.branch_ids == 2
     in_branch = jnp.stack([~rejected, rejected], axis=-1).astype(jnp.float32)
     return jnp.einsum("bs,bsp,bsc->bpc", values, in_pair, in_branch, precision="highest")
 
 
-def _one_hot_pairs(segment_ids: jax.Array, pairs: int) -> jax.Array:
+def _one_hot_pairs(segment_ids: Int[HostOrDevice, "B S"], pairs: int) -> Float32[Array, "B S P"]:
     return jax.nn.one_hot((segment_ids - 1) // 2, pairs, dtype=jnp.float32)  # -1, padding, is in none
 
 
-def _tokens(batch: Batch) -> jax.Array:
+def _tokens(batch: Batch) -> Float32[Array, ""]:
     return jnp.sum(batch.segment_ids > 0, dtype=jnp.float32)
 
 
@@ -161,8 +166,8 @@ class TokenScores(NamedTuple):
     """float32 [B, S]: log P(token | its own past), meaningless where a token has none; entropies of that prediction
     (zeros unless asked for), which carry no gradient."""
 
-    log_probs: jax.Array
-    entropies: jax.Array
+    log_probs: Float32[Array, "B S"]
+    entropies: Float32[Array, "B S"]
 
 
 def score_tokens(
@@ -175,8 +180,8 @@ def score_tokens(
     return score_targets(hidden, head, batch.tokens, vocab_chunks, with_entropy)
 
 
-def hidden_before(hidden: jax.Array, batch: Batch, pairs: int) -> jax.Array:
-    """[B, S, D]: the hidden state that predicts each token.
+def hidden_before(hidden: Float[Array, "B S D"], batch: Batch, pairs: int) -> Float[Array, "B S D"]:
+    """The hidden state that predicts each token.
 
     It is that of the token before, except for the first token of a rejected response, which follows the prompt's last
     token and not the chosen response's. Moved by products with one-hot matrices, so that the backward pass has no
@@ -195,9 +200,13 @@ def hidden_before(hidden: jax.Array, batch: Batch, pairs: int) -> jax.Array:
 
 
 def score_targets(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, vocab_chunks: int, with_entropy: bool = False
+    hidden: Float[Array, "B S D"],
+    head: Float[Array, "V D"],
+    targets: Int[HostOrDevice, "B S"],
+    vocab_chunks: int,
+    with_entropy: bool = False,
 ) -> TokenScores:
-    """Log-probability of targets int32 [B, S] under hidden [B, S, D] and an LM head [V, D].
+    """Log-probability of targets under hidden states and an LM head.
 
     With one chunk the logits [B, S, V] exist; with n, [B, S, V / n] at a time, forward and backward, and n must divide
     V. Chunk c holds the tokens v with v % n == c, so that a vocabulary split over devices stays split in each chunk.
@@ -218,17 +227,17 @@ def score_targets(
     return TokenScores(*_chunked_scores(hidden, head, targets, vocab_chunks, with_entropy))
 
 
-def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+def _logits(hidden: Float[Array, "B S D"], head: Float[Array, "V D"]) -> Float32[Array, "B S V"]:
     return jnp.einsum("bsd,vd->bsv", hidden, head, preferred_element_type=jnp.float32)
 
 
-def _chunk(head: jax.Array, chunks: int, number) -> jax.Array:
-    """[V / n, D]: the rows v of the head with v % n == number."""
+def _chunk(head: Float[Array, "V D"], chunks: int, number) -> Float[Array, "chunk D"]:
+    """The rows v of the head with v % n == number."""
     by_chunk = head.reshape(head.shape[0] // chunks, chunks, head.shape[1])
     return jax.lax.dynamic_index_in_dim(by_chunk, number, axis=1, keepdims=False)
 
 
-def _is_target(targets: jax.Array, size: int, chunks: int, number) -> jax.Array:
+def _is_target(targets: Int[HostOrDevice, "B S"], size: int, chunks: int, number) -> Bool[Array, "B S {size}"]:
     return jnp.arange(size) * chunks + number == targets[..., None]
 
 

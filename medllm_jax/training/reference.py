@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from medllm_jax.checkpoint.fingerprint import model_fingerprint
+from medllm_jax.checkpoint.handle import open_on_all
 from medllm_jax.checkpoint.load_model import initial_weights
 from medllm_jax.config.schema import RunConfig
 from medllm_jax.data.loader import in_order
@@ -28,7 +29,6 @@ def cache_reference(config: RunConfig) -> int:
     The log-probabilities are stored beside the pairs under a hash of model and pairs, computed with the run's own mesh,
     precision and batch; `medllm train` reads them, so the reference model itself is not in memory there.
     """
-    config = resolve(config)
     if config.objective.name != "rpo" or config.init.checkpoint is None:
         raise UserError(
             "reference log-probabilities belong to an RPO run: set objective.name to rpo, "
@@ -36,12 +36,14 @@ def cache_reference(config: RunConfig) -> int:
         )
     if config.objective.reference != "cached":
         raise UserError(f"objective.reference is {config.objective.reference}: the run reads no cached ones")
+    source = open_on_all(config.init.checkpoint)
+    config = resolve(config, source)
     mesh = make_mesh(config.mesh)
     stores = [config.data.stores, *([config.held_out.stores] if config.held_out and config.held_out.stores else [])]
     sources = [open_rows(config, group) for group in stores]
     check_divisible(mesh, config.model, config.micro_batch)
     model = abstract_model(config.model, config.precision, mesh, attention=config.attention, adapter=config.adapter)
-    initial = initial_weights(config, model)  # by the same road as the run itself, adapters and all
+    initial = initial_weights(model, source, config.seed)  # by the same road as the run itself, adapters and all
     params = merge_params(initial.params, initial.frozen)
     fingerprint = model_fingerprint(params)
     for rows in sources:

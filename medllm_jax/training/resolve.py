@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from medllm_jax.checkpoint.orbax import load_model_config
+from medllm_jax.checkpoint.handle import Checkpoint, open_on_all
 from medllm_jax.config.load import to_plain
 from medllm_jax.config.schema import ModelConfig, RunConfig
 from medllm_jax.errors import UserError
@@ -21,9 +21,17 @@ class ResolvedConfig(RunConfig):
         return self.data.batch_size // self.data.accumulate
 
 
-def resolve(config: RunConfig, *, elsewhere: bool = False) -> ResolvedConfig:
+def open_source(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint that a new run starts from; None for random weights, and for a run that was started before."""
+    if config.init.checkpoint is None or run_folder.recorded_config(config.run) is not None:
+        return None
+    return open_on_all(config.init.checkpoint)
+
+
+def resolve(config: RunConfig, source: Checkpoint | None = None, *, elsewhere: bool = False) -> ResolvedConfig:
     """The config with the model's shape filled in from where the run starts, and checked against it.
 
+    source: the checkpoint of `config.init`, where the caller has opened it; it is opened here otherwise, if needed.
     elsewhere: the run is not made here, so that a shape that the config gives is taken without a look at run folder or
     checkpoint, which need not be there. UserError where config and checkpoint differ in shape.
     """
@@ -35,7 +43,7 @@ def resolve(config: RunConfig, *, elsewhere: bool = False) -> ResolvedConfig:
     elif config.init.checkpoint is None:
         found = config.model
     else:
-        found = load_model_config(config.init.checkpoint)
+        found = (source or open_on_all(config.init.checkpoint)).model
         _check_same_shape(config, found)
     if found is None:  # a config is refused that has neither, and a run records what it found
         raise UserError(f"run {config.run} names no model: set model, or init.checkpoint")

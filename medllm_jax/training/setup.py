@@ -9,8 +9,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from medllm_jax.checkpoint.fingerprint import model_fingerprint
+from medllm_jax.checkpoint.handle import Base, Checkpoint, open_on_all
 from medllm_jax.checkpoint.load_model import initial_weights, load_frozen
-from medllm_jax.checkpoint.orbax import Base, load_adapted
 from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.config.load import to_plain
 from medllm_jax.data.batch import Kind
@@ -41,17 +41,27 @@ STORE_KINDS: dict[str, tuple[Kind, ...]] = {"cpt": ("cpt",), "sft": ("sft",), "r
 
 
 def restore_or_init(
-    config: ResolvedConfig, folder: epath.Path, rows: Rows, program: TrainProgram, watch: Watchdog
+    config: ResolvedConfig,
+    source: Checkpoint | None,
+    folder: epath.Path,
+    rows: Rows,
+    program: TrainProgram,
+    watch: Watchdog,
 ) -> tuple[int, TrainState, dict[str, Any], Any]:
-    """Step, state, meta and frozen parameters that a run goes on from, or starts with."""
+    """Step, state, meta and frozen parameters that a run goes on from, or starts with.
+
+    source: `open_source` of the config; opened here where a run that was begun has saved nothing yet.
+    """
     restored = restore(folder, program.abstract, watch)
     if restored is not None:
         check_same_data(folder, restored.meta, rows)
-        frozen = load_frozen(program.model, load_adapted(folder, restored.step))
+        frozen = load_frozen(program.model, restored.checkpoint)
         return restored.step, restored.state, restored.meta | {"config": to_plain(config)}, frozen
     watch.stage("reading the model")
-    check_reference(config)
-    params, frozen, base = initial_weights(config, program.model)
+    if source is None and config.init.checkpoint is not None:
+        source = open_on_all(config.init.checkpoint)
+    check_reference(config, source)
+    params, frozen, base = initial_weights(program.model, source, config.seed)
     meta = initial_metadata(config, rows, base, params, frozen)
     return 0, program.initialise(params), meta, frozen
 
@@ -177,12 +187,11 @@ def initial_metadata(config: ResolvedConfig, rows: Rows, base: Base | None, para
     }
 
 
-def check_reference(config: ResolvedConfig) -> None:
+def check_reference(config: ResolvedConfig, source: Checkpoint | None) -> None:
     """UserError where turning adapters off would compare with the model from before continued pretraining."""
-    source = config.init.checkpoint
-    if source is not None and config.objective.reference == "adapters_off" and load_adapted(source) is not None:
+    if config.objective.reference == "adapters_off" and source is not None and source.adapter is not None:
         raise UserError(
-            f"objective.reference is adapters_off and {source} holds adapters, without which it is its "
+            f"objective.reference is adapters_off and {source.run} holds adapters, without which it is its "
             "raw base and not the model to compare with: choose cached"
         )
 

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from medllm_jax.checkpoint.orbax import DamagedError, load_meta, load_params, load_state, steps
+from medllm_jax.checkpoint.handle import DamagedError, open_checkpoint
+from medllm_jax.checkpoint.orbax import steps
 from medllm_jax.cli.convert import main as convert
 from medllm_jax.config.load import to_yaml
 from medllm_jax.config.schema import MeshConfig, PrecisionConfig
@@ -36,7 +37,7 @@ def finished(world, tmp_path_factory):
     config = config_of(world, run)
     train(config)
     abstract = train_program(resolve(config), make_mesh(config.mesh)).abstract
-    return run, abstract, {step: jax.device_get(load_state(run, step, abstract)) for step in (4, 6)}
+    return run, abstract, {step: jax.device_get(open_checkpoint(run, step).load_state(abstract)) for step in (4, 6)}
 
 
 def files_of(run, step):
@@ -122,7 +123,7 @@ def test_nobody_else_takes_a_damaged_model(finished, tmp_path, capsys):
     wrong = changed_weights(copy)
     plan = abstract_model(tiny_config(), PrecisionConfig(), make_mesh(MeshConfig()))
     with pytest.raises(DamagedError, match=f"checkpoint 6 of .* holds other bytes in params/{wrong} than were written"):
-        load_params(copy, plan.abstract)
+        open_checkpoint(copy).load_params(plan.abstract)
     assert convert(["to-hf", str(copy), str(tmp_path / "export")]) == 2
     assert f"other bytes in params/{wrong}" in capsys.readouterr().err and not (tmp_path / "export").exists()
 
@@ -136,7 +137,7 @@ def changed_weights(run):
     folder = (Path(run) / "checkpoints" / "6").absolute()
     items = ocp.load_checkpointables(folder)
     items["params"]["norm"]["weight"] = np.nextafter(np.asarray(items["params"]["norm"]["weight"]), 2)
-    assert json.dumps(items["meta"]) == json.dumps(load_meta(run, 6))
+    assert json.dumps(items["meta"]) == json.dumps(open_checkpoint(run, 6).meta)
     shutil.rmtree(folder)
     ocp.save_checkpointables(folder, items)
     return "norm/weight"

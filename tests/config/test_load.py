@@ -109,6 +109,13 @@ def test_a_mix_and_one_weight_of_it(run_file, tmp_path):
         (["--steps", "x"], "steps: expected a whole number, got 'x'"),
         (["--steps", "5.5"], "steps: expected a whole number, got 5.5"),
         (["--steps", "true"], "steps: expected a whole number, got True"),
+        (["--steps", "'5'"], "steps: expected a whole number, got '5'"),
+        (["--optimizer.b1", "true"], "optimizer.b1: expected a number, got True"),
+        (["--optimizer.b1", ".nan"], "optimizer.b1: expected a number, got nan"),
+        (["--distributed", "1"], "distributed: expected true or false, got 1"),
+        (["--run", "2024-01-01"], "run: expected text, got datetime.date(2024, 1, 1)"),
+        (["--data", "{}"], "data.store is not set: it has no default"),
+        (["--adapter", "{projections: [z]}"], "adapter.projections: expected a list of one of q_proj, k_proj"),
         (["--run", "5"], "run: expected text, got 5"),
         (["--objective.name", "dpo"], "objective.name: expected one of cpt, sft, rpo, got 'dpo'"),
         (["--data", "5"], "data: a mapping is expected, got 5"),
@@ -169,6 +176,21 @@ def test_yaml_can_not_make_objects(tmp_path):
     (tmp_path / "run.yaml").write_text("run: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(UserError, match="could not determine a constructor"):
         load_run_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("key", ["limit", "max_skipped"])
+def test_an_older_name_of_a_setting_means_the_same(run_file, key):
+    run_file.write_text(RUN + f"guard: {{{key}: 3}}\n")
+    assert load_run_config(run_file).guard.max_skipped == 3
+    assert load_run_config(run_file, ["--guard.limit", "4"]).guard.max_skipped == 4
+    assert load_run_config(run_file, ["--guard.max_skipped", "4"]).guard.max_skipped == 4
+    assert load_run_config(run_file, ["--guard", "{limit: 5}"]).guard.max_skipped == 5
+    assert build(RunConfig, to_plain(load_run_config(run_file)), "here").guard.max_skipped == 3
+
+
+def test_both_names_of_a_setting_are_one_too_many(run_file):
+    with pytest.raises(UserError, match=r"guard\.limit is the older name of guard\.max_skipped: keep one"):
+        load_run_config(run_file, ["--guard", "{limit: 5, max_skipped: 5}"])
 
 
 def test_every_field_is_described():

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from flax.traverse_util import unflatten_dict
 
-from medllm_jax.checkpoint import orbax as checkpoint
+from medllm_jax.checkpoint.handle import open_checkpoint
+from medllm_jax.checkpoint.write_model import write_model
 from medllm_jax.cli.convert import main
 from medllm_jax.config.load import load_model_config, to_plain
 from medllm_jax.config.schema import AdapterConfig, DataConfig, InitConfig, ModelConfig, ObjectiveConfig, RunConfig
@@ -61,14 +62,14 @@ def config_of(root, name, start, store, *, mix=None, **changes):
 
 def write(run, **meta):
     params = {path: jnp.ones(shape) for path, shape in parameter_shapes(SHAPE).items()}
-    checkpoint.write_model(run, unflatten_dict(params, sep="/"), to_plain(SHAPE), **meta)
+    write_model(run, unflatten_dict(params, sep="/"), to_plain(SHAPE), **meta)
     if "config" in meta:
         (run / "checkpoints" / "0").rename(run / "checkpoints" / str(STEP))
     make_tokenizer(run / "tokenizer")
 
 
 def test_tells_the_whole_history(place):
-    files = documents(str(place / "rpo"), STEP, adapter=False, parameters=1234567)
+    files = documents(open_checkpoint(place / "rpo", STEP), adapter=False, parameters=1234567)
     text = files["README.md"]
     front, body = text.removeprefix("---\n").split("---\n", 1)
     assert yaml.safe_load(front)["base_model"] == "Qwen/Qwen2.5-7B"
@@ -83,44 +84,50 @@ def test_tells_the_whole_history(place):
     assert body.count("| small |") == 1  # of the other step there are results too
     assert str(place) not in text + files["NOTICE"]
     assert "\n\n\n" not in text
-    assert files == documents(str(place / "rpo"), STEP, adapter=False, parameters=1234567)
+    assert files == documents(open_checkpoint(place / "rpo", STEP), adapter=False, parameters=1234567)
 
 
 def test_says_what_is_not_at_hand(place):
     (place / "texts").rename(place / "elsewhere")
-    text = documents(str(place / "rpo"), STEP, adapter=False, parameters=1)["README.md"]
+    text = documents(open_checkpoint(place / "rpo", STEP), adapter=False, parameters=1)["README.md"]
     assert "The manifest of the store texts, of cpt, was not at hand" in text
     (place / "cpt" / "checkpoints").rename(place / "gone")
-    text = documents(str(place / "rpo"), STEP, adapter=False, parameters=1)["README.md"]
+    text = documents(open_checkpoint(place / "rpo", STEP), adapter=False, parameters=1)["README.md"]
     assert "a model of unknown name" in text
     assert "What came before the first of these stages is not known here" in text
     assert "base_model" not in text
 
 
 def test_of_a_model_that_was_only_converted(place):
-    text = documents(str(place / "start"), 0, adapter=False, parameters=1)["README.md"]
+    text = documents(open_checkpoint(place / "start", 0), adapter=False, parameters=1)["README.md"]
     assert "nothing was trained" in text
     assert "## Exams" not in text
 
 
 def test_results_are_added_by_their_folders(place):
     evaluate(EXAM, TEMPLATE, BOTH, asked_of(Model({})), (place / "other"))
-    text = documents(str(place / "start"), 0, adapter=False, parameters=1, evaluations=[str(place / "other")])
+    text = documents(
+        open_checkpoint(place / "start", 0), adapter=False, parameters=1, evaluations=[str(place / "other")]
+    )
     assert "| small | other |" in text["README.md"]
     for wrong in ("rpo", "texts"):
         with pytest.raises(UserError, match="exam results"):
-            documents(str(place / "start"), 0, adapter=False, parameters=1, evaluations=[str(place / wrong)])
+            documents(
+                open_checkpoint(place / "start", 0), adapter=False, parameters=1, evaluations=[str(place / wrong)]
+            )
 
 
 def test_adapters_are_described_and_loaded_as_such(place):
     adapted = config_of(place, "lora", "start", "texts", adapter=AdapterConfig(rank=8, base="nf4", rslora=True))
     write(place / "lora", config=to_plain(adapted))
-    text = documents(str(place / "lora"), STEP, adapter=True, parameters=1)["README.md"]
+    text = documents(open_checkpoint(place / "lora", STEP), adapter=True, parameters=1)["README.md"]
     assert "PeftModel.from_pretrained" in text
     assert "library_name: peft" in text
     assert "rank 8, scale 11.3137 (rsLoRA)" in text
     assert "trained on a base in nf4, exported alone" in text
-    assert "exported merged" in documents(str(place / "lora"), STEP, adapter=False, parameters=1)["README.md"]
+    assert (
+        "exported merged" in documents(open_checkpoint(place / "lora", STEP), adapter=False, parameters=1)["README.md"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,11 +139,12 @@ def test_adapters_are_described_and_loaded_as_such(place):
         ("tiny", "other", "whatever that is"),
     ],
 )
-def test_licence_is_that_of_the_published_model_of_this_shape(place, monkeypatch, size, licence, must_say):
+def test_licence_is_that_of_the_published_model_of_this_shape(place, size, licence, must_say):
     shape = load_model_config(Path("configs/model") / f"qwen2.5-{size}.yaml")
     assert licence_of(shape).front["license"] == licence
-    monkeypatch.setattr(card.checkpoint, "load_model_config", lambda *_: shape)
-    notice = documents(str(place / "rpo"), STEP, adapter=False, parameters=1)["NOTICE"]
+    checkpoint = open_checkpoint(place / "rpo", STEP)
+    checkpoint.model = shape
+    notice = documents(checkpoint, adapter=False, parameters=1)["NOTICE"]
     assert notice.startswith("Built with Qwen\n")
     assert must_say in notice
     assert "No copy of the licence was beside the weights" in notice
@@ -151,7 +159,7 @@ def test_every_published_shape_has_its_licence():
 def test_of_random_weights_nothing_is_said_of_qwen(place):
     drawn = config_of(place, "drawn", "start", "texts")
     write(place / "drawn", config=to_plain(drawn) | {"init": {"checkpoint": None}})
-    files = documents(str(place / "drawn"), STEP, adapter=False, parameters=1)
+    files = documents(open_checkpoint(place / "drawn", STEP), adapter=False, parameters=1)
     assert "made from random weights" in files["README.md"]
     assert "Qwen" not in files["NOTICE"]
 

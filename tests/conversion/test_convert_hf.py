@@ -12,8 +12,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from medllm_jax.checkpoint import orbax as checkpoint
+from medllm_jax.checkpoint.handle import open_checkpoint
 from medllm_jax.checkpoint.load_model import load_base, load_model
+from medllm_jax.checkpoint.write_model import write_model
 from medllm_jax.cli.convert import main
 from medllm_jax.config.load import to_plain
 from medllm_jax.config.schema import AdapterConfig, MeshConfig, ModelConfig, PrecisionConfig
@@ -129,13 +130,13 @@ def test_round_trip_keeps_every_byte(tmp_path, capsys, tied, dtype, shards, max_
 
 
 def test_run_folder_holds_stacked_weights_config_and_tokenizer(source, converted):
-    params = unflatten_dict(dict(checkpoint.stream_params(converted)), sep="/")
+    params = unflatten_dict(open_checkpoint(converted).host_params(), sep="/")
     weights = tensors_in(source)
     q_proj = params["layers"]["self_attn"]["q_proj"]["weight"]
     assert q_proj.dtype == weights["model.norm.weight"].dtype
     for layer in range(2):
         np.testing.assert_array_equal(q_proj[layer], weights[f"model.layers.{layer}.self_attn.q_proj.weight"])
-    assert checkpoint.load_model_config(converted) == read_config(source)
+    assert open_checkpoint(converted).model == read_config(source)
     assert fingerprint(converted / "tokenizer") == fingerprint(source)
     assert (converted / "tokenizer" / "generation_config.json").read_bytes() == (
         source / "generation_config.json"
@@ -169,10 +170,10 @@ def test_export_in_another_dtype_rounds_once(converted, source, tmp_path):
 
 def test_export_of_a_step_is_that_step(converted, tmp_path, capsys):
     two = Path(shutil.copytree(converted, tmp_path / "run"))
-    params = jax.tree.map(lambda x: x + 1, unflatten_dict(dict(checkpoint.stream_params(converted)), sep="/"))
+    params = jax.tree.map(lambda x: x + 1, unflatten_dict(open_checkpoint(converted).host_params(), sep="/"))
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))  # as training saves: each device its part
     params = jax.device_put(params, parameter_shardings(params, mesh))
-    checkpoint.write_model(tmp_path / "other", params, to_plain(checkpoint.load_model_config(converted)))
+    write_model(tmp_path / "other", params, to_plain(open_checkpoint(converted).model))
     (tmp_path / "other" / "checkpoints" / "0").rename(two / "checkpoints" / "7")
 
     assert run("to-hf", two, tmp_path / "newest") == 0
@@ -191,7 +192,7 @@ def test_a_run_on_a_mesh_of_eight_exports_on_one_cpu(world, tmp_path):
     program = [sys.executable, "-m", "tools.convert_hf", "to-hf", str(tmp_path / "run"), str(tmp_path / "out")]
     subprocess.run(program, env=alone, check=True, capture_output=True)
     exported = stacked_weights(open_hf(tmp_path / "out"))
-    trained = dict(checkpoint.stream_params(tmp_path / "run"))
+    trained = open_checkpoint(tmp_path / "run").host_params()
     assert exported.keys() == trained.keys()
     for path, value in trained.items():
         np.testing.assert_array_equal(exported[path], value, err_msg=path)
@@ -204,7 +205,7 @@ def test_models_stored_for_a_mesh_load_on_any(tmp_path, mesh):
     expected = stacked_weights(open_hf(source))
     for sizes in ({"fsdp": 1}, {"fsdp": 4, "tensor": 2}, {"data": 8}):
         there = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[: np.prod(list(sizes.values()))])
-        model = load_model(str(tmp_path / "run"), PrecisionConfig(compute="float32"), there)
+        model = load_model(open_checkpoint(tmp_path / "run"), PrecisionConfig(compute="float32"), there)
         for path, value in flatten_dict(model.params, sep="/").items():
             np.testing.assert_array_equal(value, expected[path], err_msg=path)
 
@@ -228,17 +229,17 @@ def test_quantised_on_the_way_is_as_quantised_in_training(tmp_path, options, mes
     assert run("from-hf", source, tmp_path / "whole") == 0
     assert run("from-hf", source, tmp_path / "quantised", "--quantize", *options, *mesh) == 0
     adapter = AdapterConfig(base=options[0], double_quantization=len(options) > 1)
-    config = checkpoint.load_model_config(tmp_path / "whole")
+    config = open_checkpoint(tmp_path / "whole").model
     plan = abstract_model(
         config, PrecisionConfig(compute="bfloat16"), make_mesh(MeshConfig(fsdp=2, data=4)), adapter=adapter
     )
-    first, second = (load_base(plan, str(tmp_path / name), 0)[0] for name in ("whole", "quantised"))
+    first, second = (load_base(plan, open_checkpoint(tmp_path / name))[0] for name in ("whole", "quantised"))
     first, second = flatten_dict(first, sep="/"), flatten_dict(second, sep="/")
     assert first.keys() == second.keys()
     for path, value in first.items():
         assert value.dtype == second[path].dtype
         np.testing.assert_array_equal(value, second[path], err_msg=path)
-    stored = [checkpoint.open_arrays(tmp_path / name).values() for name in ("whole", "quantised")]
+    stored = [open_checkpoint(tmp_path / name).open_arrays().values() for name in ("whole", "quantised")]
     sizes = [sum(array.size * array.dtype.numpy_dtype.itemsize for array in arrays) for arrays in stored]
     assert sizes[1] < 0.7 * sizes[0]
 

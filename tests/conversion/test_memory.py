@@ -8,14 +8,15 @@ import pytest
 from etils import epath
 
 from benchmarks.convert import CONVERT, make_checkpoint, measured
-from medllm_jax.checkpoint import orbax as checkpoint
+from medllm_jax.checkpoint.handle import open_checkpoint
+from medllm_jax.checkpoint.write_model import finish_model, new_arrays
 from medllm_jax.cli.convert import main
 from medllm_jax.config.load import load_model_config, to_plain
 from medllm_jax.conversion import to_hf
 from medllm_jax.conversion.from_hf import memory_needed, plan_of
 from medllm_jax.conversion.hf_weights import HFFolder
 from medllm_jax.conversion.names import tensors_of
-from medllm_jax.conversion.run_weights import open_run
+from medllm_jax.conversion.run_weights import RunWeights
 from medllm_jax.model.quantize import Storage
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -31,8 +32,8 @@ def source_of(size):
 @pytest.mark.parametrize("storage", [None, Storage("nf4", True), Storage("int8", False)])
 @pytest.mark.parametrize("size", ["7b", "72b"])
 def test_importing_takes_less_than_two_gibibytes_whatever_the_size(size, storage, mesh):
-    _, slices = plan_of(source_of(size), storage, mesh)
-    assert memory_needed(slices) < 2 * GIB
+    _, tasks = plan_of(source_of(size), storage, mesh)
+    assert memory_needed(tasks) < 2 * GIB
 
 
 @pytest.mark.parametrize("storage", [None, Storage("nf4", True), Storage("int8", False)])
@@ -41,10 +42,10 @@ def test_exporting_takes_less_than_two_gibibytes_at_72b(tmp_path, monkeypatch, d
     monkeypatch.setattr(to_hf, "_SHARDS", to_hf._MOST_SHARDS)  # as on a machine with more cores
     source = source_of("72b")
     weights, _ = plan_of(source, storage, None)
-    checkpoint.new_arrays(tmp_path, weights)  # of which nothing is written
+    new_arrays(tmp_path, weights)  # of which nothing is written
     meta = {"model": to_plain(source.config)} | ({"storage": to_plain(storage)} if storage else {})
-    checkpoint.finish_model(tmp_path, weights, meta)
-    needed = to_hf.memory_needed(open_run(str(tmp_path)), dtype)
+    finish_model(tmp_path, weights, meta)
+    needed = to_hf.memory_needed(RunWeights(open_checkpoint(tmp_path)), dtype)
     assert needed < 2 * GIB
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from medllm_jax.checkpoint import orbax as checkpoint
+from medllm_jax.checkpoint.handle import open_checkpoint
 from medllm_jax.checkpoint.load_model import load_model
 from medllm_jax.cli.convert import main
 from medllm_jax.config.schema import AdapterConfig, MeshConfig, PrecisionConfig
@@ -50,7 +50,9 @@ def convert(*arguments):
 
 def logits_of_run(run):
     """float32 [tokens, V], of base and adapters unmerged where it has some."""
-    model = load_model(str(run), PrecisionConfig(compute="float32"), make_mesh(MeshConfig(), jax.devices()[:1]))
+    model = load_model(
+        open_checkpoint(run), PrecisionConfig(compute="float32"), make_mesh(MeshConfig(), jax.devices()[:1])
+    )
     row = jnp.asarray([TOKENS], jnp.int32)
     network = nnx.merge(model.structure, model.params)
     with jax.default_matmul_precision("highest"):
@@ -111,9 +113,9 @@ def test_adapters_come_back_byte_for_byte(place, tmp_path):
         convert("from-hf", place / "adapter", tmp_path / "back", "--base", place / "base", "--base-storage", "float32")
         == 0
     )
-    ours, back = (dict(checkpoint.stream_params(run)) for run in (place / "cpt", tmp_path / "back"))
+    ours, back = (open_checkpoint(run).host_params() for run in (place / "cpt", tmp_path / "back"))
     jax.tree.map(np.testing.assert_array_equal, ours, back)
-    assert checkpoint.load_adapted(tmp_path / "back").settings == LORA
+    assert open_checkpoint(tmp_path / "back").adapter == LORA
     np.testing.assert_array_equal(logits_of_run(tmp_path / "back"), logits_of_run(place / "cpt"))
 
 
@@ -157,11 +159,11 @@ def test_adapters_trained_by_peft_work_here(place, theirs, tmp_path, capsys):
 
 def test_adapters_of_peft_are_trained_on(world, place, theirs, tmp_path, metrics_of):
     convert("from-hf", place / "theirs", tmp_path / "run", "--base", place / "base", "--base-storage", "nf4")
-    settings = checkpoint.load_adapted(tmp_path / "run").settings
+    settings = open_checkpoint(tmp_path / "run").adapter
     assert settings == AdapterConfig(rank=3, alpha=7.0, dropout=0.1, base="nf4")
     config = config_of(world.token_store, tmp_path / "run", tmp_path / "more", adapter=settings)
     train(dataclasses.replace(config, model=None, steps=2))
-    assert checkpoint.load_adapted(tmp_path / "more").base.checkpoint == str(place / "base")
+    assert open_checkpoint(tmp_path / "more").base.checkpoint == str(place / "base")
 
 
 # --- adapters that are refused ---------------------------------------------------------------------------------------
@@ -238,7 +240,7 @@ def test_an_adapter_without_its_base_and_with_a_wrong_one(place, tmp_path, capsy
 
 def test_adapters_are_merged_into_a_base_that_was_quantised_as_training_saw_it(world, place, tmp_path):
     assert convert("from-hf", place / "hf", tmp_path / "nf4", "--quantize", "nf4") == 0
-    params = unflatten_dict(dict(checkpoint.stream_params(place / "cpt")), sep="/")
+    params = unflatten_dict(open_checkpoint(place / "cpt").host_params(), sep="/")
     settings = dataclasses.replace(LORA, base="nf4")
     for start, name in ((place / "base", "on_the_way"), (tmp_path / "nf4", "before")):
         config = config_of(world.token_store, start, tmp_path / name, adapter=settings)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from medllm_jax.checkpoint import orbax as checkpoint
+from medllm_jax.checkpoint.handle import open_checkpoint
+from medllm_jax.checkpoint.orbax import steps
 from medllm_jax.cli.convert import main
 from medllm_jax.conversion import folders, run_weights, shards
 from medllm_jax.conversion.hf_weights import HFFolder, open_hf
@@ -40,7 +41,7 @@ def of_this_file(function, *arguments):
 
 def convert_slowly(*arguments):
     """A conversion that takes long enough to be killed in, and notes often what is done."""
-    for side in (HFFolder, run_weights.Run):
+    for side in (HFFolder, run_weights.RunWeights):
         side.read = _pausing(side.read)
     folders._SECONDS = 0.05
     shards._UPLOAD_BYTES = 256 << 10
@@ -74,7 +75,7 @@ def contents(folder):
     files = {str(path.relative_to(folder)): path for path in Path(folder).rglob("*") if path.is_file()}
     ours = {name for name in files if "/meta/" not in name and not name.endswith("_CHECKPOINT_METADATA")}
     found = {name: files[name].read_bytes() for name in sorted(ours)}
-    return found | ({"meta": checkpoint.load_meta(folder)} if checkpoint.steps(folder) else {})
+    return found | ({"meta": open_checkpoint(folder).meta} if steps(folder) else {})
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def steps_in(root, source=None):
 
 
 def assert_not_loadable(folder):
-    for open_it in (open_hf, checkpoint.latest_step):
+    for open_it in (open_hf, open_checkpoint):
         with pytest.raises(UserError):
             open_it(folder)
 
@@ -142,7 +143,7 @@ def test_sigterm_keeps_what_is_done(place, tmp_path):
     step = steps_in(tmp_path, place)[1]
     code = (
         "import sys; from tests.conversion import test_survives as t; from medllm_jax.cli import convert as m;"
-        "t.run_weights.Run.read = t._pausing(t.run_weights.Run.read); t._PAUSE = 0.05; sys.exit(m.main())"
+        "t.run_weights.RunWeights.read = t._pausing(t.run_weights.RunWeights.read); t._PAUSE = 0.05; sys.exit(m.main())"
     )
     process = subprocess.Popen([sys.executable, "-c", code, *step], stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
@@ -207,7 +208,7 @@ def test_a_source_that_changed_meanwhile_is_not_mixed(place, begun, tmp_path, ca
 
 def test_nothing_is_converted_twice(place, begun, monkeypatch):
     reads = []
-    for side, step in zip((HFFolder, run_weights.Run), steps_in(begun, place), strict=True):
+    for side, step in zip((HFFolder, run_weights.RunWeights), steps_in(begun, place), strict=True):
         monkeypatch.setattr(side, "read", counting(side.read, reads))
         assert main([*step, "--resume"]) == 0
         assert contents(begun / Path(step[2]).name) == contents(place / Path(step[2]).name)

@@ -46,7 +46,7 @@ def medllm(*arguments):
     from medllm_jax.cli import main
 
     be_impatient()
-    corpus_module._UNIT_BYTES = 1000
+    corpus_module._TASK_BYTES = 1000
     print("exit", main(arguments))
 
 
@@ -146,10 +146,10 @@ def test_killed_and_resumed_preparation_gives_the_same_store(gcs, documents):
         time.sleep(0.002)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    done, units = results(gcs, "tokens"), len(results(gcs, "survey"))
-    assert first.returncode == -signal.SIGKILL and 3 <= len(done) < units
+    done, tasks = results(gcs, "tokens"), len(results(gcs, "survey"))
+    assert first.returncode == -signal.SIGKILL and 3 <= len(done) < tasks
     output = run(gcs, *of_this_file(medllm, *arguments))
-    assert f"survey: unit {units}/{units}" in output and f"tokens: unit {len(done)}/{units}" in output
+    assert f"survey: task {tasks}/{tasks}" in output and f"tokens: task {len(done)}/{tasks}" in output
     assert output.splitlines()[-1] == "exit 0"
     found = json.loads(gcs.get("gs://bucket/out/store.json"))
     assert found["digest"] == expected.digest and found["corpora"][0]["examples"] == expected.examples == 210
@@ -157,8 +157,8 @@ def test_killed_and_resumed_preparation_gives_the_same_store(gcs, documents):
     assert_all_kinds_went_wrong(gcs)
 
 
-def results(gcs, stage):
-    return [name for name in gcs.names(f"gs://bucket/.out.preparing/{stage}/") if name.endswith(".json")]
+def results(gcs, job):
+    return [name for name in gcs.names(f"gs://bucket/.out.preparing/{job}/") if name.endswith(".json")]
 
 
 @pytest.mark.slow  # workers are patient

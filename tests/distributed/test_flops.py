@@ -26,9 +26,15 @@ def products(jaxpr, times=1):
             (contracted, _), _ = equation.params["dimension_numbers"]
             sizes = [equation.invars[0].aval.shape[d] for d in contracted]
             total += 2 * times * equation.outvars[0].aval.size * math.prod(sizes)
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            total += products(inner, times * equation.params.get("length", 1))
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
+                total += products(getattr(inner, "jaxpr", inner), times * equation.params.get("length", 1))
     return total
+
+
+def is_jaxpr(value):
+    """A Jaxpr, or a ClosedJaxpr around one."""
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
 
 
 @pytest.fixture(scope="module")

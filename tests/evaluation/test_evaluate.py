@@ -11,7 +11,7 @@ from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.extraction.extract import Extraction, vote
 from medllm_jax.evaluation.grading import read_grades
 from medllm_jax.evaluation.prompts import load_template
-from medllm_jax.evaluation.samples import Sample, SampleOptions, Sampler
+from medllm_jax.evaluation.sampling import Completion, Sampler, SamplingParams
 
 BOTH = ("answer_only", "explain")
 TEMPLATE = load_template("plain")
@@ -37,8 +37,8 @@ class Model:
         self.answers, self.breaks_after = answers or {}, breaks_after
         self.asked, self.settings = [], []
 
-    def __call__(self, prompts, seeds, *, samples, max_new_tokens, stop):
-        self.settings.append((max_new_tokens, stop))
+    def __call__(self, prompts, seeds, params):
+        self.settings.append((params.max_new_tokens, params.stop))
         for prompt in prompts:
             if self.breaks_after is not None and len(self.asked) >= self.breaks_after:
                 raise ConnectionError("gone")
@@ -46,7 +46,7 @@ class Model:
             key = "q" + re.search(r"問(\d)", prompt)[1]
             default = " a" if prompt.endswith("答え:") else " 説明\u2028する。\n答え: a"
             given = self.answers.get(key, default)
-            yield [Sample(text, "stop") for text in (given if isinstance(given, list) else [given] * samples)]
+            yield [Completion(text, "stop") for text in (given if isinstance(given, list) else [given] * params.n)]
 
 
 def asked_of(model, name="tiny", where="here"):
@@ -102,10 +102,10 @@ def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path, after):
 def test_outputs_are_on_disk_before_the_next_is_made(tmp_path):
     counts = []
 
-    def model(prompts, seeds, **_):
+    def model(prompts, seeds, params):
         for _ in prompts:
             counts.append(len(lines(tmp_path / "samples.jsonl")) - 1)
-            yield [Sample("a", "stop")]
+            yield [Completion("a", "stop")]
 
     evaluate(EXAM, TEMPLATE, ["answer_only"], asked_of(model), tmp_path)
     assert counts == list(range(6))
@@ -146,7 +146,7 @@ def test_a_longer_exam_asks_only_what_is_new(tmp_path):
 
 def test_of_several_outputs_the_majority_counts(tmp_path):
     answers = {"q0": ["a", "b", "a"], "q1": ["b", "a", "b"], "q2": ["どちらも", "b", "a,b"], "q3": ["?", "?", "?"]}
-    options = SampleOptions(samples=3, temperature=1.0)
+    options = SamplingParams(n=3, temperature=1.0)
     scores = evaluate(EXAM, TEMPLATE, ["answer_only"], asked_of(Model(answers)), tmp_path, options)
     graded = {g.id: g for g in read_grades(tmp_path / "grades-answer_only.jsonl")}
     assert [graded[f"q{n}"].answer for n in range(4)] == ["a", "b", "b", None]

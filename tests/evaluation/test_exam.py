@@ -228,7 +228,7 @@ def test_a_wrong_path_or_choice_is_named(tmp_path, repository):
     with pytest.raises(UserError, match=r"empty: there is no question"):
         load_exam(tmp_path / "empty")
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}\n')
-    with pytest.raises(UserError, match=r"latin.jsonl: byte 8 is not UTF-8"):
+    with pytest.raises(UserError, match=r"latin.jsonl:1: byte 8 is not UTF-8"):
         load_exam(tmp_path / "latin.jsonl")
     with pytest.raises(UserError, match=r"no questions of 2019; it holds 2018, 2020"):
         load_exam(repository, years=[2018, 2019])

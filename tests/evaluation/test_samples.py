@@ -9,15 +9,16 @@ from hypothesis import strategies as st
 
 from medllm_jax.cli import main
 from medllm_jax.errors import UserError
-from medllm_jax.evaluation import samples as samples_module
 from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.prompts import load_template
-from medllm_jax.evaluation.samples import Sample, SampleOptions, Sampler, sample_exam
+from medllm_jax.evaluation.samples import sample_exam
+from medllm_jax.evaluation.sampling import Completion, Sampler, SamplingParams, cut_at_stop
+from medllm_jax.storage import append
 from tests.tiny import write_json_lines
 
 TEMPLATE = load_template("plain")
 BOTH = ("answer_only", "explain")
-OPTIONS = SampleOptions(samples=3, temperature=1.0)
+PARAMS = SamplingParams(n=3, temperature=1.0)
 GOLD = frozenset({frozenset("a")})
 QUESTIONS = tuple(Question(id=f"問{n}", text=f"{n}はどれか。", choices=("甲", "乙"), gold=GOLD) for n in range(5))
 EXAM = Exam("small", QUESTIONS)
@@ -29,17 +30,17 @@ class Model:
     def __init__(self, breaks_after=None):
         self.breaks_after, self.asked = breaks_after, []
 
-    def __call__(self, prompts, seeds, *, samples, max_new_tokens, stop):
+    def __call__(self, prompts, seeds, params):
         for prompt, seed in zip(prompts, seeds, strict=True):
             if self.breaks_after is not None and len(self.asked) >= self.breaks_after:
                 raise ConnectionError("gone")
             self.asked.append(prompt)
-            yield [Sample(f"{prompt} {seed} {number}\u2028\n\ud800", "stop") for number in range(samples)]
+            yield [Completion(f"{prompt} {seed} {number}\u2028\n\ud800", "stop") for number in range(params.n)]
 
 
-def collect(file, model=None, options=OPTIONS, *, exam=EXAM, name="tiny", **more):
+def collect(file, model=None, params=PARAMS, *, exam=EXAM, name="tiny", **more):
     sampler = model and Sampler(name, "here", model)
-    return sample_exam(exam, TEMPLATE, BOTH, file, sampler, options, **more)
+    return sample_exam(exam, TEMPLATE, BOTH, file, sampler, params, **more)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_what_came_before_a_failure_is_kept_and_counted(whole, tmp_path):
 
 def test_a_bucket_holds_the_same(whole, tmp_path, monkeypatch):
     """Nothing can be appended to there."""
-    monkeypatch.setattr(samples_module, "is_remote", lambda path: True)
+    monkeypatch.setattr(append, "is_remote", lambda path: True)
     with pytest.raises(ConnectionError):
         collect(tmp_path / "samples.jsonl", Model(breaks_after=7))
     assert (tmp_path / "samples.jsonl").read_bytes().count(b"\n") == 8
@@ -83,8 +84,8 @@ def test_a_bucket_holds_the_same(whole, tmp_path, monkeypatch):
 
 
 def test_every_prompt_has_its_own_seed_which_others_do_not_change(tmp_path):
-    def texts(name, exam=EXAM, **options):
-        held = collect(tmp_path / name, Model(), SampleOptions(**({"samples": 2} | options)), exam=exam)
+    def texts(name, exam=EXAM, **params):
+        held = collect(tmp_path / name, Model(), SamplingParams(n=2, temperature=0.8, **params), exam=exam)
         return {(q.id, c): held.of(q.id, c)[0].text.split(" ")[-2] for q in exam.questions for c in BOTH}
 
     first = texts("a")
@@ -98,8 +99,8 @@ def test_every_prompt_has_its_own_seed_which_others_do_not_change(tmp_path):
     ("change", "line"),
     [
         ({"name": "another"}, "model was tiny and is now another"),
-        ({"options": SampleOptions(samples=3)}, "temperature was 1.0 and is now 0.8"),
-        ({"options": SampleOptions(samples=4, temperature=1.0, seed=2)}, "samples was 3 and is now 4; seed was 0 and"),
+        ({"params": SamplingParams(n=3, temperature=0.8)}, "temperature was 1.0 and is now 0.8"),
+        ({"params": SamplingParams(n=4, temperature=1.0, seed=2)}, "samples was 3 and is now 4; seed was 0 and"),
     ],
 )
 def test_samples_of_another_kind_are_refused(whole, tmp_path, change, line):
@@ -121,7 +122,7 @@ def test_another_prompt_is_refused_and_more_questions_are_welcome(whole, tmp_pat
     explain = dataclasses.replace(TEMPLATE.condition("explain"), max_new_tokens=9)
     limited = dataclasses.replace(TEMPLATE, conditions=TEMPLATE.conditions | {"explain": explain})
     with pytest.raises(UserError, match=r"samples of 問0 \(explain\) in .* or other limits"):
-        sample_exam(EXAM, limited, BOTH, file, Sampler("tiny", "here", Model()), OPTIONS)
+        sample_exam(EXAM, limited, BOTH, file, Sampler("tiny", "here", Model()), PARAMS)
     more = Exam("more", (*QUESTIONS, Question(id="q", text="more", choices=("a", "b"))))
     collect(file, model := Model(), exam=more)
     assert len(model.asked) == 2 and file.read_bytes().startswith(whole)
@@ -132,7 +133,7 @@ def test_without_a_model_the_file_must_hold_all(whole, tmp_path):
     with pytest.raises(UserError, match="holds no samples: name the model"):
         collect(file)
     file.write_bytes(whole)
-    first = collect(file, options=SampleOptions(samples=9, seed=5)).of("問0", "explain")
+    first = collect(file, params=SamplingParams(n=9, temperature=0.8, seed=5)).of("問0", "explain")
     assert len(first) == 3 and first[0].text.endswith("\u2028\n\ud800")
     file.write_bytes(whole[:-300])
     with pytest.raises(UserError, match="lacks the samples of 1 of 10 prompts"):
@@ -154,10 +155,27 @@ def test_other_files_are_refused(whole, tmp_path, lines, line):
         collect(file, Model())
 
 
-@pytest.mark.parametrize("wrong", [{"samples": 0}, {"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.1}])
-def test_senseless_options_are_refused(wrong):
-    with pytest.raises(UserError, match=next(iter(wrong))):
-        SampleOptions(**wrong)
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({"n": 0}, "samples"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+    ],
+)
+def test_senseless_params_are_refused(wrong, name):
+    with pytest.raises(UserError, match=name):
+        SamplingParams(**({"n": 8, "temperature": 0.8} | wrong))
+
+
+def test_the_first_stop_string_cuts():
+    assert cut_at_stop("one。two\nQ", ("\nQ", "。")) == "one"
+    assert cut_at_stop("。two", ("。",)) == ""
+    assert cut_at_stop("one", ("two",)) is None and cut_at_stop("one", ()) is None
 
 
 def test_the_verb_goes_on_and_pairs_anew_without_the_model(world, tmp_path, capsys):

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medllm_jax.checkpoint.handle import open_checkpoint
 from medllm_jax.checkpoint.load_model import LoadedModel
 from medllm_jax.config.schema import MeshConfig, PrecisionConfig
 from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import UserError
-from medllm_jax.inference.generator import Generator, Sampling, _draw, choose
+from medllm_jax.evaluation.sampling import SamplingParams
+from medllm_jax.inference.generator import Generator, _draw, choose
 from medllm_jax.model.abstract import abstract_model, random_params
 from tests.world import tiny_config
 
@@ -19,7 +21,9 @@ PROMPTS = ["The patient", "発熱と咳", "A", "Q7: heart liver test. Which drug
 
 @pytest.fixture(scope="module")
 def generator(world):
-    return Generator.from_run(str(world.model), batch_size=8, precision=PrecisionConfig(compute="float32"))
+    return Generator.from_checkpoint(
+        open_checkpoint(world.model), batch_size=8, precision=PrecisionConfig(compute="float32")
+    )
 
 
 def one_device_generator(world, batch_size, seed=1):
@@ -53,7 +57,7 @@ def test_greedy_equals_transformers(world, tmp_path):
     assert loaded.missing_keys == ["lm_head.weight"] and not loaded.unexpected_keys
 
     eos = ours._tokenizer.eos_token_id
-    for prompt, completion in zip(PROMPTS, ours(PROMPTS, Sampling(24)), strict=True):
+    for prompt, completion in zip(PROMPTS, ours(PROMPTS, SamplingParams(max_new_tokens=24)), strict=True):
         ids = torch.tensor([ours._tokenizer(prompt)["input_ids"]])
         with torch.no_grad():
             whole = theirs.generate(
@@ -62,7 +66,10 @@ def test_greedy_equals_transformers(world, tmp_path):
         assert completion.tokens == tuple(whole[0, ids.shape[1] :].tolist())
 
 
-@pytest.mark.parametrize("sampling", [Sampling(20), Sampling(20, temperature=1.0, top_p=0.9, seed=3)])
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingParams(max_new_tokens=20), SamplingParams(max_new_tokens=20, temperature=1.0, top_p=0.9, seed=3)],
+)
 def test_a_batch_equals_prompts_alone(world, sampling):
     """Left padding, the batch's size and the mesh change nothing."""
     together = list(one_device_generator(world, batch_size=len(PROMPTS))(PROMPTS, sampling))
@@ -77,11 +84,16 @@ def test_on_eight_devices_equals_one(world, generator):
     plan = abstract_model(generator._model.config, PrecisionConfig(compute="float32"), mesh)
     model = LoadedModel(plan.config, plan.structure, jax.device_put(jax.device_get(whole), jax.devices()[0]), mesh)
     alone = Generator(model, generator._tokenizer, np.asarray(generator._eos), 3)
-    assert list(alone(PROMPTS, Sampling(12))) == list(generator(PROMPTS, Sampling(12)))
+    assert list(alone(PROMPTS, SamplingParams(max_new_tokens=12))) == list(
+        generator(PROMPTS, SamplingParams(max_new_tokens=12))
+    )
 
 
 def test_samples_repeat_by_seed_and_differ_by_prompt_number(generator):
-    draw = lambda seed: [c.tokens for c in generator(["発熱"] * 10, Sampling(12, temperature=1.0, seed=seed))]  # noqa: E731
+    def draw(seed):
+        params = SamplingParams(max_new_tokens=12, temperature=1.0, seed=seed)
+        return [completion.tokens for completion in generator(["発熱"] * 10, params)]
+
     first = draw(0)
     assert first == draw(0)
     assert first != draw(1)
@@ -89,8 +101,10 @@ def test_samples_repeat_by_seed_and_differ_by_prompt_number(generator):
 
 
 def test_a_seed_and_number_of_its_own_make_a_prompt_what_it_is_elsewhere(generator):
-    hot = Sampling(12, temperature=1.0)
-    apart = [list(generator(["発熱"] * 3, Sampling(12, temperature=1.0, seed=seed))) for seed in (7, 8)]
+    hot = SamplingParams(max_new_tokens=12, temperature=1.0)
+    apart = [
+        list(generator(["発熱"] * 3, SamplingParams(max_new_tokens=12, temperature=1.0, seed=seed))) for seed in (7, 8)
+    ]
     draws = [(8, 2), (7, 0), (7, 1), (8, 0)]
     together = list(generator(["発熱"] * 4, hot, draws))
     assert together == [apart[seed - 7][number] for seed, number in draws]
@@ -98,9 +112,11 @@ def test_a_seed_and_number_of_its_own_make_a_prompt_what_it_is_elsewhere(generat
 
 
 def test_stop_string_cuts_the_text_and_ends_the_completion(generator):
-    whole = next(iter(generator(["The patient"], Sampling(40, temperature=1.0, seed=5))))
+    whole = next(iter(generator(["The patient"], SamplingParams(max_new_tokens=40, temperature=1.0, seed=5))))
     stop = whole.text[4:7]
-    cut = next(iter(generator(["The patient"], Sampling(40, temperature=1.0, seed=5, stop=(stop,)))))
+    cut = next(
+        iter(generator(["The patient"], SamplingParams(max_new_tokens=40, temperature=1.0, seed=5, stop=(stop,))))
+    )
     assert cut.finish_reason == "stop"
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert len(cut.tokens) < len(whole.tokens)
@@ -108,19 +124,21 @@ def test_stop_string_cuts_the_text_and_ends_the_completion(generator):
 
 def test_end_of_sequence_ends_a_completion(generator):
     """Whatever greedy decoding says third, taken as an end-of-sequence token, ends it there."""
-    free = next(iter(generator(["The patient"], Sampling(8))))
+    free = next(iter(generator(["The patient"], SamplingParams(max_new_tokens=8))))
     third = free.tokens[2]
     first = free.tokens.index(third)
     ending = Generator(generator._model, generator._tokenizer, [third], 8)
-    ended = next(iter(ending(["The patient"], Sampling(8))))
+    ended = next(iter(ending(["The patient"], SamplingParams(max_new_tokens=8))))
     assert ended.tokens == free.tokens[: first + 1]
     assert ended.finish_reason == "stop"
     assert ended.text == generator._tokenizer.decode(free.tokens[:first])
 
 
 def test_length_limit_is_kept_and_named(generator):
-    assert {len(c.tokens) <= 5 for c in generator(PROMPTS, Sampling(5, temperature=1.0))} == {True}
-    assert any(c.finish_reason == "length" for c in generator(PROMPTS, Sampling(5, temperature=1.0)))
+    assert {len(c.tokens) <= 5 for c in generator(PROMPTS, SamplingParams(max_new_tokens=5, temperature=1.0))} == {True}
+    assert any(
+        c.finish_reason == "length" for c in generator(PROMPTS, SamplingParams(max_new_tokens=5, temperature=1.0))
+    )
 
 
 def test_top_p_draws_from_the_smallest_set_that_reaches_it():
@@ -157,12 +175,6 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(size):
 
 def test_a_prompt_without_room_is_refused(generator):
     with pytest.raises(UserError, match=r"prompt 1 has \d+ tokens and up to 12 may follow, but .* context is 1024"):
-        list(generator(["ok", "word " * 600], Sampling(12)))
+        list(generator(["ok", "word " * 600], SamplingParams(max_new_tokens=12)))
     with pytest.raises(UserError, match="prompt 0 is empty"):
-        list(generator([""], Sampling(12)))
-
-
-@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
-def test_senseless_sampling_is_refused(wrong):
-    with pytest.raises(UserError, match=next(iter(wrong))):
-        Sampling(**({"max_new_tokens": 1} | wrong))
+        list(generator([""], SamplingParams(max_new_tokens=12)))

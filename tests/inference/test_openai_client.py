@@ -1,5 +1,6 @@
 """A server's model: completions in order, faults borne, refusals told in one line, and a real server at the end."""
 
+import dataclasses
 import json
 import random
 import socket
@@ -13,8 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from medllm_jax.errors import UserError
+from medllm_jax.evaluation.sampling import Completion, SamplingParams
 from medllm_jax.inference import openai_client as server_module
-from medllm_jax.inference.openai_client import Completion, OpenAIClient
+from medllm_jax.inference.openai_client import OpenAIClient
 
 
 class Engine(ThreadingHTTPServer):
@@ -88,24 +90,27 @@ def impatient(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-LIMITS = {"max_new_tokens": 7, "stop": ("\nQ", "。")}
+LIMITS = SamplingParams(max_new_tokens=7, stop=("\nQ", "。"))
 
 
 def test_answers_are_in_order_though_they_overtake_each_other_and_few_are_under_way():
     prompts = [f"prompt {number}" for number in range(60)]
     with Engine() as engine:
-        answers = list(OpenAIClient(engine.url, "m", concurrency=4)(prompts, **LIMITS))
-    assert [text for text, _ in answers] == [prompt.upper() for prompt in prompts]
+        answers = list(OpenAIClient(engine.url, "m", concurrency=4)(prompts, LIMITS))
+    assert [each.text for each in answers] == [prompt.upper() for prompt in prompts]
     assert engine.answered != prompts, "nothing overtook anything"
     assert 1 < engine.most_under_way <= 4
 
 
 def test_what_is_asked_is_what_was_said():
     with Engine() as engine:
-        server = OpenAIClient(f"{engine.url}/v1/", "m", temperature=0.8, top_p=0.9)
-        assert list(server(["a", "b"], **LIMITS, seeds=[5, 6])) == [("A", "length"), ("B", "length")]
+        server = OpenAIClient(f"{engine.url}/v1/", "m")
+        hot = dataclasses.replace(LIMITS, temperature=0.8, top_p=0.9)
+        assert list(server(["a", "b"], hot, seeds=[5, 6])) == [Completion("A", "length"), Completion("B", "length")]
         chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "hello"}]
-        assert list(server([chat], max_new_tokens=3, stop=())) == [("HELLO", "stop")]
+        assert list(server([chat], dataclasses.replace(hot, max_new_tokens=3, stop=()))) == [
+            Completion("HELLO", "stop")
+        ]
     asked = {body.get("prompt", "chat"): (path, body) for path, body in engine.requests}
     path, body = asked["b"]
     assert path == "/v1/completions"
@@ -121,48 +126,48 @@ def test_what_is_asked_is_what_was_said():
 @pytest.mark.parametrize("fault", [429, 500, 503, "reset", "cut"])
 def test_passing_faults_are_repeated(fault):
     with Engine(faults=[fault] * 3) as engine:
-        answers = list(OpenAIClient(engine.url, "m", concurrency=2)(["a", "b", "c"], **LIMITS))
-    assert [text for text, _ in answers] == ["A", "B", "C"]
+        answers = list(OpenAIClient(engine.url, "m", concurrency=2)(["a", "b", "c"], LIMITS))
+    assert [each.text for each in answers] == ["A", "B", "C"]
     assert len(engine.requests) == 6
 
 
 def test_a_stop_string_that_the_server_ignores_ends_the_text():
     answer = {"choices": [{"text": " one。two\nQ", "finish_reason": "length"}]}
     with Engine(answer=answer) as engine:
-        assert list(OpenAIClient(engine.url, "m")(["a"], **LIMITS)) == [Completion(" one", "stop")]
+        assert list(OpenAIClient(engine.url, "m")(["a"], LIMITS)) == [Completion(" one", "stop")]
 
 
 def test_a_refusal_is_told_once_and_without_the_prompt():
     answer = {"error": {"message": "the model `m` does not exist"}}
     with Engine(faults=[404], answer=answer) as engine:
         with pytest.raises(UserError, match=r"/v1/completions: status 404 for model 'm': the model `m` does not exist"):
-            list(OpenAIClient(engine.url, "m")(["a secret"], **LIMITS))
+            list(OpenAIClient(engine.url, "m")(["a secret"], LIMITS))
         assert len(engine.requests) == 1
     with Engine(faults=[400], answer={"error": {"message": "too long: x\nA secret\n"}}) as engine:
         with pytest.raises(UserError, match="status 400") as error:
-            list(OpenAIClient(engine.url, "m")(["x\nA secret"], **LIMITS))
+            list(OpenAIClient(engine.url, "m")(["x\nA secret"], LIMITS))
         assert "secret" not in str(error.value)
 
 
 def test_a_fault_that_stays_is_a_line_that_says_what_to_do():
     with Engine(faults=[503] * 100) as engine, pytest.raises(UserError, match="status 503"):
-        list(OpenAIClient(engine.url, "m")(["a"], **LIMITS))
+        list(OpenAIClient(engine.url, "m")(["a"], LIMITS))
     assert len(engine.requests) == 1 + server_module._RETRIES
     with pytest.raises(UserError, match=r"no answer after .* run this again"):
-        list(OpenAIClient(engine.url, "m")(["a"], **LIMITS))  # nobody listens there any more
+        list(OpenAIClient(engine.url, "m")(["a"], LIMITS))  # nobody listens there any more
 
 
 @pytest.mark.parametrize("answer", [{}, {"choices": []}, {"choices": [{"text": "no reason"}]}, [1]])
 def test_an_answer_that_is_no_completion_is_refused(answer):
     with Engine(answer=answer) as engine, pytest.raises(UserError, match="no completion"):
-        list(OpenAIClient(engine.url, "m")(["a"], **LIMITS))
+        list(OpenAIClient(engine.url, "m")(["a"], LIMITS))
 
 
 def test_the_key_goes_with_requests_and_nowhere_else(monkeypatch, caplog):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-hidden")
     caplog.set_level("DEBUG")
     with Engine(faults=["reset", 503, 401]) as engine, pytest.raises(UserError) as error:
-        list(OpenAIClient(engine.url, "m")(["a"], **LIMITS))
+        list(OpenAIClient(engine.url, "m")(["a"], LIMITS))
     assert {headers["Authorization"] for headers in engine.headers_seen} == {"Bearer sk-hidden"}
     assert "sk-hidden" not in caplog.text + str(error.value)
 
@@ -170,7 +175,7 @@ def test_the_key_goes_with_requests_and_nowhere_else(monkeypatch, caplog):
 def test_whoever_stops_listening_ends_the_asking(monkeypatch):
     monkeypatch.setattr(server_module, "_AHEAD", 50)
     with Engine() as engine:
-        answers = OpenAIClient(engine.url, "m", concurrency=2)([str(number) for number in range(1000)], **LIMITS)
+        answers = OpenAIClient(engine.url, "m", concurrency=2)([str(number) for number in range(1000)], LIMITS)
         next(answers)
         answers.close()
         assert len(engine.requests) < 50
@@ -241,21 +246,23 @@ def test_a_real_server_says_greedily_what_our_model_says(transformers_server, tm
     """The text of both, up to control tokens, which the server leaves out."""
     import re
 
+    from medllm_jax.checkpoint.handle import open_checkpoint
     from medllm_jax.cli.convert import main
     from medllm_jax.config.schema import PrecisionConfig
-    from medllm_jax.inference.generator import Generator, Sampling
+    from medllm_jax.inference.generator import Generator
 
     url, folder = transformers_server
     prompts = ["The patient has a fever", "患者は発熱", "Which drug?"]
-    served = list(OpenAIClient(url, str(folder), concurrency=2)(prompts, max_new_tokens=24, stop=()))
+    served = list(OpenAIClient(url, str(folder), concurrency=2)(prompts, SamplingParams(max_new_tokens=24)))
     assert main(["from-hf", str(folder), str(tmp_path / "run")]) == 0
     precision = PrecisionConfig(params="float32", compute="float32")
-    ours = list(Generator.from_run(str(tmp_path / "run"), batch_size=8, precision=precision)(prompts, Sampling(24)))
-    assert [text for text, _ in served] == [re.sub(r"<\|\w+\|>", "", each.text) for each in ours]
-    assert [reason for _, reason in served] == [each.finish_reason for each in ours]
+    generator = Generator.from_checkpoint(open_checkpoint(tmp_path / "run"), batch_size=8, precision=precision)
+    ours = list(generator(prompts, SamplingParams(max_new_tokens=24)))
+    assert [each.text for each in served] == [re.sub(r"<\|\w+\|>", "", each.text) for each in ours]
+    assert [each.finish_reason for each in served] == [each.finish_reason for each in ours]
 
     chat = [{"role": "user", "content": "発熱"}]
-    (said,) = OpenAIClient(url, str(folder))([chat], max_new_tokens=5, stop=())
+    (said,) = OpenAIClient(url, str(folder))([chat], SamplingParams(max_new_tokens=5))
     assert said.text and said.finish_reason == "length"
 
 

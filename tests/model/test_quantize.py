@@ -126,4 +126,4 @@ def test_the_layer_is_the_product_with_its_weight_and_keeps_only_codes(storage):
 
 def test_columns_that_blocks_do_not_divide_are_refused():
     with pytest.raises(UserError, match="96 columns"):
-        QuantizedLinear(96, 64, bias=False, std=1, param_dtype=jnp.float32, rngs=nnx.Rngs(0), storage=Storage("nf4"))
+        QuantizedLinear(96, 64, bias=False, std=1.0, param_dtype=jnp.float32, rngs=nnx.Rngs(0), storage=Storage("nf4"))

@@ -98,8 +98,15 @@ def test_a_remat_policy_can_keep_what_the_backward_pass_needs():
         policy = jax.checkpoint_policies.save_only_these_names(*names)
         kept = jax.checkpoint(lambda *qkv: make(branches=True)(*qkv, where, where), policy=policy)
         pullback = jax.eval_shape(lambda *qkv, f=kept: jax.vjp(f, *qkv)[1], q, k, v)
-        sizes[names] = sum(leaf.size for leaf in jax.tree.leaves(pullback))
-    assert sizes[RESIDUALS,] - sizes[()] == q.size + q.size // q.shape[-1]
+        leaves = jax.tree.leaves(pullback)
+        sizes[names] = [
+            sum(leaf.size for leaf in leaves if jnp.issubdtype(leaf.dtype, kind))
+            for kind in (jnp.floating, jnp.integer)
+        ]
+    (kept, tables), (recomputed, all_tables) = sizes[RESIDUALS,], sizes[()]
+    assert kept - recomputed == q.size + q.size // q.shape[-1]
+    # Of the kernel's tables of blocks, the forward pass's are not kept where nothing runs it again (from JAX 0.12 on).
+    assert tables <= all_tables
 
 
 # One process can't hold a TPU's compiler and the virtual devices of the other tests.
@@ -107,11 +114,11 @@ COMPILE = """
     import jax, jax.numpy as jnp, re
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
-    from medllm_jax.config.schema import MeshConfig, PrecisionConfig
+    from medllm_jax.config import MeshConfig, PrecisionConfig
     from medllm_jax.model.abstract import attention_on
     from medllm_jax.model.attention import TokenLayout
     from medllm_jax.model.qwen2 import REMAT_POLICIES
-    from medllm_jax.distributed.sharding import ACTIVATIONS, make_mesh, rows_over
+    from medllm_jax.sharding import ACTIVATIONS, make_mesh, rows_over
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), devices)

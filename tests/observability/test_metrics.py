@@ -6,7 +6,8 @@ import time
 import jax.numpy as jnp
 from etils import epath
 
-from medllm_jax.observability.metrics import Meter, MetricsLog, read_lines
+from medllm_jax.observability.metrics import Meter, MetricsLog
+from medllm_jax.storage.json_lines import read_appended_rows
 from medllm_jax.terminal.progress import Console
 
 
@@ -30,7 +31,7 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     write(tmp_path, 0, range(1, 4))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    assert [row["step"] for row in read_lines(epath.Path(tmp_path / "metrics.jsonl"))] == [1, 2, 3]
+    assert [row["step"] for row in read_appended_rows(epath.Path(tmp_path / "metrics.jsonl"))] == [1, 2, 3]
     write(tmp_path, 3, [4])
     assert steps_in(tmp_path) == [1, 2, 3, 4]
 

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medllm_jax.data.prepare.preference_pairs import read_pairs
-from medllm_jax.data.prepare.reading import Dropped
+from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam, load_exam
 from medllm_jax.evaluation.prompts import load_template
-from medllm_jax.evaluation.samples import Sample, SampleOptions, Sampler, sample_exam
+from medllm_jax.evaluation.samples import sample_exam
+from medllm_jax.evaluation.sampling import Completion, Sampler, SamplingParams
 from medllm_jax.preferences.make_pairs import (
     PairOptions,
     choose_questions,
@@ -46,13 +47,13 @@ def pairs_of(tmp_path):
     """Makes pairs where every prompt has the same samples."""
 
     def make(exam, condition, texts, *, chat=False, examples=0, **options):
-        drawn = [text if isinstance(text, Sample) else Sample(text, "stop") for text in texts]
+        drawn = [text if isinstance(text, Completion) else Completion(text, "stop") for text in texts]
 
-        def draw(prompts, seeds, **_):
+        def draw(prompts, seeds, params):
             return [drawn for _ in prompts]
 
         sampler = Sampler("m", "here", draw, chat)
-        how = SampleOptions(samples=len(drawn))
+        how = SamplingParams(n=len(drawn), temperature=0.8)
         samples = sample_exam(exam, TEMPLATE, [condition], tmp_path / "s.jsonl", sampler, how, anew=True)
         return make_pairs(exam, TEMPLATE, [condition], samples, PairOptions(**options), examples=examples)
 
@@ -95,8 +96,8 @@ def test_every_strategy_of_the_same_samples(exam, pairs_of, strategy, chosen):
 @pytest.mark.parametrize(
     ("sample", "options", "verdict"),
     [
-        (Sample(" b", "length"), {}, "cut at the length limit"),
-        (Sample(" b", "content_filter"), {}, "cut by the server"),
+        (Completion(" b", "length"), {}, "cut at the length limit"),
+        (Completion(" b", "content_filter"), {}, "cut by the server"),
         ("\n", {}, "empty"),
         (" b<|im_start|>", {}, "with a control token"),
         (" b ", {"min_characters": 2}, "too short"),
@@ -155,7 +156,7 @@ def test_chat_samples_make_rows_of_messages(exam, pairs_of, tmp_path):
     rows, _ = pairs_of(exam, "explain", ["x\n答え: c", "y\n答え: b"], chat=True)
     assert rows[0]["prompt"] == TEMPLATE.render_messages(exam.questions[0], "explain")
     assert rows[0]["chosen"] == [{"role": "assistant", "content": "Leaves.\n答え: b"}]
-    read = read_pairs(str(write_json_lines(tmp_path / "rows.jsonl", rows)), "error", Dropped())
+    read = read_pairs(str(write_json_lines(tmp_path / "rows.jsonl", rows)), "error", RejectionCounts())
     assert len(list(read)) == len(rows) > 0
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from medllm_jax.checkpoint.fingerprint import model_fingerprint
+from medllm_jax.checkpoint.handle import open_checkpoint
 from medllm_jax.checkpoint.load_model import load_model
-from medllm_jax.checkpoint.orbax import load_meta
 from medllm_jax.cli import main
 from medllm_jax.config.load import load_run_config
 from medllm_jax.config.schema import MeshConfig, PrecisionConfig
@@ -92,9 +92,9 @@ def test_rounds_follow_each_other_go_on_and_end(file, tmp_path, monkeypatch, wor
     folder = tmp_path / "rounds"
     before = world.model
     for number in (1, 2):
-        model = load_model(str(before), PrecisionConfig(compute="float32"), make_mesh(MeshConfig()))
+        model = load_model(open_checkpoint(before), PrecisionConfig(compute="float32"), make_mesh(MeshConfig()))
         now = folder / f"round-{number}" / "run"
-        assert load_meta(now)["reference_model"] == model_fingerprint(model.params)
+        assert open_checkpoint(now).meta["reference_model"] == model_fingerprint(model.params)
         before = now
 
     file.write_text(file.read_text().replace("samples: 3", "samples: 4"))
@@ -116,7 +116,8 @@ def test_without_pairs_it_ends_and_says_so(file, capsys):
         ("rounds: 3", "rounds: 4", "temperature has 3 numbers and there are 4 rounds"),
         ("samples: 3", "sample: 3", "did you mean samples?"),
         ("samples: 3", "samples: 0", "samples is 0"),
-        ("samples: 3", "samples: 3\nmost: 0", "most is 0"),
+        ("samples: 3", "samples: 3\nmost: 0", "max_pairs_per_prompt is 0"),
+        ("samples: 3", "samples: 3\nmax_pairs_per_prompt: 0", "max_pairs_per_prompt is 0"),
         ("train: rpo.yaml", "train: nowhere.yaml", "nowhere.yaml"),
     ],
 )

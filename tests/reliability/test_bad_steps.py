@@ -57,7 +57,7 @@ def test_a_run_stops_and_goes_on_as_if_nothing_had_been(world, tmp_path, poison,
 
 
 def test_a_run_goes_on_without_bad_steps_up_to_a_limit(world, tmp_path, poison, metrics_of):
-    config = dataclasses.replace(config_of(world, tmp_path / "run"), guard=GuardConfig("skip", limit=2))
+    config = dataclasses.replace(config_of(world, tmp_path / "run"), guard=GuardConfig("skip", max_skipped=2))
     poison(2, 5)
     train(config)
     found = metrics_of(tmp_path / "run")
@@ -68,8 +68,8 @@ def test_a_run_goes_on_without_bad_steps_up_to_a_limit(world, tmp_path, poison, 
     assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == 2
 
     poison(2, 5)
-    with pytest.raises(RunError, match=r"2 steps were skipped, guard\.limit is 1"):
-        train(dataclasses.replace(config, run=str(tmp_path / "other"), guard=GuardConfig("skip", limit=1)))
+    with pytest.raises(RunError, match=r"2 steps were skipped, guard\.max_skipped is 1"):
+        train(dataclasses.replace(config, run=str(tmp_path / "other"), guard=GuardConfig("skip", max_skipped=1)))
 
 
 def test_a_spike_changes_nothing(world, tmp_path, metrics_of):
@@ -86,7 +86,7 @@ def test_a_spike_changes_nothing(world, tmp_path, metrics_of):
         train(dataclasses.replace(config, run=str(tmp_path / "third"), guard=GuardConfig(loss=0.01)))
 
 
-@pytest.mark.parametrize("wrong", [{"limit": 0}, {"grad_norm": -1.0}, {"loss": -1.0}])
+@pytest.mark.parametrize("wrong", [{"max_skipped": 0}, {"grad_norm": -1.0}, {"loss": -1.0}])
 def test_settings_without_sense_are_refused(wrong):
     with pytest.raises(UserError, match="must"):
         GuardConfig(**wrong)

@@ -37,9 +37,8 @@ def test_a_folder_that_was_made_for_it_alone_goes_with_it(tmp_path):
 
 
 def test_that_of_a_program_which_was_killed_here_is_free_at_once(tmp_path):
-    take = f"from medllm_jax.reliability.lease import Lease; Lease({str(tmp_path)!r}).__enter__()"
-    code = f"import time; {take}; print('has it')"
-    command = [sys.executable, "-u", "-c", f"{code}; time.sleep(600)"]
+    code = f"from medllm_jax.reliability.lease import Lease; Lease({str(tmp_path)!r}).__enter__(); print('has it')"
+    command = [sys.executable, "-u", "-c", f"import time; {code}; time.sleep(600)"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "has it\n"
     process.send_signal(signal.SIGKILL)

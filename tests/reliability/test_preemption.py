@@ -20,8 +20,8 @@ from tests.distributed.test_processes import start_processes
 from tests.training.test_train import assert_equal_bits, config_of, params_of
 
 SLOW = (
-    "import medllm_jax.observability.progress as p, time; a = p.Progress.add; "
-    "p.Progress.add = lambda *x: [time.sleep(0.2), a(*x)]; "
+    "import medllm_jax.observability.progress as p, time; "
+    "a = p.Progress.add; p.Progress.add = lambda *x: [time.sleep(0.2), a(*x)]; "
 )
 MEDLLM = f"{SLOW}import sys; from medllm_jax.cli import main; sys.exit(main())"  # slow enough to be interrupted
 
@@ -66,7 +66,7 @@ def test_it_saves_and_goes_on(world, tmp_path, metrics_of):
     assert reader.end() == PREEMPTED, reader.text
     assert time.monotonic() - told < 30
     step = latest_step(tmp_path / "run")
-    assert 6 <= step < 60 and f"told to end, after step {step} of 60, which is saved" in reader.text
+    assert 6 <= step < 60 and f"preempted: step {step} of 60 is saved; run the same command to resume" in reader.text
     assert not list(tmp_path.glob("run/crashes/*")) and not (tmp_path / "run" / "writer.json").exists()
     train(config)
     train(config_of(world, tmp_path / "undisturbed", steps=60, every=100))
@@ -102,7 +102,7 @@ def test_of_two_processes_both_save_the_same_step(world, tmp_path, metrics_of):
     codes = [reader.end() for reader in readers]
     assert codes == [PREEMPTED] * 2, "\n".join(reader.text for reader in readers)
     (step,) = steps(tmp_path / "run")
-    assert all(f"after step {step} of 60" in reader.text for reader in readers)
+    assert all(f"step {step} of 60 is saved" in reader.text for reader in readers)
     assert [path.name for path in sorted(Path(tmp_path / "run" / "logs").iterdir())] == [
         "process-0.log",
         "process-1.log",

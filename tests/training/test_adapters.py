@@ -14,8 +14,9 @@ import pytest
 from flax import nnx
 
 from medllm_jax.checkpoint.fingerprint import model_fingerprint
+from medllm_jax.checkpoint.handle import open_checkpoint
 from medllm_jax.checkpoint.load_model import initial_weights, load_model
-from medllm_jax.checkpoint.orbax import abstract_params, load_meta, write_model
+from medllm_jax.checkpoint.write_model import write_model
 from medllm_jax.cli.convert import main as convert
 from medllm_jax.config.load import build, to_plain
 from medllm_jax.config.schema import (
@@ -30,13 +31,13 @@ from medllm_jax.config.schema import (
     RunConfig,
 )
 from medllm_jax.conversion.hf_weights import open_hf
-from medllm_jax.conversion.run_weights import open_run
+from medllm_jax.conversion.run_weights import RunWeights
 from medllm_jax.conversion.verify import logits_here, stacked_weights
 from medllm_jax.data.prefetch import put_batch
 from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import UserError
 from medllm_jax.model.abstract import abstract_model, merge_params, random_params
-from medllm_jax.training import loop as train_module
+from medllm_jax.observability.progress import Progress
 from medllm_jax.training.loop import train
 from medllm_jax.training.programs import abstract_batch, train_program
 from medllm_jax.training.reference import cache_reference
@@ -95,7 +96,7 @@ def steps(base, *, kind="rpo", devices=8, number=3, adapter=INT8, **how):
     config = config_of("unused", base, kind=kind, adapter=adapter, **how)
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     program = train_program(config, mesh)
-    params, frozen, _ = initial_weights(config, program.model)
+    params, frozen, _ = initial_weights(program.model, open_checkpoint(base), config.seed)
     before = jax.tree.map(np.array, frozen)
     batches = [put_batch(rows_of(kind, step), mesh) for step in range(number)]
     compiled = program.step.lower(program.abstract, batches[0], program.model.frozen).compile()
@@ -166,9 +167,9 @@ def test_learns_and_keeps_only_adapters(base, finished, metrics_of):
     losses = [row["loss"] for row in metrics_of(finished / "cpt").values()]
     assert losses[-1] < losses[0] - 0.5
     for kind in ("cpt", "rpo"):
-        assert set(abstract_params(finished / kind)) == {"layers"}
-        assert len(jax.tree.leaves(abstract_params(finished / kind))) == 2 * 2
-        assert load_meta(finished / kind)["base"]["checkpoint"] == str(base)
+        assert set(open_checkpoint(finished / kind).stored_params()) == {"layers"}
+        assert len(jax.tree.leaves(open_checkpoint(finished / kind).stored_params())) == 2 * 2
+        assert open_checkpoint(finished / kind).meta["base"]["checkpoint"] == str(base)
 
 
 class KilledError(Exception):
@@ -177,7 +178,7 @@ class KilledError(Exception):
 
 def test_resumed_equals_uninterrupted(world, base, finished, tmp_path, monkeypatch, metrics_of):
     config = config_of(world.token_store, base, tmp_path / "run", adapter=dataclasses.replace(QLORA, dropout=0.1))
-    add = train_module.Progress.add
+    add = Progress.add
 
     def break_at_4(self, step, *rest):
         if step == 4:
@@ -185,12 +186,13 @@ def test_resumed_equals_uninterrupted(world, base, finished, tmp_path, monkeypat
         add(self, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module.Progress, "add", break_at_4)
+        patch.setattr(Progress, "add", break_at_4)
         with pytest.raises(KilledError):
             train(config)
     train(config)
     assert metrics_of(tmp_path / "run") == metrics_of(finished / "cpt")
-    models = (load_model(run, FLOAT32, make_mesh(MeshConfig())).params for run in (tmp_path / "run", finished / "cpt"))
+    runs = map(open_checkpoint, (tmp_path / "run", finished / "cpt"))
+    models = (load_model(run, FLOAT32, make_mesh(MeshConfig())).params for run in runs)
     jax.tree.map(np.testing.assert_array_equal, *models)
 
 
@@ -200,8 +202,8 @@ def test_rpo_starts_at_the_cpt_model_and_not_at_its_base(world, base, finished, 
         assert first[name] == pytest.approx(0, abs=1e-5)
     assert metrics_of(finished / "rpo")[6]["rewards/margins"] > 0.1
 
-    cpt = load_model(finished / "cpt", FLOAT32, make_mesh(MeshConfig()))
-    assert load_meta(finished / "rpo")["reference_model"] == model_fingerprint(cpt.params)
+    cpt = load_model(open_checkpoint(finished / "cpt"), FLOAT32, make_mesh(MeshConfig()))
+    assert open_checkpoint(finished / "rpo").meta["reference_model"] == model_fingerprint(cpt.params)
     assert np.abs(cpt.params["layers"]["mlp"]["down_proj"]["lora_B"]).max() > 1e-3
 
 
@@ -226,7 +228,7 @@ def test_adapters_off_is_the_cached_reference(world, base, finished, tmp_path, m
 def test_merged_equals_unmerged(finished, tmp_path):
     """Exported weights, through the plain model, predict what base and adapters do."""
     tokens = np.random.default_rng(0).integers(MODEL.vocab_size, size=48).tolist()
-    model = load_model(finished / "rpo", FLOAT32, make_mesh(MeshConfig(), jax.devices()[:1]))
+    model = load_model(open_checkpoint(finished / "rpo"), FLOAT32, make_mesh(MeshConfig(), jax.devices()[:1]))
     row = jnp.asarray([tokens], jnp.int32)
     network = nnx.merge(model.structure, model.params)
     with jax.default_matmul_precision("highest"):
@@ -235,7 +237,8 @@ def test_merged_equals_unmerged(finished, tmp_path):
     assert convert(["to-hf", str(finished / "rpo"), str(tmp_path / "hf")]) == 0
     (merged,) = logits_here(open_hf(tmp_path / "hf"), [tokens])
     np.testing.assert_allclose(merged, unmerged, atol=1e-4)
-    ours, exported = (stacked_weights(side) for side in (open_run(str(finished / "rpo")), open_hf(tmp_path / "hf")))
+    sides = RunWeights(open_checkpoint(finished / "rpo")), open_hf(tmp_path / "hf")
+    ours, exported = map(stacked_weights, sides)
     jax.tree.map(np.testing.assert_array_equal, ours, exported)
 
 
@@ -247,11 +250,11 @@ def hidden_states(structure, params, batch):
 def test_new_adapters_change_nothing_and_a_quantised_base_little(base):
     """Hidden states: root mean square of the change, relative; none on the same base, some with its weights in bits."""
     mesh, batch = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), rows_of("cpt", 0)
-    half = load_model(base, PrecisionConfig(params="bfloat16", compute="float32"), mesh)
+    half = load_model(open_checkpoint(base), PrecisionConfig(params="bfloat16", compute="float32"), mesh)
     there = hidden_states(half.structure, half.params, batch)
     for base_format, bound in (("bfloat16", 0), ("nf4", 0.25)):
         plan = abstract_model(MODEL, FLOAT32, mesh, adapter=AdapterConfig(base=base_format))
-        weights = initial_weights(config_of("unused", base), plan)
+        weights = initial_weights(plan, open_checkpoint(base), seed=0)
         here = hidden_states(plan.structure, merge_params(*weights[:2]), batch)
         change = np.sqrt(np.mean((here - there) ** 2) / np.mean(there**2))
         assert bound / 10 <= change <= bound, base_format
@@ -284,8 +287,8 @@ def test_a_base_that_is_gone_or_another_is_refused(world, base, finished, tmp_pa
         write_model(base, random_params(plan, seed=1), to_plain(MODEL))
         for attempt in (
             lambda: train(config),
-            lambda: load_model(finished / "rpo", FLOAT32, make_mesh(MeshConfig())),
-            lambda: stacked_weights(open_run(str(finished / "rpo"))),
+            lambda: load_model(open_checkpoint(finished / "rpo"), FLOAT32, make_mesh(MeshConfig())),
+            lambda: stacked_weights(RunWeights(open_checkpoint(finished / "rpo"))),
         ):
             with pytest.raises(UserError, match="is not the model that the adapters were trained on: its step 0 has"):
                 attempt()

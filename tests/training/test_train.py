@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from medllm_jax.checkpoint.orbax import abstract_params, load_meta, load_params
+from medllm_jax.checkpoint.handle import open_checkpoint
 from medllm_jax.config.load import to_yaml
 from medllm_jax.config.schema import (
     CheckpointConfig,
@@ -39,7 +39,7 @@ from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
 from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import UserError
 from medllm_jax.model.abstract import abstract_model, random_params
-from medllm_jax.training import loop as train_module
+from medllm_jax.observability.progress import Progress
 from medllm_jax.training.loop import train
 from medllm_jax.training.losses import objective
 from medllm_jax.training.programs import train_program
@@ -65,10 +65,9 @@ def config_of(world, run, kind="cpt", *, steps=6, every=2, accumulate=1, store=N
 
 
 def params_of(run):
-    from medllm_jax.checkpoint.orbax import load_model_config
-
-    plan = abstract_model(load_model_config(run), PrecisionConfig(), make_mesh(MeshConfig()))
-    return jax.device_get(load_params(run, plan.abstract))
+    checkpoint = open_checkpoint(run)
+    plan = abstract_model(checkpoint.model, PrecisionConfig(), make_mesh(MeshConfig()))
+    return jax.device_get(checkpoint.load_params(plan.abstract))
 
 
 def assert_equal_bits(a, b):
@@ -91,14 +90,14 @@ class KilledError(Exception):
 
 def break_at(monkeypatch, step):
     """The loop dies right before it would make a step."""
-    original = train_module.Progress.add
+    original = Progress.add
 
     def add(self, number, *rest):
         if number == step:
             raise KilledError
         original(self, number, *rest)
 
-    monkeypatch.setattr(train_module.Progress, "add", add)
+    monkeypatch.setattr(Progress, "add", add)
 
 
 @pytest.mark.parametrize("kind", ["cpt", "rpo"])
@@ -183,7 +182,7 @@ def test_bfloat16_stays_close(world, finished, tmp_path, metrics_of, params, mom
     config = config_of(world, tmp_path / "run", precision=PrecisionConfig(params=params, compute="bfloat16"))
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, state_dtype=moments))
     train(config)
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(abstract_params(tmp_path / "run"))} == {params}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(open_checkpoint(tmp_path / "run").stored_params())} == {params}
     state = train_program(resolve(config), make_mesh(config.mesh)).abstract.opt_state
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {"int32", moments}
     for step, row in metrics_of(tmp_path / "run").items():
@@ -194,7 +193,7 @@ def test_a_finished_run_is_left_as_it_is(world, finished, metrics_of):
     before = metrics_of(finished / "cpt")
     train(config_of(world, finished / "cpt"))
     assert metrics_of(finished / "cpt") == before
-    assert load_meta(finished / "cpt")["position"] == 6
+    assert open_checkpoint(finished / "cpt").meta["position"] == 6
 
 
 def test_goes_on_on_another_mesh_and_in_micro_batches(world, finished, tmp_path, monkeypatch, metrics_of):
@@ -228,10 +227,9 @@ def test_killed_process_goes_on(world, finished, tmp_path, metrics_of):
 
 
 def test_restored_weights_come_back_split(finished):
-    from medllm_jax.checkpoint.orbax import load_model_config
-
-    plan = abstract_model(load_model_config(finished / "cpt"), PrecisionConfig(), make_mesh(MeshConfig()))
-    large = [leaf for leaf in jax.tree.leaves(load_params(finished / "cpt", plan.abstract)) if leaf.size > 1000]
+    checkpoint = open_checkpoint(finished / "cpt")
+    plan = abstract_model(checkpoint.model, PrecisionConfig(), make_mesh(MeshConfig()))
+    large = [leaf for leaf in jax.tree.leaves(checkpoint.load_params(plan.abstract)) if leaf.size > 1000]
     assert len(large) == 8
     for leaf in large:
         assert all(shard.data.size * 8 == leaf.size for shard in leaf.addressable_shards), leaf.sharding
@@ -239,12 +237,12 @@ def test_restored_weights_come_back_split(finished):
 
 def test_an_unfinished_checkpoint_does_not_count(finished, tmp_path):
     """Where nothing can be renamed, as in a bucket, only the marker says that a checkpoint is whole."""
-    from medllm_jax.checkpoint.orbax import latest_step, steps
+    from medllm_jax.checkpoint.orbax import steps
 
     copy = shutil.copytree(finished / "cpt", tmp_path / "copy")
     assert steps(copy) == [4, 6]
     (copy / "checkpoints" / "6" / "commit_success.txt").unlink()
-    assert latest_step(copy) == 4
+    assert open_checkpoint(copy).step == 4
 
 
 def test_rpo_starts_at_its_reference(finished, metrics_of):

@@ -1,17 +1,19 @@
 """Documents: from raw text to a packed store for continued pretraining.
 
-The stages, each in units that run in parallel and are never done twice (see ``stages.py`` and ``units.py``):
+The jobs, each over tasks that run in parallel and are never done twice (see ``jobs.py`` and ``tasks.py``):
 
 1. inventory   every file's sha256 and where it can be cut
 2. survey      every document: cleaned, scanned for personal data, digested; nothing is written of the texts
    ... here the personal data gate stops, and duplicates are found among all documents
 3. tokens      the documents that are kept
-4. packing     rows, corpus by corpus, into the store
+
+Then rows are packed, corpus by corpus, into the store.
 """
 
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -20,32 +22,26 @@ import numpy as np
 from etils import epath
 
 from medllm_jax.data.packing import best_fit, check_sequence_length, concatenate_and_split, document_segment, pieces
-from medllm_jax.data.prepare.dedup import Surveyed, find_duplicates
-from medllm_jax.data.prepare.jobs import Done, Engine, Progress, here, run_stage
+from medllm_jax.data.prepare.dedup import DocumentHashes, find_duplicates
+from medllm_jax.data.prepare.files import DOCUMENT_FILES, find_files
+from medllm_jax.data.prepare.inventory import Inventory, manifest_of
+from medllm_jax.data.prepare.jobs import Executor, Progress, TaskOutput, in_this_process, run_job
 from medllm_jax.data.prepare.normalize import Form
-from medllm_jax.data.prepare.pii_gate import Findings, Gate
-from medllm_jax.data.prepare.reading import (
-    DOCUMENT_FILES,
-    Dropped,
-    OnBad,
-    ReadOptions,
-    Slice,
-    find_files,
-    manifest_of,
-    reject,
-)
+from medllm_jax.data.prepare.pii_gate import PiiFindings, PiiGate, PiiMode
+from medllm_jax.data.prepare.readers import ReadOptions
+from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, reject
 from medllm_jax.data.prepare.statistics import TextStatistics, TokenStatistics
 from medllm_jax.data.prepare.tasks import (
-    Chosen,
     Cleaning,
-    File,
+    ListedFile,
+    ReadTask,
     Survey,
     TakeInventory,
     Tokenise,
-    Unit,
+    TokenizeTask,
     load_array,
+    read_tasks,
     save_array,
-    units_of,
 )
 from medllm_jax.data.store import StoreMetadata
 from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter, check_replaceable
@@ -53,9 +49,12 @@ from medllm_jax.data.tokenizer import eos_of, fingerprint, load_tokenizer
 from medllm_jax.errors import UserError
 from medllm_jax.storage.remote import remove_folder
 
-# Of input: what one task reads. Large enough that a task is worth its start, small enough to hold a task's tokens.
-_UNIT_BYTES = 4 * 2**20
-_INVENTORY_BYTES, _INVENTORY_FILES = 256 * 2**20, 256  # likewise, of which only a hash and some places are wanted
+Packing = Literal["best_fit", "split"]
+
+# Input of one task: large enough that a task is worth its start, small enough to hold a task's tokens in memory.
+_TASK_BYTES = 4 * 2**20
+# Input of one task of the inventory, which makes only a hash and some places of it.
+_INVENTORY_BYTES, _INVENTORY_FILES = 256 * 2**20, 256
 _READ_TOKENS = 2**21  # held at a time while packing
 
 
@@ -64,14 +63,14 @@ class Corpus:
     """One corpus: where its files are, and its manifest, which is kept with the store.
 
     Attributes:
-        name: what it is called in mixes and metrics
+        name: its name in mixes and metrics
         input: files, folders or globs, local or gs://
         text_field: field or column that holds the text, in .jsonl and .parquet
-        provenance: where it comes from
-        licence: under which terms it may be used
-        processing: what was done to it before, such as raw, cleaned, translated, synthetic
-        contact: whom to ask
-        checksum: what the input must be; `sha256sum FILES | cut -d' ' -f1 | sort | sha256sum` prints it
+        provenance: its origin
+        licence: the terms of its use
+        processing: its processing before, such as raw, cleaned, translated, synthetic
+        contact: a person or address for questions
+        checksum: the checksum that the input must have; `sha256sum FILES | cut -d' ' -f1 | sort | sha256sum` prints it
     """
 
     name: str
@@ -102,13 +101,13 @@ class Recipe:
         max_bytes: of one line or text; what is longer cannot be used
         duplicates: keep all, leave out exact ones, or near ones too; the first is kept
         near_threshold: share of equal 5-grams (Jaccard similarity) from which texts are near duplicates
-        pii: personal data: fail stops where it is found, mask replaces it, report goes on
-        pii_rate: share of a corpus' documents with findings up to which fail goes on
+        pii: personal data: fail stops where it is found, mask replaces it, report only counts it
+        pii_rate: share of a corpus' documents that may have findings before fail stops
         pii_patterns: files with more patterns
     """
 
     sequence_length: int = 4096
-    packing: Literal["best_fit", "split"] = "best_fit"
+    packing: Packing = "best_fit"
     append_eos: bool = True
     on_bad: OnBad = "error"
     normalise: Form = "none"
@@ -116,7 +115,7 @@ class Recipe:
     max_bytes: int = 2**26
     duplicates: Literal["keep", "exact", "near"] = "exact"
     near_threshold: float = 0.8
-    pii: Literal["fail", "mask", "report"] = "fail"
+    pii: PiiMode = "fail"
     pii_rate: float = 0.0
     pii_patterns: tuple[str, ...] = ()
 
@@ -135,17 +134,17 @@ def prepare_corpus(
     recipe: Recipe = Recipe(),
     *,
     overwrite: bool = False,
-    engine: Engine = here,
-    progress: Progress = lambda stage, done, total: None,
+    executor: Executor = in_this_process,
+    progress: Progress = lambda job, done, total: None,
 ) -> StoreMetadata:
-    """Documents to a store of rows; returns what ``store.json`` says, which holds the report of all that was done.
+    """Prepares a store of rows from documents; returns the content of ``store.json``, which has the whole report.
 
     Each document is tokenised as plain text and ends with the tokenizer's end-of-sequence token. A document longer than
     a row is cut (counted as ``split_documents``); each piece is a segment that sees only itself. Rows hold one corpus
-    each, in the order given. The same input and recipe give the same rows, whatever the engine.
+    each, in the order given. The same input and recipe give the same rows, whatever the executor.
 
-    Work in progress is kept beside the output, in ``.NAME.preparing``: repeated after an interruption or an error, the
-    preparation goes on where it was. engine: where the units run (see ``stages.py``).
+    Work in progress is kept beside the output, in ``.NAME.preparing``: the same call after an interruption or an error
+    resumes the preparation. executor: where the tasks run (see ``jobs.py``).
 
     Raises UserError for input that cannot be used (unless on_bad is "skip"), a corpus without documents, personal data
     above the stated rate, a checksum that differs, a tokenizer without the end-of-sequence token, and an output that
@@ -155,53 +154,57 @@ def prepare_corpus(
     check_replaceable(output, overwrite=overwrite)
     tokenizer, tokenizer_fingerprint = load_tokenizer(tokenizer_dir), fingerprint(tokenizer_dir)
     ending = (eos_of(tokenizer, tokenizer_dir),) if recipe.append_eos else ()
-    gate = Gate(recipe.pii, recipe.pii_rate, recipe.pii_patterns)
+    gate = PiiGate(recipe.pii, recipe.pii_rate, recipe.pii_patterns)
     cleaning = Cleaning(recipe.normalise, recipe.min_characters)
     work = output.parent / f".{output.name}.preparing"
 
-    taken = _take_inventories(corpora, recipe, work, engine, progress)
+    prepared = _take_inventories(corpora, recipe.max_bytes, recipe.on_bad, work, executor, progress)
 
-    units = [unit for corpus in taken for unit in corpus.units]
+    tasks = [task for corpus in prepared for task in corpus.tasks]
     survey = Survey(cleaning, gate.scanner, near=recipe.duplicates == "near")
-    surveyed = run_stage(survey, units, work, engine, progress)
-    for corpus, done in _by_corpus(taken, surveyed):
-        corpus.add_survey(done)
+    surveyed = run_job(survey, tasks, work, executor, progress)
+    for corpus, outputs in _by_corpus(prepared, surveyed):
+        corpus.add_survey(outputs)
         gate.check(corpus.name, corpus.findings)
-    chosen = _without_duplicates(taken, units, surveyed, recipe, work)
+    if recipe.duplicates == "keep":
+        kept = [TokenizeTask(task, None, None) for task in tasks]
+    else:
+        threshold = recipe.near_threshold if recipe.duplicates == "near" else None
+        kept = _without_duplicates(tasks, surveyed, threshold, work / "decisions")
 
     tokenise = Tokenise(cleaning, gate, str(tokenizer_dir), tokenizer_fingerprint, ending)
-    tokenised = run_stage(tokenise, chosen, work, engine, progress)
+    tokenised = run_job(tokenise, kept, work, executor, progress)
 
     with RowStoreWriter(output, "cpt", recipe.sequence_length, overwrite=overwrite) as writer:
-        for corpus, done in _by_corpus(taken, tokenised):
-            corpus.add_tokens(done)
-            for row in _pack(done, recipe, corpus, progress):
+        for corpus, outputs in _by_corpus(prepared, tokenised):
+            corpus.add_tokens(outputs)
+            for row in _pack(outputs, recipe.packing, recipe.sequence_length, corpus, progress):
                 writer.append(row[None], corpus.name)
         metadata = writer.finish(
-            {corpus.name: corpus.facts() for corpus in taken},
+            {corpus.name: corpus.facts() for corpus in prepared},
             packing=recipe.packing,
             vocab_size=len(tokenizer),
             tokenizer_fingerprint=tokenizer_fingerprint,
             eos_token_id=tokenizer.eos_token_id,
-            dropped=_merged(corpus.dropped for corpus in taken).as_dict(),
+            dropped=_merged(corpus.rejections for corpus in prepared).as_dict(),
             recipe=dataclasses.asdict(recipe) | {"pii_fingerprint": gate.scanner.fingerprint},
         )
     remove_folder(work)
     return metadata
 
 
-# --- the parts of the story ------------------------------------------------------------------------------------------
+# --- the steps of the preparation ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
-class _Taken:
-    """A corpus on its way: what is known of it so far, all of which ends in the store's manifest."""
+class _PreparedCorpus:
+    """A corpus while it is prepared; all that is known of it ends in the store's manifest."""
 
     corpus: Corpus
     input: dict[str, Any]
-    units: list[Unit]
-    dropped: Dropped
-    findings: Findings = dataclasses.field(default_factory=Findings)
+    tasks: list[ReadTask]
+    rejections: RejectionCounts
+    findings: PiiFindings = dataclasses.field(default_factory=PiiFindings)
     kept: int = 0
     longer_than_a_row: int = 0
     text: TextStatistics = dataclasses.field(default_factory=TextStatistics)
@@ -211,17 +214,17 @@ class _Taken:
     def name(self) -> str:
         return self.corpus.name
 
-    def add_survey(self, units: Sequence[Done]) -> None:
-        for result, _ in units:
-            self.dropped.merge(Dropped.from_dict(result["dropped"]))
+    def add_survey(self, outputs: Sequence[TaskOutput]) -> None:
+        for result, _ in outputs:
+            self.rejections.merge(RejectionCounts.from_dict(result["dropped"]))
             self.findings.merge(result["personal_data"])
         if not self.findings.documents:
-            raise UserError(f"no document to prepare in {self.corpus.input}; left out: {self.dropped}")
+            raise UserError(f"no document to prepare in {self.corpus.input}; left out: {self.rejections}")
 
-    def add_tokens(self, units: Sequence[Done]) -> None:
-        for result, _ in units:
+    def add_tokens(self, outputs: Sequence[TaskOutput]) -> None:
+        for result, _ in outputs:
             self.kept += result["documents"]
-            self.dropped.merge(Dropped.from_dict(result["dropped"]))
+            self.rejections.merge(RejectionCounts.from_dict(result["dropped"]))
             self.text.merge(TextStatistics.from_dict(result["text"]))
             self.tokens.merge(TokenStatistics.from_dict(result["tokens"]))
 
@@ -229,7 +232,7 @@ class _Taken:
         stated = ("provenance", "licence", "processing", "contact")
         manifest = {field: getattr(self.corpus, field) for field in stated} | {
             **self.input,
-            "dropped": self.dropped.as_dict(),
+            "dropped": self.rejections.as_dict(),
             "personal_data": self.findings.as_dict(),
             "text": self.text.as_dict(),
             "tokens": self.tokens.as_dict(),
@@ -238,39 +241,44 @@ class _Taken:
 
 
 def _take_inventories(
-    corpora: Sequence[Corpus], recipe: Recipe, work: epath.Path, engine: Engine, progress: Progress
-) -> list[_Taken]:
-    """The corpora's files and units; UserError where a name, a file or a checksum is not as it must be."""
+    corpora: Sequence[Corpus],
+    max_bytes: int,
+    on_bad: OnBad,
+    work: epath.Path,
+    executor: Executor,
+    progress: Progress,
+) -> list[_PreparedCorpus]:
+    """The corpora's files and tasks; UserError for a name that is used twice, a bad file or a wrong checksum."""
     names = [corpus.name for corpus in corpora]
     if len(set(names)) < len(names):
         raise UserError(f"corpora share a name: {', '.join(names)}")
     found = [find_files(corpus.input, DOCUMENT_FILES) for corpus in corpora]
     with ThreadPoolExecutor(16) as pool:  # in a bucket, a request each
         listed = list(pool.map(_listed, [path for paths in found for path in paths]))
-    done = run_stage(TakeInventory(_UNIT_BYTES), list(_grouped(listed)), work, engine, progress)
-    inventories = iter([inventory for result, _ in done for inventory in result["files"]])
-    taken = []
+    outputs = run_job(TakeInventory(_TASK_BYTES), list(_grouped(listed)), work, executor, progress)
+    inventories = iter([Inventory.from_dict(each) for result, _ in outputs for each in result["files"]])
+    prepared = []
     for corpus, paths in zip(corpora, found, strict=True):
-        own, slices, dropped = [], [], Dropped()
-        reading = ReadOptions(corpus.text_field, recipe.max_bytes, recipe.on_bad)
-        for path, inventory in zip(paths, inventories, strict=False):
-            own.append(inventory)
-            slices += [(Slice(*part), inventory["sha256"]) for part in inventory["slices"]]
-            if not inventory["slices"]:
-                reject(str(path), "the file is empty", recipe.on_bad, dropped)
-        taken.append(_Taken(corpus, manifest_of(own), list(units_of(slices, reading, _UNIT_BYTES)), dropped))
-        checksum = taken[-1].input["checksum"]
-        if corpus.checksum not in (None, checksum):
+        own = list(itertools.islice(inventories, len(paths)))
+        rejections = RejectionCounts()
+        for inventory in own:
+            if not inventory.ranges:
+                reject(Rejected(inventory.file, "the file is empty"), on_bad, rejections)
+        ranges = [(part, inventory.sha256) for inventory in own for part in inventory.ranges]
+        options = ReadOptions(corpus.text_field, max_bytes, on_bad)
+        manifest = manifest_of(own)
+        prepared.append(_PreparedCorpus(corpus, manifest, list(read_tasks(ranges, options, _TASK_BYTES)), rejections))
+        if corpus.checksum not in (None, manifest["checksum"]):
             raise UserError(
-                f"the input of corpus {corpus.name} has the checksum {checksum}, its manifest says "
+                f"the input of corpus {corpus.name} has the checksum {manifest['checksum']}, its manifest says "
                 f"{corpus.checksum}: give the files that the manifest is of, or correct the manifest"
             )
-    return taken
+    return prepared
 
 
-def _grouped(files: Sequence[File]) -> Iterator[tuple[File, ...]]:
+def _grouped(files: Sequence[ListedFile]) -> Iterator[tuple[ListedFile, ...]]:
     """Files in groups, each worth a task: many small ones, or a large one."""
-    group: list[File] = []
+    group: list[ListedFile] = []
     for file in files:
         group.append(file)
         if len(group) == _INVENTORY_FILES or sum(file.bytes for file in group) >= _INVENTORY_BYTES:
@@ -280,72 +288,77 @@ def _grouped(files: Sequence[File]) -> Iterator[tuple[File, ...]]:
         yield tuple(group)
 
 
-def _listed(file: epath.Path) -> File:
+def _listed(file: epath.Path) -> ListedFile:
     stat = file.stat()
-    return File(str(file), stat.length, stat.mtime)
+    return ListedFile(str(file), stat.length, stat.mtime)
 
 
-def _merged(parts: Iterable[Dropped]) -> Dropped:
-    merged = Dropped()
+def _merged(parts: Iterable[RejectionCounts]) -> RejectionCounts:
+    merged = RejectionCounts()
     for part in parts:
         merged.merge(part)
     return merged
 
 
-def _by_corpus(taken: Sequence[_Taken], done: Sequence[Done]) -> Iterator[tuple[_Taken, Sequence[Done]]]:
+def _by_corpus(
+    prepared: Sequence[_PreparedCorpus], outputs: Sequence[TaskOutput]
+) -> Iterator[tuple[_PreparedCorpus, Sequence[TaskOutput]]]:
     start = 0
-    for corpus in taken:
-        yield corpus, done[start : start + len(corpus.units)]
-        start += len(corpus.units)
+    for corpus in prepared:
+        yield corpus, outputs[start : start + len(corpus.tasks)]
+        start += len(corpus.tasks)
 
 
 def _without_duplicates(
-    taken: Sequence[_Taken], units: Sequence[Unit], surveyed: Sequence[Done], recipe: Recipe, work: epath.Path
-) -> list[Chosen]:
-    """The units with what is kept of each; what is left out is counted."""
-    if recipe.duplicates == "keep":
-        return [Chosen(unit, None, None) for unit in units]
-    near = recipe.duplicates == "near"
-    seen = [
-        Surveyed(
-            functools.partial(load_array, done.output, "digests"),
-            functools.partial(load_array, done.output, "signatures") if near else None,
+    tasks: Sequence[ReadTask], surveyed: Sequence[TaskOutput], near_threshold: float | None, folder: epath.Path
+) -> list[TokenizeTask]:
+    """The tasks with what is kept of each; near_threshold None: only exact duplicates are left out."""
+    hashes = [
+        DocumentHashes(
+            functools.partial(load_array, output.path, "digests"),
+            None if near_threshold is None else functools.partial(load_array, output.path, "signatures"),
         )
-        for done in surveyed
+        for output in surveyed
     ]
-    found = find_duplicates(seen, recipe.near_threshold if near else None)
-    return [_choose(unit, decisions, work / "decisions") for unit, decisions in zip(units, found, strict=True)]
+    found = find_duplicates(hashes, near_threshold)
+    return [_keep(task, decisions, folder) for task, decisions in zip(tasks, found, strict=True)]
 
 
-def _choose(unit: Unit, decisions: np.ndarray, folder: epath.Path) -> Chosen:
+def _keep(task: ReadTask, decisions: np.ndarray, folder: epath.Path) -> TokenizeTask:
     if not decisions.any():
-        return Chosen(unit, None, None)
+        return TokenizeTask(task, None, None)
     digest = hashlib.sha256(decisions.tobytes()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
-    return Chosen(unit, save_array(folder / digest[:24], "decisions", decisions), digest)
+    return TokenizeTask(task, save_array(folder / digest[:24], "decisions", decisions), digest)
 
 
-def _pack(units: Sequence[Done], recipe: Recipe, corpus: _Taken, progress: Progress) -> Iterator[np.ndarray]:
-    """Rows int32 [3, S] of a corpus; one unit's tokens and the open rows are in memory."""
+def _pack(
+    outputs: Sequence[TaskOutput],
+    packing: Packing,
+    sequence_length: int,
+    corpus: _PreparedCorpus,
+    progress: Progress,
+) -> Iterator[np.ndarray]:
+    """Rows int32 [3, S] of a corpus; one task's tokens and the open rows are in memory."""
 
     def documents() -> Iterator[np.ndarray]:
-        for number, unit in enumerate(units, 1):
-            for tokens in _token_documents(unit):
-                corpus.longer_than_a_row += len(tokens) > recipe.sequence_length
+        for number, output in enumerate(outputs, 1):
+            for tokens in _token_documents(output):
+                corpus.longer_than_a_row += len(tokens) > sequence_length
                 yield tokens
-            progress(f"packing {corpus.name}", number, len(units))
+            progress(f"packing {corpus.name}", number, len(outputs))
 
-    if recipe.packing == "split":
-        return concatenate_and_split(documents(), recipe.sequence_length)
-    parts = (part for document in documents() for part in pieces(document, recipe.sequence_length))
-    return best_fit(map(document_segment, parts), recipe.sequence_length)
+    if packing == "split":
+        return concatenate_and_split(documents(), sequence_length)
+    parts = (part for document in documents() for part in pieces(document, sequence_length))
+    return best_fit(map(document_segment, parts), sequence_length)
 
 
-def _token_documents(unit: Done) -> Iterator[np.ndarray]:
-    """The token ids, int32 [n], of a unit's documents; UserError where they are not those that were written."""
-    ends = np.cumsum(load_array(unit.output, "lengths"), dtype=np.int64)
+def _token_documents(output: TaskOutput) -> Iterator[np.ndarray]:
+    """The token ids, int32 [n], of a task's documents; UserError where they are not those that were written."""
+    ends = np.cumsum(load_array(output.path, "lengths"), dtype=np.int64)
     digest = hashlib.sha256()
-    file = epath.Path(f"{unit.output}.tokens")
+    file = epath.Path(f"{output.path}.tokens")
     with file.open("rb") as stream:
         first = 0  # document
         while first < len(ends):
@@ -355,5 +368,5 @@ def _token_documents(unit: Done) -> Iterator[np.ndarray]:
             digest.update(data)
             yield from np.split(np.frombuffer(data, "<i4"), ends[first : last - 1] - start)
             first = last
-    if digest.hexdigest() != unit.result["sha256"]:
+    if digest.hexdigest() != output.result["sha256"]:
         raise UserError(f"{file} is damaged: remove {file.parent}, and prepare again")

@@ -1,7 +1,7 @@
 """Exact and near duplicates of a corpus; of each group the document that comes first in corpus order is kept.
 
-A document is known by a digest of its text, and for near duplicates by a MinHash signature of its character 5-grams.
-Both are made where the document is read, and are all that the decision over the whole corpus sees.
+A document is represented by a digest of its text, and for near duplicates by a MinHash signature of its character
+5-grams. Both are made where the document is read; the decision over the whole corpus sees nothing else.
 """
 
 import functools
@@ -25,19 +25,22 @@ _BLOCK_CHARACTERS = 1 << 17
 # Odd multipliers with well mixed bits (Steele et al. 2014, SplitMix64, and the golden ratio).
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
-# A pair that shares a bucket by chance costs one comparison, a pair that shares none is missed for good.
+# A false positive (a shared bucket by chance) costs one comparison; a false negative is missed for good.
 _FALSE_POSITIVE_WEIGHT, _FALSE_NEGATIVE_WEIGHT = 0.1, 0.9
 
 
-class Surveyed(NamedTuple):
-    """What is known of a unit's n documents. Called when needed, and what they return is not kept.
+Signatures = Callable[[], np.ndarray]
+
+
+class DocumentHashes(NamedTuple):
+    """The hashes of a task's n documents. They are loaded when needed, and not kept.
 
     digests: returns uint64 [n, 2]; signatures: returns uint32 [n, PERMUTATIONS], for example a memory-mapped file;
     None where near duplicates are not looked for.
     """
 
     digests: Callable[[], np.ndarray]
-    signatures: Callable[[], np.ndarray] | None = None
+    signatures: Signatures | None = None
 
 
 def text_digests(texts: Sequence[str]) -> np.ndarray:
@@ -49,8 +52,8 @@ def text_digests(texts: Sequence[str]) -> np.ndarray:
 def signatures(texts: Sequence[str]) -> np.ndarray:
     """uint32 [n, PERMUTATIONS]: MinHash (Broder 1997) of the set of each text's character 5-grams.
 
-    White space does not count, so that neither line breaks nor indentation tell two texts apart; what is shorter than
-    five characters is one shingle. The share of places where two signatures are equal estimates the Jaccard similarity
+    White space does not count, so line breaks and indentation make no difference; a text of fewer than five characters
+    is one shingle. The share of places where two signatures are equal estimates the Jaccard similarity
     J of the sets, with a standard deviation of sqrt(J (1 - J) / PERMUTATIONS). Equal in every process; another
     version of rensa may draw other permutations. Memory: about 35 bytes a character of the longest text.
     """
@@ -60,7 +63,9 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     row = 0
     for block in _blocks(texts):
         hashes, offsets = _shingles(block)
-        matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, PERMUTATIONS, _SEED)
+        # (A compiled module without type stubs.)
+        minhash = rensa.RMinHash  # pyrefly: ignore[missing-attribute]
+        matrix = minhash.digest_matrix_from_flat_token_hashes(hashes, offsets, PERMUTATIONS, _SEED)
         found[row : row + len(block)] = matrix.to_rows()
         row += len(block)
     return found
@@ -137,19 +142,19 @@ def band_hashes(signatures: np.ndarray, threshold: float) -> np.ndarray:
     return hashes
 
 
-def find_duplicates(units: Sequence[Surveyed], threshold: float | None) -> list[np.ndarray]:
-    """Which documents to keep: uint8 [n] a unit, of KEPT, EXACT and NEAR. The division into units changes nothing.
+def find_duplicates(tasks: Sequence[DocumentHashes], threshold: float | None) -> list[np.ndarray]:
+    """Which documents to keep: uint8 [n] a task, of KEPT, EXACT and NEAR. The division into tasks changes nothing.
 
     EXACT: an earlier document has the same digest. NEAR, unless the threshold is None: an earlier document that is
     kept shares a bucket, and the similarity estimated from all of both signatures is at least the threshold.
 
     Memory: about 60 bytes a document to order the digests; after that 8 bytes for each document and band, some 50 bytes
     for each bucket that a document shares with others, and 512 bytes for each kept document that shares one; and what
-    the calls for one unit return.
+    the calls for one task return.
 
     Raises UserError for a threshold outside (0, 1].
     """
-    digests = [unit.digests() for unit in units]
+    digests = [task.digests() for task in tasks]
     sizes = [len(part) for part in digests]
     found = np.zeros(sum(sizes), np.uint8)
     if len(found):
@@ -157,8 +162,14 @@ def find_duplicates(units: Sequence[Surveyed], threshold: float | None) -> list[
     del digests
     starts = np.cumsum([0, *sizes])
     if threshold is not None and len(found):
-        found[_near(units, starts, np.flatnonzero(found == KEPT), threshold)] = NEAR
-    return np.split(found, starts[1:-1]) if units else []
+        found[_near(list(map(_signatures_of, tasks)), starts, np.flatnonzero(found == KEPT), threshold)] = NEAR
+    return np.split(found, starts[1:-1]) if tasks else []
+
+
+def _signatures_of(task: DocumentHashes) -> Signatures:
+    if task.signatures is None:
+        raise ValueError("near duplicates are looked for, and a task has no signatures")
+    return task.signatures
 
 
 def _repeated(digests: np.ndarray) -> np.ndarray:
@@ -168,9 +179,9 @@ def _repeated(digests: np.ndarray) -> np.ndarray:
     return order[1:][(ordered[1:] == ordered[:-1]).all(axis=1)]
 
 
-def _near(units: Sequence[Surveyed], starts: np.ndarray, alive: np.ndarray, threshold: float) -> np.ndarray:
-    """Documents among ``alive`` (ascending) that are near duplicates of an earlier one that is none."""
-    documents, buckets = _shared_buckets(_all_band_hashes(units, starts, alive, threshold))
+def _near(signatures: Sequence[Signatures], starts: np.ndarray, alive: np.ndarray, threshold: float) -> np.ndarray:
+    """Documents among ``alive`` (ascending) that are near duplicates of an earlier one that is kept."""
+    documents, buckets = _shared_buckets(_all_band_hashes(signatures, starts, alive, threshold))
     if not len(documents):
         return alive[:0]
     heads = np.flatnonzero(np.diff(documents, prepend=-1))
@@ -180,11 +191,11 @@ def _near(units: Sequence[Surveyed], starts: np.ndarray, alive: np.ndarray, thre
     kept_count = 0
     kept_in: dict[int, list[int]] = defaultdict(list)  # bucket -> rows of `kept`
     near = []
-    for number, unit in enumerate(units):
+    for number, load in enumerate(signatures):
         first, last = np.searchsorted(candidates, starts[number : number + 2])
         if first == last:
             continue
-        own = np.asarray(unit.signatures()[candidates[first:last] - starts[number]])
+        own = np.asarray(load()[candidates[first:last] - starts[number]])
         for place, signature in zip(range(first, last), own, strict=True):
             end = heads[place + 1] if place + 1 < len(heads) else len(buckets)
             shared = buckets[heads[place] : end].tolist()
@@ -204,16 +215,16 @@ def _most_alike(others: np.ndarray, signature: np.ndarray) -> float:
     return np.count_nonzero(others == signature, axis=1).max() / PERMUTATIONS
 
 
-def _all_band_hashes(units: Sequence[Surveyed], starts: np.ndarray, alive: np.ndarray, threshold: float) -> np.ndarray:
+def _all_band_hashes(
+    signatures: Sequence[Signatures], starts: np.ndarray, alive: np.ndarray, threshold: float
+) -> np.ndarray:
     """uint64 [bands, number of alive documents]."""
     hashes = np.empty((bands_for(threshold)[0], len(alive)), np.uint64)
-    for number, unit in enumerate(units):
+    for number, load in enumerate(signatures):
         first, last = np.searchsorted(alive, starts[number : number + 2])
         if first == last:
             continue
-        if unit.signatures is None:
-            raise ValueError("near duplicates are looked for, and a unit has no signatures")
-        hashes[:, first:last] = band_hashes(unit.signatures()[alive[first:last] - starts[number]], threshold).T
+        hashes[:, first:last] = band_hashes(load()[alive[first:last] - starts[number]], threshold).T
     return hashes
 
 

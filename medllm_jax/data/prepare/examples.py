@@ -1,29 +1,30 @@
-"""Examples of what to answer, instructions and preference pairs alike: from rows of text to a packed store.
+"""Examples of what to answer, instructions and preference pairs alike: from records to a packed store.
 
-An example has sides: a prompt and its responses, as plain strings or as chat messages. They are tokenised apart, so
-that no token reaches from what a model is given into what it is to write.
+An example has sides: a prompt and its responses, as plain strings or as chat messages. Each passes through four steps,
+as an iterator of what the step before gives, in bounded memory; what is rejected on the way passes on as `Rejected`:
+
+    read     files -> Example       ``read_pairs``, ``read_instructions``; ``ExampleWriter.masked`` hides personal data
+    render   Example -> Rendered    its parts as text, by the chat template where they are messages
+    encode   Rendered -> Encoded    the token ids of its parts
+    segment  Encoded -> Segment     as the kind of example has it; ``ExampleWriter.write`` packs and stores them
+
+Parts are tokenised separately, so that no token spans the end of a prompt and the beginning of a response.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
+import numpy as np
 from etils import epath
 
 from medllm_jax.data.batch import Kind
 from medllm_jax.data.packing import Segment, best_fit, check_sequence_length
-from medllm_jax.data.prepare.pii_gate import Findings, Gate
-from medllm_jax.data.prepare.reading import (
-    ROW_FILES,
-    Dropped,
-    Inputs,
-    OnBad,
-    find_files,
-    manifest_of,
-    reject,
-    take_inventory,
-    text_problem,
-)
+from medllm_jax.data.prepare.files import RECORD_FILES, Inputs, find_files
+from medllm_jax.data.prepare.inventory import manifest_of, take_inventory
+from medllm_jax.data.prepare.pii_gate import PiiFindings, PiiGate
+from medllm_jax.data.prepare.readers import text_problem
+from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, reject
 from medllm_jax.data.store import StoreMetadata
 from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
 from medllm_jax.data.tokenizer import (
@@ -37,118 +38,59 @@ from medllm_jax.data.tokenizer import (
 from medllm_jax.errors import UserError
 
 Messages = list[dict[str, str]]
-Side = str | Messages
 
 _ROLES = ("system", "user", "assistant")
 _BATCH = 256  # examples for one call of the tokenizer
-_WHOLE = 2**62  # bytes of a slice: files are not divided
 
 
-class Example(NamedTuple):
-    """An example as it was read, its sides all strings or all chat messages; where: "file:line"."""
+class TextExample(NamedTuple):
+    """An example whose sides are strings; where: "file:line"."""
 
-    sides: tuple[Side, ...]
+    sides: tuple[str, ...]
     where: str
-
-    @property
-    def in_messages(self) -> bool:
-        return not isinstance(self.sides[0], str)
 
     def texts(self) -> tuple[str, ...]:
         """All that a person may have written."""
-        if self.in_messages:
-            return tuple(message["content"] for side in self.sides for message in side)
         return self.sides
 
-    def masked(self, mask: Callable[[str], str]) -> "Example":
-        if self.in_messages:
-            sides = ([message | {"content": mask(message["content"])} for message in side] for side in self.sides)
-            return self._replace(sides=tuple(sides))
+    def masked(self, mask: Callable[[str], str]) -> Self:
         return self._replace(sides=tuple(map(mask, self.sides)))
 
 
-class Refused(NamedTuple):
-    """Why an example is left out; long: it is too long, and nothing else is wrong with it."""
+class ChatExample(NamedTuple):
+    """An example whose sides are chat messages; where: "file:line"."""
 
-    reason: str
-    long: bool = False
+    sides: tuple[Messages, ...]
+    where: str
 
+    def texts(self) -> tuple[str, ...]:
+        """All that a person may have written."""
+        return tuple(message["content"] for side in self.sides for message in side)
 
-class Format(NamedTuple):
-    """What sets one kind of example apart.
-
-    kind: of the store; name: of its one corpus; long: what is said of an example that is longer than a row;
-    render: the parts of an example of messages as a chat template writes them, or None where it can't;
-    segment: what the token ids of an example's parts make; settings: more that the rows depend on, for the recipe.
-    """
-
-    kind: Kind
-    name: str
-    long: str
-    render: Callable[["PartEncoder", Example], Sequence[str] | None]
-    segment: Callable[["PartEncoder", list[list[int]]], Segment | Refused]
-    settings: Mapping[str, Any] = {}
+    def masked(self, mask: Callable[[str], str]) -> Self:
+        sides = ([message | {"content": mask(message["content"])} for message in side] for side in self.sides)
+        return self._replace(sides=tuple(sides))
 
 
-def prepare_examples(
-    form: Format,
-    read: Callable[[Inputs, OnBad, Dropped], Iterator[Example]],
-    inputs: Inputs,
-    tokenizer_dir: str | epath.PathLike,
-    output: str | epath.PathLike,
-    sequence_length: int,
-    *,
-    most_in_a_row: int | None = None,
-    on_bad: OnBad,
-    on_long: OnBad,
-    gate: Gate,
-    overwrite: bool,
-    progress: Callable[[int], None],
-) -> StoreMetadata:
-    """Examples to a store of rows; returns what ``store.json`` says. Nothing is left at ``output`` on failure.
+Example = TextExample | ChatExample
 
-    read: the examples of the inputs, which are read twice: personal data is looked for in all before any is written.
-    Raises UserError as ``prepare_pairs`` and ``prepare_instructions`` say.
-    """
-    check_sequence_length(sequence_length)
-    with RowStoreWriter(output, form.kind, sequence_length, overwrite=overwrite) as writer:
-        encoder = PartEncoder(tokenizer_dir)
-        inventories = [take_inventory(file, _WHOLE)._asdict() for file in find_files(inputs, ROW_FILES)]
-        found, dropped = Findings(), Dropped()
-        for example in read(inputs, on_bad, Dropped()):
-            found.add(gate.scanner, example.texts(), example.where)
-        gate.check(f"the {form.name}", found)
-        count = 0
 
-        def segments() -> Iterator[Segment]:
-            nonlocal count
-            masked = (example.masked(gate.mask) for example in read(inputs, on_bad, dropped))
-            for batch in iter(lambda: list(itertools.islice(masked, _BATCH)), []):
-                for where, made in encoder.segments(form, batch):
-                    if isinstance(made, Segment) and len(made.tokens) > sequence_length:
-                        made = Refused(f"{form.long} longer than a row of {sequence_length} tokens", long=True)
-                    if isinstance(made, Refused):
-                        reject(where, made.reason, on_long if made.long else on_bad, dropped)
-                    else:
-                        count += 1
-                        yield made
-                progress(count)
+class Rendered(NamedTuple):
+    """The parts of an example as text; by_template: a chat template wrote them, so its control tokens are real."""
 
-        for row in best_fit(segments(), sequence_length, max_segments=most_in_a_row):
-            writer.append(row[None], form.name)
-        if not count:
-            raise UserError(f"no {form.name} to prepare in {inputs}; left out: {dropped}")
-        return writer.finish(
-            {form.name: CorpusFacts(count, manifest=manifest_of(inventories) | {"personal_data": found.as_dict()})},
-            packing=form.name,
-            vocab_size=len(encoder.tokenizer),
-            tokenizer_fingerprint=fingerprint(tokenizer_dir),
-            eos_token_id=encoder.tokenizer.eos_token_id,
-            dropped=dropped.as_dict(),
-            recipe={"sequence_length": sequence_length, "on_bad": on_bad, "on_long": on_long}
-            | {"pii": gate.mode, "pii_rate": gate.rate, "pii_fingerprint": gate.scanner.fingerprint}
-            | form.settings,
-        )
+    parts: Sequence[str]
+    by_template: bool
+    where: str
+
+
+class Encoded(NamedTuple):
+    """The token ids of an example's parts, int32 [n] each."""
+
+    parts: list[np.ndarray]
+    where: str
+
+
+# --- read ------------------------------------------------------------------------------------------------------------
 
 
 def messages_problem(messages: list[Any]) -> str | None:
@@ -164,49 +106,26 @@ def messages_problem(messages: list[Any]) -> str | None:
     return None
 
 
-class PartEncoder:
-    """A tokenizer for the parts of examples; UserError where it has no end-of-sequence token."""
+# --- render ----------------------------------------------------------------------------------------------------------
 
-    def __init__(self, tokenizer_dir: str | epath.PathLike):
-        self.tokenizer = load_tokenizer(tokenizer_dir)
+
+class ChatTemplate:
+    """The chat template of a tokenizer, if it has one.
+
+    tokenizer_dir: where the tokenizer is from, for errors. control_tokens: what only a template may write.
+    """
+
+    def __init__(self, tokenizer: Any, tokenizer_dir: str | epath.PathLike):
+        self.control_tokens = control_tokens(tokenizer)
+        self._tokenizer = tokenizer
         self._dir = str(tokenizer_dir)
-        self._eos = eos_of(self.tokenizer, tokenizer_dir)
-        self._control = control_tokens(self.tokenizer)
-
-    def segments(self, form: Format, examples: Sequence[Example]) -> Iterator[tuple[str, Segment | Refused]]:
-        """(where, what it makes) of each example, in order; one call of the tokenizer for all of a sort."""
-        parts = [self._parts(form, example) for example in examples]
-        encoded = {}
-        for in_messages, encode in ((False, encode_plain), (True, encode_rendered)):
-            texts = [
-                text
-                for example, found in zip(examples, parts, strict=True)
-                if example.in_messages == in_messages and not isinstance(found, Refused)
-                for text in found
-            ]
-            encoded[in_messages] = iter(encode(self.tokenizer, texts))
-        for example, found in zip(examples, parts, strict=True):
-            if isinstance(found, Refused):
-                yield example.where, found
-            else:
-                yield example.where, form.segment(self, [next(encoded[example.in_messages]) for _ in found])
-
-    def _parts(self, form: Format, example: Example) -> Sequence[str] | Refused:
-        # A control token written out is an accident, or an attempt to pass text that a template has rendered; it would
-        # be tokenised as plain text, which is neither what was meant nor what the model will see.
-        if any(token in text for text in example.texts() for token in self._control):
-            return Refused("a control token stands in the text (use chat messages)")
-        if not example.in_messages:
-            return example.sides
-        parts = form.render(self, example)
-        return Refused("the chat template cannot render the messages") if parts is None else parts
 
     def render(self, messages: Messages, where: str, *, prompt: bool = False) -> str | None:
-        """Messages as the tokenizer's chat template writes them, or None where it refuses.
+        """Messages as the template writes them, or None where it refuses.
 
         prompt: with the beginning of the assistant's turn. UserError where the tokenizer has no chat template.
         """
-        if not self.tokenizer.chat_template:
+        if not self._tokenizer.chat_template:
             raise UserError(
                 f"{where} has chat messages, and the tokenizer in {self._dir} has no chat template: "
                 "use plain strings, or a tokenizer with a template"
@@ -214,10 +133,172 @@ class PartEncoder:
         import jinja2
 
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         except jinja2.TemplateError:
             return None
 
-    def ended(self, response: list[int]) -> list[int]:
-        """The response with its end-of-sequence token, which the template may already have written."""
-        return response if response[-1:] == [self._eos] else [*response, self._eos]
+
+def render(
+    examples: Iterable[Example],
+    template: ChatTemplate,
+    chat_parts: Callable[[ChatExample, ChatTemplate], Sequence[str] | None],
+) -> Iterator[Rendered | Rejected]:
+    """The parts of each example as text, in order.
+
+    chat_parts: gives the parts of an example of messages as a template writes them, or None where it can't.
+    """
+    for example in examples:
+        # A control token written out is an accident, or an attempt to pass text that a template has rendered; it would
+        # be tokenised as plain text, which is neither what was meant nor what the model will see.
+        if any(token in text for text in example.texts() for token in template.control_tokens):
+            yield Rejected(example.where, "a control token stands in the text (use chat messages)")
+        elif isinstance(example, TextExample):
+            yield Rendered(example.sides, False, example.where)
+        elif (parts := chat_parts(example, template)) is None:
+            yield Rejected(example.where, "the chat template cannot render the messages")
+        else:
+            yield Rendered(parts, True, example.where)
+
+
+# --- encode ----------------------------------------------------------------------------------------------------------
+
+
+def encode(rendered: Iterable[Rendered | Rejected], tokenizer: Any) -> Iterator[Encoded | Rejected]:
+    """The token ids of each example's parts, in order; the tokenizer is called for many examples at a time."""
+    rendered = iter(rendered)
+    while batch := list(itertools.islice(rendered, _BATCH)):
+        plain = [part for each in _rendered(batch, by_template=False) for part in each.parts]
+        templated = [part for each in _rendered(batch, by_template=True) for part in each.parts]
+        token_ids = {False: iter(encode_plain(tokenizer, plain)), True: iter(encode_rendered(tokenizer, templated))}
+        for each in batch:
+            if isinstance(each, Rejected):
+                yield each
+            else:
+                own = itertools.islice(token_ids[each.by_template], len(each.parts))
+                yield Encoded([np.array(ids, np.int32) for ids in own], each.where)
+
+
+def _rendered(batch: Sequence[Rendered | Rejected], *, by_template: bool) -> Iterator[Rendered]:
+    return (each for each in batch if isinstance(each, Rendered) and each.by_template == by_template)
+
+
+# --- segment ---------------------------------------------------------------------------------------------------------
+
+
+def ended(response: np.ndarray, eos: int) -> np.ndarray:
+    """A response, int32 [n], with its end-of-sequence token, which the template may already have written."""
+    return response if response[-1:].tolist() == [eos] else np.append(response, np.int32(eos))
+
+
+def fitting(segment: Segment, sequence_length: int, where: str, subject: str) -> Segment | Rejected:
+    """The segment, rejected where it is longer than a row; subject: subject and verb of the reason, "the pair is"."""
+    if len(segment.tokens) <= sequence_length:
+        return segment
+    return Rejected(where, f"{subject} longer than a row of {sequence_length} tokens", too_long=True)
+
+
+# --- write -----------------------------------------------------------------------------------------------------------
+
+
+class ExampleWriter:
+    """Writes a store of examples, used as a context manager: ``scan`` the examples, then ``write`` their segments.
+
+    kind: of the store; name: of its one corpus, and what errors call the examples. on_bad, on_long: what to do about
+    a rejected example, and about one that is too long. Nothing is left at ``output`` on failure.
+
+    Raises UserError for a sequence length or an output that cannot be used, a tokenizer that cannot be loaded or has no
+    end-of-sequence token, and inputs without a file.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        name: str,
+        inputs: Inputs,
+        tokenizer_dir: str | epath.PathLike,
+        output: str | epath.PathLike,
+        sequence_length: int,
+        *,
+        on_bad: OnBad,
+        on_long: OnBad,
+        gate: PiiGate,
+        overwrite: bool,
+    ):
+        check_sequence_length(sequence_length)
+        self._rows = RowStoreWriter(output, kind, sequence_length, overwrite=overwrite)
+        self.tokenizer = load_tokenizer(tokenizer_dir)
+        self.template = ChatTemplate(self.tokenizer, tokenizer_dir)
+        self.eos = eos_of(self.tokenizer, tokenizer_dir)
+        self.rejections = RejectionCounts()
+        self._name, self._inputs, self._tokenizer_dir = name, inputs, tokenizer_dir
+        self._sequence_length, self._on_bad, self._on_long = sequence_length, on_bad, on_long
+        self._gate, self._findings = gate, PiiFindings()
+        self._manifest = manifest_of(take_inventory(file) for file in find_files(inputs, RECORD_FILES))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._rows.__exit__(*error)
+
+    def scan(self, examples: Iterable[Example]) -> None:
+        """Looks for personal data in all examples; UserError where the gate stops."""
+        for example in examples:
+            self._findings.add(self._gate.scanner, example.texts(), example.where)
+        self._gate.check(f"the {self._name}", self._findings)
+
+    def masked(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """The examples with personal data masked, if the gate masks it."""
+        return (example.masked(self._gate.mask) for example in examples)
+
+    def write(
+        self,
+        segments: Iterable[Segment | Rejected],
+        *,
+        max_per_row: int | None = None,
+        settings: Mapping[str, Any] = {},
+        progress: Callable[[int], None],
+    ) -> StoreMetadata:
+        """Packs the segments into rows and writes the store; returns the content of ``store.json``.
+
+        max_per_row: the most examples of a row. settings: more that the rows depend on, for the recipe. progress is
+        called now and then with the examples kept so far. UserError for what is rejected, unless it is to be skipped,
+        and where no example is left.
+        """
+        count = 0
+
+        def kept() -> Iterator[Segment]:
+            nonlocal count
+            for number, segment in enumerate(segments, 1):
+                if isinstance(segment, Rejected):
+                    reject(segment, self._on_long if segment.too_long else self._on_bad, self.rejections)
+                else:
+                    count += 1
+                    yield segment
+                if number % _BATCH == 0:
+                    progress(count)
+            progress(count)
+
+        for row in best_fit(kept(), self._sequence_length, max_segments=max_per_row):
+            self._rows.append(row[None], self._name)
+        if not count:
+            raise UserError(f"no {self._name} to prepare in {self._inputs}; left out: {self.rejections}")
+        manifest = self._manifest | {"personal_data": self._findings.as_dict()}
+        recipe = {
+            "sequence_length": self._sequence_length,
+            "on_bad": self._on_bad,
+            "on_long": self._on_long,
+            "pii": self._gate.mode,
+            "pii_rate": self._gate.rate,
+            "pii_fingerprint": self._gate.scanner.fingerprint,
+            **settings,
+        }
+        return self._rows.finish(
+            {self._name: CorpusFacts(count, manifest=manifest)},
+            packing=self._name,
+            vocab_size=len(self.tokenizer),
+            tokenizer_fingerprint=fingerprint(self._tokenizer_dir),
+            eos_token_id=self.tokenizer.eos_token_id,
+            dropped=self.rejections.as_dict(),
+            recipe=recipe,
+        )

@@ -1,34 +1,50 @@
 """Instructions with their responses: from JSON lines to a packed store for supervised fine-tuning.
 
 A row of input has ``prompt`` and ``response``, two plain strings, or ``messages``, a chat (``[{"role": ..., "content":
-...}]``) that ends with an assistant's message. What is learnt is every message of the assistant, and nothing else.
+...}]``) that ends with an assistant's message. The model learns every message of the assistant, and nothing else.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from etils import epath
 
 from medllm_jax.data.packing import Segment, instruction_segment
-from medllm_jax.data.prepare.examples import Example, Format, PartEncoder, messages_problem, prepare_examples
-from medllm_jax.data.prepare.pii_gate import Gate
-from medllm_jax.data.prepare.reading import Dropped, Inputs, OnBad, ReadOptions, read_files, reject, text_problem
+from medllm_jax.data.prepare.examples import (
+    ChatExample,
+    ChatTemplate,
+    Encoded,
+    Example,
+    ExampleWriter,
+    TextExample,
+    encode,
+    ended,
+    fitting,
+    messages_problem,
+    render,
+)
+from medllm_jax.data.prepare.files import Inputs
+from medllm_jax.data.prepare.pii_gate import PiiGate
+from medllm_jax.data.prepare.readers import ReadOptions, read_all_records, text_problem
+from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, reject
 from medllm_jax.data.store import StoreMetadata
 
+_FIELDS = ("prompt", "response", "messages")
 
-def read_instructions(inputs: Inputs, on_bad: OnBad, dropped: Dropped) -> Iterator[Example]:
-    """The conversations of all inputs (.jsonl, .parquet; see ``reading.find_files``), in order, one at a time.
+
+def read_instructions(inputs: Inputs, on_bad: OnBad, rejections: RejectionCounts) -> Iterator[Example]:
+    """The conversations of all inputs (.jsonl, .parquet; see ``files.find_files``), in order, one at a time.
 
     Their sides are prompt and response, or one chat. Raises UserError naming file and line of a row that is none; with
-    on_bad "skip" it is counted in ``dropped``.
+    on_bad "skip" it is counted in ``rejections``.
     """
-    for row, where in read_files(inputs, ReadOptions(on_bad=on_bad), dropped, ("prompt", "response", "messages")):
+    for row, where in read_all_records(inputs, ReadOptions(on_bad=on_bad), rejections, _FIELDS):
         if problem := _problem(row):
-            reject(where, problem, on_bad, dropped)
+            reject(Rejected(where, problem), on_bad, rejections)
         elif row.get("messages") is not None:
-            yield Example((row["messages"],), where)
+            yield ChatExample((row["messages"],), where)
         else:
-            yield Example((row["prompt"], row["response"]), where)
+            yield TextExample((row["prompt"], row["response"]), where)
 
 
 def _problem(row: dict[str, Any]) -> str | None:
@@ -59,13 +75,13 @@ def prepare_instructions(
     *,
     on_bad: OnBad = "error",
     on_long: OnBad = "error",
-    gate: Gate = Gate(),  # noqa: B008 (frozen)
+    gate: PiiGate = PiiGate(),  # noqa: B008 (frozen)
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda conversations: None,
 ) -> StoreMetadata:
-    """Conversations to a store of rows of ``sequence_length`` tokens; returns what ``store.json`` says.
+    """Prepares a store of rows of ``sequence_length`` tokens from conversations; returns the content of ``store.json``.
 
-    What is given and what is learnt are tokenised apart, and the last response ends with the tokenizer's
+    Context and responses are tokenised separately, and the last response ends with the tokenizer's
     end-of-sequence token. Messages go through the tokenizer's chat template. A conversation is never cut, and a row
     takes as many as fit.
 
@@ -77,9 +93,9 @@ def prepare_instructions(
     Raises UserError for such rows otherwise, for messages where the tokenizer has no chat template, an input without
     conversations, a tokenizer without the end-of-sequence token, and an output that exists (unless ``overwrite``).
     """
-    return prepare_examples(
-        Format("sft", "instructions", "prompt and responses are", _render, _segment),
-        read_instructions,
+    with ExampleWriter(
+        "sft",
+        "instructions",
         inputs,
         tokenizer_dir,
         output,
@@ -88,18 +104,25 @@ def prepare_instructions(
         on_long=on_long,
         gate=gate,
         overwrite=overwrite,
-        progress=progress,
-    )
+    ) as writer:
+        writer.scan(read_instructions(inputs, on_bad, RejectionCounts()))
+        conversations = writer.masked(read_instructions(inputs, on_bad, writer.rejections))
+        rendered = render(conversations, writer.template, _chat_parts)
+        encoded = encode(rendered, writer.tokenizer)
+        segments = _segments(encoded, writer.eos, sequence_length)
+        return writer.write(segments, progress=progress)
 
 
-def _render(encoder: PartEncoder, conversation: Example) -> list[str] | None:
+def _chat_parts(conversation: ChatExample, template: ChatTemplate) -> list[str] | None:
     """Context and response in turn, as the chat template writes them; None where it refuses or rewrites a beginning."""
-    (messages,), parts, written = conversation.sides, [], ""
+    (messages,) = conversation.sides
+    parts: list[str] = []
+    written = ""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = encoder.render(messages[:number], conversation.where, prompt=True)
-        after = encoder.render(messages[: number + 1], conversation.where)
+        before = template.render(messages[:number], conversation.where, prompt=True)
+        after = template.render(messages[: number + 1], conversation.where)
         if before is None or after is None or not before.startswith(written) or not after.startswith(before):
             return None
         # The line break that templates write after a turn comes after the model has stopped: it is context.
@@ -109,8 +132,14 @@ def _render(encoder: PartEncoder, conversation: Example) -> list[str] | None:
     return parts
 
 
-def _segment(encoder: PartEncoder, parts: list[list[int]]) -> Segment:
-    """Every other part is a response; the last one ends."""
-    *before, last = parts
-    turns = [*before, encoder.ended(last)]
-    return instruction_segment([(tokens, number % 2 == 1) for number, tokens in enumerate(turns)])
+def _segments(
+    conversations: Iterable[Encoded | Rejected], eos: int, sequence_length: int
+) -> Iterator[Segment | Rejected]:
+    """A segment of each conversation, in order: every other part is a response, and the last one ends."""
+    for conversation in conversations:
+        if isinstance(conversation, Rejected):
+            yield conversation
+            continue
+        *before, last = conversation.parts
+        turns = [(tokens, number % 2 == 1) for number, tokens in enumerate([*before, ended(last, eos)])]
+        yield fitting(instruction_segment(turns), sequence_length, conversation.where, "prompt and responses are")

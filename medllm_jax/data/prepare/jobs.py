@@ -1,8 +1,8 @@
-"""Work in units, on one machine or on many: what is done is kept, and never done again.
+"""Jobs over many tasks, on one machine or on many: results are kept, and no task is done twice.
 
 A job maps a task to a result. The result is a JSON file (with files of bulk data beside it) named by a hash of all that
-it depends on, and written last. So an interrupted stage goes on with the tasks that are left, a changed setting or
-input makes anew just what depends on it, and workers need to agree on nothing but the folder.
+it depends on, and written last. So an interrupted job resumes with the remaining tasks, a changed setting or input
+repeats only what depends on it, and workers share nothing but the folder.
 """
 
 import contextlib
@@ -20,57 +20,62 @@ from etils import epath
 from medllm_jax.errors import UserError
 from medllm_jax.storage.remote import names_in, write_whole
 
-Progress = Callable[[str, int, int], None]  # (stage, tasks done, tasks in all)
+Progress = Callable[[str, int, int], None]  # (job, tasks done, tasks in all)
 T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
 
 _PRELOADED = ["medllm_jax.data.prepare.tasks", "transformers.models.auto.tokenization_auto", "rensa"]
 
 
-class Job(Protocol[T]):
+class Job(Protocol[T_contra]):
     """One kind of work; travels to the workers, so it and its tasks must pickle."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
-    def identity(self, task: T) -> Any:
+    def identity(self, task: T_contra) -> Any:
         """JSON of all that the result depends on."""
 
-    def __call__(self, task: T, output: epath.Path) -> dict[str, Any]:
+    def __call__(self, task: T_contra, output: epath.Path) -> dict[str, Any]:
         """The result, as JSON. Bulk data goes to files at ``output`` with suffixes of the job's own."""
+        ...
 
 
-class Done(NamedTuple):
-    """A task's result, and where its bulk data lies (without suffix)."""
+class TaskOutput(NamedTuple):
+    """A task's result, and the path of its bulk data (without suffix)."""
 
     result: dict[str, Any]
-    output: epath.Path
+    path: epath.Path
 
 
-Engine = Callable[[Callable[[Any], str | None], Sequence[Any]], Iterable[str | None]]
+Executor = Callable[[Callable[[Any], str | None], Sequence[Any]], Iterable[str | None]]
 """Calls a function once for each of some arguments, anywhere, in any order; yields what the calls return."""
 
 
-def run_stage(job: Job[T], tasks: Sequence[T], folder: epath.Path, engine: Engine, progress: Progress) -> list[Done]:
-    """The results of all tasks, in their order; those that are there are not made again.
+def run_job(
+    job: Job[T], tasks: Sequence[T], folder: epath.Path, executor: Executor, progress: Progress
+) -> list[TaskOutput]:
+    """The outputs of all tasks, in their order; tasks whose result exists are not repeated.
 
-    Raises the UserError of a task that has one; what other tasks have made stays.
+    Raises the UserError of a task that has one; the outputs of other tasks stay.
     """
-    place = folder / job.name
-    place.mkdir(parents=True, exist_ok=True)
-    outputs = [place / _key(job, task) for task in tasks]
-    there = names_in(place)
+    folder = folder / job.name
+    folder.mkdir(parents=True, exist_ok=True)
+    outputs = [folder / _key(job, task) for task in tasks]
+    there = names_in(folder)
     left = [
         (task, str(output)) for task, output in zip(tasks, outputs, strict=True) if _result(output).name not in there
     ]
     done = len(tasks) - len(left)
     progress(job.name, done, len(tasks))
-    for error in engine(functools.partial(_perform, job), left):
+    for error in executor(functools.partial(_perform, job), left):
         if error is not None:
             raise UserError(error)
         done += 1
         progress(job.name, done, len(tasks))
     with ThreadPoolExecutor(16) as pool:  # one small object a task: in a bucket, a wait each
         results = pool.map(lambda output: json.loads(_result(output).read_bytes()), outputs)
-        return [Done(result, output) for result, output in zip(results, outputs, strict=True)]
+        return [TaskOutput(result, output) for result, output in zip(results, outputs, strict=True)]
 
 
 def _key(job: Job[T], task: T) -> str:
@@ -82,7 +87,7 @@ def _result(output: epath.Path) -> epath.Path:
 
 
 def _perform(job: Job[T], argument: tuple[T, str]) -> str | None:
-    """Does one task; returns the message of a UserError, which not every engine would bring back as such."""
+    """Does one task; returns the message of a UserError, which not every executor would bring back as such."""
     task, output = argument[0], epath.Path(argument[1])
     try:
         result = job(task, output)
@@ -92,20 +97,20 @@ def _perform(job: Job[T], argument: tuple[T, str]) -> str | None:
     return None
 
 
-# --- engines ---------------------------------------------------------------------------------------------------------
+# --- executors -------------------------------------------------------------------------------------------------------
 
 
-def here(function: Callable[[Any], str | None], arguments: Sequence[Any]) -> Iterator[str | None]:
+def in_this_process(function: Callable[[Any], str | None], arguments: Sequence[Any]) -> Iterator[str | None]:
     """In this process, one after the other."""
     return map(function, arguments)
 
 
 @contextlib.contextmanager
-def in_processes(workers: int) -> Iterator[Engine]:
-    """Worker processes on this machine, which start when they are first needed; a single argument is worked on here."""
+def in_processes(workers: int) -> Iterator[Executor]:
+    """Worker processes on this machine, started when they are first needed; a single argument stays in this process."""
     pool = None
-    # Forked from a clean process, since a fork of this one would copy the locks of whatever threads run here. What is
-    # slow to import it has imported once for all of them, beginning now, while this process goes on.
+    # Workers are forked from a clean process, since a fork of this one would copy the locks of whatever threads run
+    # here. That process imports once for all of them what is slow to import, beginning now, beside this process.
     context = get_context("forkserver")
     if workers > 1:
         context.set_forkserver_preload(_PRELOADED)
@@ -114,7 +119,7 @@ def in_processes(workers: int) -> Iterator[Engine]:
     def run(function: Callable[[Any], str | None], arguments: Sequence[Any]) -> Iterable[str | None]:
         nonlocal pool
         if workers == 1 or len(arguments) < 2:
-            return here(function, arguments)
+            return in_this_process(function, arguments)
         pool = pool or ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
         futures = [pool.submit(function, argument) for argument in arguments]
         return (future.result() for future in as_completed(futures))
@@ -127,11 +132,11 @@ def in_processes(workers: int) -> Iterator[Engine]:
 
 
 def _one_thread() -> None:
-    """A worker is one of as many as there are cores: threads of its own would only get in each other's way."""
+    """There are as many workers as cores: threads of their own would only get in each other's way."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def on_beam(options: Sequence[str]) -> Engine:
+def on_beam(options: Sequence[str]) -> Executor:
     """Apache Beam: with no options its own runner on this machine; with ``--runner=DataflowRunner ...``, many machines.
 
     UserError where Apache Beam is not installed.

@@ -1,4 +1,4 @@
-"""One way of writing for Japanese medical text: line ends, invisible characters, and if wanted Unicode forms.
+"""Normalising Japanese medical text: line ends, invisible characters, and optionally a Unicode form.
 
 Unicode's own forms go too far here in two places. NFC replaces CJK compatibility ideographs, with which people write
 their names (U+FA19 becomes 神, U+795E). NFKC moreover writes 10⁶ as 106, 1½ as 11⁄2 and 3① as 31. Such characters stay
@@ -35,7 +35,7 @@ _TO_ASCII = {ord(wide): narrow for wide, narrow in zip("，．：", ",.:", stric
 
 
 def normalise(text: str, form: Form) -> str:
-    """The text in one way of writing; normalising twice changes nothing more, and nothing is ever refused.
+    """The normalised text; normalising it again changes nothing, and every text can be normalised.
 
     "none": every kind of line end (form feeds too, which part the pages of a PDF) becomes a newline; control
     characters other than tab, and what is invisible (byte order marks, zero width spaces, soft hyphens, marks of
@@ -65,7 +65,7 @@ def normalise(text: str, form: Form) -> str:
 
 
 def _nfc(text: str) -> str:
-    """NFC of what stands between CJK compatibility ideographs; no character composes with one."""
+    """NFC of the text between CJK compatibility ideographs; no character composes with one."""
     parts = _COMPATIBILITY_IDEOGRAPH.split(text)
     parts[::2] = [unicodedata.normalize("NFC", part) for part in parts[::2]]
     return "".join(parts)

@@ -1,7 +1,7 @@
-"""The personal data gate: looks through texts for what points at a person, by patterns that a team can read and change.
+"""The scanner for personal data: finds what points at a person, by patterns that a team can read and change.
 
-It is a gate, not a proof: it finds what has a recognisable form (numbers, addresses, labelled fields, names with an
-honorific) and nothing else. A text without findings may still tell who a patient is; de-identification comes before.
+It serves a gate, not a proof: it finds what has a recognisable form (numbers, addresses, labelled fields, names with an
+honorific) and nothing else. A text without findings may still identify a patient; de-identification comes before.
 
 Patterns stand in ``pii.yaml`` beside this file and in files of the same form, a list of mappings:
 
@@ -11,7 +11,7 @@ Patterns stand in ``pii.yaml`` beside this file and in files of the same form, a
 * ``group``            the group that is the finding; the whole match without it, or where the group took no part
 * ``except``           regexes; a finding that one of them matches as a whole is none
 * ``check``            a checksum that the finding's digits must pass: ``my_number``
-* ``hint``             a cheap regex; sentences it does not occur in are passed over (speed only rests on it)
+* ``hint``             a cheap regex; sentences without a match of it are skipped, for speed only
 * ``enabled``          false turns a pattern off; an entry of an earlier pattern's name needs nothing else then
 """
 
@@ -25,19 +25,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import yaml
 from etils import epath
 
+from medllm_jax.config.schema_reader import build, read_yaml_file
 from medllm_jax.errors import UserError
 
 _SHIPPED = Path(__file__).parent / "pii.yaml"
-_KEYS = ("name", "label", "regex", "mask", "group", "except", "check", "hint", "enabled")
 _SENTENCE_END = re.compile(r"[\n。]")
 _ANYTHING = r"[^\n。]"
 
 
 class Finding(NamedTuple):
-    """Where a text may hold personal data: characters [start, end), by the pattern of that name."""
+    """A place where a text may hold personal data: characters [start, end), found by the pattern of that name."""
 
     pattern: str
     start: int
@@ -58,7 +57,7 @@ _CHECKS: dict[str, Callable[[Sequence[int]], bool]] = {"my_number": _my_number}
 
 @dataclasses.dataclass(frozen=True)
 class _Pattern:
-    """A pattern as its file says it; compiled regexes travel to other processes as their source."""
+    """A pattern as its file defines it; compiled regexes travel to other processes as their source."""
 
     name: str
     label: str
@@ -109,10 +108,10 @@ def _sentences(text: str, hint: re.Pattern[str]) -> Iterator[tuple[int, str]]:
 
 
 class Scanner:
-    """The patterns of ``pii.yaml`` and of further files, ready to be used; it may be sent to other processes.
+    """The patterns of ``pii.yaml`` and of further files, ready for use; it can be sent to other processes.
 
-    fingerprint: sha256 (hex) over the patterns in force: texts masked under equal ones are equal; names: of the
-    patterns in force; labels: name -> one line for people.
+    fingerprint: sha256 (hex) over the patterns in force: equal ones mask a text equally; names: of the patterns in
+    force; labels: name -> one line for people.
     """
 
     def __init__(self, patterns: Iterable[_Pattern]):
@@ -132,16 +131,14 @@ class Scanner:
         patterns: dict[str, _Pattern] = {}
         for file in (_SHIPPED, *files):
             seen: set[str] = set()
-            for position, entry in enumerate(_entries(epath.Path(file)), 1):
-                where = f"{file}: pattern {position}"
-                name = _text(entry, "name", where)
-                where = f"{file}: pattern {name!r}"
+            for entry, where in _entries(epath.Path(file)):
+                name = entry.name
                 if name in seen:
                     raise UserError(f"{where} stands twice in the file; keep one")
                 seen.add(name)
-                if _enabled(entry, where):
+                if entry.enabled:
                     patterns[name] = _pattern(entry, where)
-                elif patterns.pop(name, None) is None and "regex" not in entry:
+                elif patterns.pop(name, None) is None and entry.regex is None:
                     raise UserError(f"{where} cannot be turned off, there is none; give one of {', '.join(patterns)}")
         return cls(patterns.values())
 
@@ -170,65 +167,63 @@ def _without_overlaps(findings: list[Finding]) -> list[Finding]:
     return [Finding(name, start, end) for start, end, name in kept]
 
 
-# Reading pattern files
+# --- reading pattern files -------------------------------------------------------------------------------------------
 
 
-def _entries(file: epath.Path) -> list[dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """An entry of a pattern file; the module's docstring tells its keys."""
+
+    name: str
+    label: str | None = None
+    regex: str | None = None
+    mask: str | None = None
+    group: str | int = 0
+    exceptions: tuple[str, ...] = dataclasses.field(default=(), metadata={"alias": "except"})
+    check: str | None = None
+    hint: str | None = None
+    enabled: bool = True
+
+
+def _entries(file: epath.Path) -> Iterator[tuple[_Entry, str]]:
+    """The entries of a pattern file, each with its place for errors."""
     if not file.is_file():
         raise UserError(f"no pattern file at {file}; give a YAML file with a list of patterns")
-    try:
-        content = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{file}{line}: not YAML ({getattr(error, 'problem', None) or 'not UTF-8'})") from error
+    content = read_yaml_file(file)
     if not isinstance(content, list):
-        raise UserError(f"{file}: a list of patterns is expected, each a mapping with {', '.join(_KEYS[:4])}")
+        raise UserError(f"{file}: a list of patterns is expected, each a mapping with name, label, regex and mask")
     for position, entry in enumerate(content, 1):
         if not isinstance(entry, dict):
-            raise UserError(f"{file}: pattern {position} is not a mapping; give {', '.join(_KEYS[:4])}")
-        where = f"{file}: pattern {entry.get('name', position)!r}"
-        unknown = [str(key) for key in entry if key not in _KEYS]
-        if unknown:
-            raise UserError(f"{where} has the unknown key {unknown[0]!r}; there are {', '.join(_KEYS)}")
-    return content
+            raise UserError(f"{file}: pattern {position} is not a mapping; give name, label, regex and mask")
+        name = entry.get("name")
+        where = f"{file}: pattern {repr(name) if name and isinstance(name, str) else position}"
+        built = build(_Entry, entry, where)
+        _required(built.name, "name", where)
+        yield built, where
 
 
-def _enabled(entry: dict[str, Any], where: str) -> bool:
-    enabled = entry.get("enabled", True)
-    if not isinstance(enabled, bool):
-        raise UserError(f"{where}: enabled is {enabled!r}, it should be true or false")
-    return enabled
-
-
-def _pattern(entry: dict[str, Any], where: str) -> _Pattern:
-    regex = _compiled(_text(entry, "regex", where), f"{where}: regex")
-    group = entry.get("group", 0)
-    if group not in (*range(regex.groups + 1), *regex.groupindex) or isinstance(group, bool):
-        raise UserError(f"{where}: group {group!r} is none of the regex's groups")
-    exceptions = entry.get("except", [])
-    if not isinstance(exceptions, list) or not all(isinstance(item, str) for item in exceptions):
-        raise UserError(f"{where}: except should be a list of words or regexes")
-    check = entry.get("check")
-    if check is not None and check not in _CHECKS:
-        raise UserError(f"{where}: there is no check {check!r}; there is {', '.join(_CHECKS)}")
+def _pattern(entry: _Entry, where: str) -> _Pattern:
+    regex = _compiled(_required(entry.regex, "regex", where), f"{where}: regex")
+    if entry.group not in (*range(regex.groups + 1), *regex.groupindex):
+        raise UserError(f"{where}: group {entry.group!r} is none of the regex's groups")
+    if entry.check is not None and entry.check not in _CHECKS:
+        raise UserError(f"{where}: there is no check {entry.check!r}; there is {', '.join(_CHECKS)}")
     return _Pattern(
-        name=entry["name"],
-        label=_text(entry, "label", where),
+        name=entry.name,
+        label=_required(entry.label, "label", where),
         regex=regex,
-        mask=_text(entry, "mask", where),
-        group=group,
-        exceptions=tuple(_compiled(item, f"{where}: except {item!r}") for item in exceptions),
-        check=check,
-        hint=_compiled(_text(entry, "hint", where), f"{where}: hint") if "hint" in entry else re.compile(_ANYTHING),
+        mask=_required(entry.mask, "mask", where),
+        group=entry.group,
+        exceptions=tuple(_compiled(item, f"{where}: except {item!r}") for item in entry.exceptions),
+        check=entry.check,
+        hint=_compiled(_ANYTHING if entry.hint is None else entry.hint, f"{where}: hint"),
     )
 
 
-def _text(entry: dict[str, Any], key: str, where: str) -> str:
-    value = entry.get(key)
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{where}: {key} is {'missing' if key not in entry else 'not a text, or empty'}; give a text")
-    return value
+def _required(text: str | None, key: str, where: str) -> str:
+    if not text:
+        raise UserError(f"{where}: {key} is {'missing' if text is None else 'empty'}; give a text")
+    return text
 
 
 def _compiled(source: str, where: str) -> re.Pattern[str]:

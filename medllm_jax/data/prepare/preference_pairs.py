@@ -4,16 +4,30 @@ A row of input has ``prompt``, ``chosen`` and ``rejected``: three plain strings,
 (``[{"role": ..., "content": ...}]``; the prompt ends with a user message, each response is one assistant message).
 """
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
+import numpy as np
 from etils import epath
 
 from medllm_jax.data.packing import Segment, pair_segment
-from medllm_jax.data.prepare.examples import Example, Format, PartEncoder, Refused, messages_problem, prepare_examples
-from medllm_jax.data.prepare.pii_gate import Gate
-from medllm_jax.data.prepare.reading import Dropped, Inputs, OnBad, ReadOptions, read_files, reject, text_problem
+from medllm_jax.data.prepare.examples import (
+    ChatExample,
+    ChatTemplate,
+    Encoded,
+    Example,
+    ExampleWriter,
+    TextExample,
+    encode,
+    ended,
+    fitting,
+    messages_problem,
+    render,
+)
+from medllm_jax.data.prepare.files import Inputs
+from medllm_jax.data.prepare.pii_gate import PiiGate
+from medllm_jax.data.prepare.readers import ReadOptions, read_all_records, text_problem
+from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, reject
 from medllm_jax.data.store import StoreMetadata
 from medllm_jax.errors import UserError
 
@@ -23,18 +37,18 @@ _SIDES = ("prompt", "chosen", "rejected")
 _SAME = "chosen and rejected are the same"
 
 
-def read_pairs(inputs: Inputs, on_bad: OnBad, dropped: Dropped) -> Iterator[Example]:
-    """The pairs of all inputs (.jsonl, .parquet; see ``reading.find_files``), in order, one in memory at a time.
+def read_pairs(inputs: Inputs, on_bad: OnBad, rejections: RejectionCounts) -> Iterator[Example]:
+    """The pairs of all inputs (.jsonl, .parquet; see ``files.find_files``), in order, one in memory at a time.
 
     Their sides are prompt, chosen and rejected. Raises UserError naming file and line of a row that is no pair; with
-    on_bad "skip" it is counted in ``dropped``.
+    on_bad "skip" it is counted in ``rejections``.
     """
-    for row, where in read_files(inputs, ReadOptions(on_bad=on_bad), dropped, _SIDES):
-        problem = _pair_problem(row)
-        if problem:
-            reject(where, problem, on_bad, dropped)
+    for row, where in read_all_records(inputs, ReadOptions(on_bad=on_bad), rejections, _SIDES):
+        if problem := _pair_problem(row):
+            reject(Rejected(where, problem), on_bad, rejections)
         else:
-            yield Example(tuple(row[side] for side in _SIDES), where)
+            kind = TextExample if isinstance(row["prompt"], str) else ChatExample
+            yield kind(tuple(row[side] for side in _SIDES), where)
 
 
 def _pair_problem(row: dict[str, Any]) -> str | None:
@@ -72,17 +86,17 @@ def prepare_pairs(
     prompts: Prompts = "shared",
     on_bad: OnBad = "error",
     on_long: OnBad = "error",
-    gate: Gate = Gate(),  # noqa: B008 (frozen)
+    gate: PiiGate = PiiGate(),  # noqa: B008 (frozen)
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda pairs: None,
 ) -> StoreMetadata:
-    """Preference pairs to a store of rows of ``sequence_length`` tokens; returns what ``store.json`` says.
+    """Prepares a store of rows of ``sequence_length`` tokens from pairs; returns the content of ``store.json``.
 
-    Prompt and responses are tokenised apart, and each response ends with the tokenizer's end-of-sequence token. Plain
-    strings are plain text; messages go through the tokenizer's chat template, the response being what it adds to the
-    prompt. A pair is never cut; a row takes as many as fit, or at most ``pairs_per_row``. prompts: "shared" has each
-    prompt once, for both responses; "repeated" has it again for the rejected one, which is the same to learn from and
-    more to compute.
+    Prompt and responses are tokenised separately, and each response ends with the tokenizer's end-of-sequence token.
+    Plain strings are plain text; messages go through the tokenizer's chat template, and a response is what it adds to
+    the prompt. A pair is never cut; a row takes as many as fit, or at most ``pairs_per_row``. prompts: "shared" has
+    each prompt once, for both responses; "repeated" has it again for the rejected one, which gives the same loss and
+    costs more.
 
     on_bad: what to do about a row that is no pair. on_long: what to do about a pair longer than a row, or with a prompt
     of more than ``max_prompt_tokens``. "skip" counts them by reason, with the first line numbers. gate: what is done
@@ -94,42 +108,68 @@ def prepare_pairs(
     """
     if pairs_per_row is not None and pairs_per_row < 1:
         raise UserError(f"pairs_per_row is {pairs_per_row}: a row needs at least one pair")
-    segment = functools.partial(_segment, max_prompt_tokens=max_prompt_tokens, repeat_prompt=prompts == "repeated")
-    settings = {"prompts": prompts, "pairs_per_row": pairs_per_row, "max_prompt_tokens": max_prompt_tokens}
-    return prepare_examples(
-        Format("pairs", "pairs", "prompt, chosen and rejected together are", _render, segment, settings),
-        read_pairs,
+    with ExampleWriter(
+        "pairs",
+        "pairs",
         inputs,
         tokenizer_dir,
         output,
         sequence_length,
-        most_in_a_row=pairs_per_row,
         on_bad=on_bad,
         on_long=on_long,
         gate=gate,
         overwrite=overwrite,
-        progress=progress,
-    )
+    ) as writer:
+        writer.scan(read_pairs(inputs, on_bad, RejectionCounts()))
+        pairs = writer.masked(read_pairs(inputs, on_bad, writer.rejections))
+        rendered = render(pairs, writer.template, _chat_parts)
+        encoded = encode(rendered, writer.tokenizer)
+        segments = _segments(
+            encoded, writer.eos, sequence_length, max_prompt_tokens, repeat_prompt=prompts == "repeated"
+        )
+        return writer.write(
+            segments,
+            max_per_row=pairs_per_row,
+            settings={"prompts": prompts, "pairs_per_row": pairs_per_row, "max_prompt_tokens": max_prompt_tokens},
+            progress=progress,
+        )
 
 
-def _render(encoder: PartEncoder, pair: Example) -> tuple[str, str, str] | None:
+def _chat_parts(pair: ChatExample, template: ChatTemplate) -> tuple[str, str, str] | None:
     """Prompt and responses as the chat template writes them, or None where it refuses or rewrites the prompt."""
     messages, *responses = pair.sides
-    prompt = encoder.render(messages, pair.where, prompt=True)
-    full = [encoder.render(messages + response, pair.where) for response in responses]
-    if prompt is None or not all(text is not None and text.startswith(prompt) for text in full):
+    prompt = template.render(messages, pair.where, prompt=True)
+    if prompt is None:
         return None
-    # The line break that templates write after a turn comes after the model has stopped: no part of the response.
-    chosen, rejected = (text.removeprefix(prompt).rstrip() for text in full)
+    written: list[str] = []
+    for response in responses:
+        text = template.render(messages + response, pair.where)
+        if text is None or not text.startswith(prompt):
+            return None
+        # The line break that templates write after a turn comes after the model has stopped: no part of the response.
+        written.append(text.removeprefix(prompt).rstrip())
+    chosen, rejected = written
     return prompt, chosen, rejected
 
 
-def _segment(
-    encoder: PartEncoder, parts: list[list[int]], *, max_prompt_tokens: int | None, repeat_prompt: bool
-) -> Segment | Refused:
-    prompt, chosen, rejected = parts[0], encoder.ended(parts[1]), encoder.ended(parts[2])
-    if chosen == rejected:
-        return Refused(_SAME)
-    if max_prompt_tokens is not None and len(prompt) > max_prompt_tokens:
-        return Refused(f"the prompt is longer than {max_prompt_tokens} tokens", long=True)
-    return pair_segment(prompt, chosen, rejected, repeat_prompt=repeat_prompt)
+def _segments(
+    pairs: Iterable[Encoded | Rejected],
+    eos: int,
+    sequence_length: int,
+    max_prompt_tokens: int | None,
+    *,
+    repeat_prompt: bool,
+) -> Iterator[Segment | Rejected]:
+    """A segment of each pair, in order; each response ends with the end-of-sequence token."""
+    for pair in pairs:
+        if isinstance(pair, Rejected):
+            yield pair
+            continue
+        prompt, chosen, rejected = pair.parts[0], ended(pair.parts[1], eos), ended(pair.parts[2], eos)
+        if np.array_equal(chosen, rejected):
+            yield Rejected(pair.where, _SAME)
+        elif max_prompt_tokens is not None and len(prompt) > max_prompt_tokens:
+            yield Rejected(pair.where, f"the prompt is longer than {max_prompt_tokens} tokens", too_long=True)
+        else:
+            segment = pair_segment(prompt, chosen, rejected, repeat_prompt=repeat_prompt)
+            yield fitting(segment, sequence_length, pair.where, "prompt, chosen and rejected together are")

@@ -10,7 +10,7 @@ OnBad = Literal["error", "skip"]
 
 
 class Rejected(NamedTuple):
-    """One example that is left out: where it stands ("file:line"), and why.
+    """One row or example that is left out: its place ("file:line"), and the reason.
 
     too_long: it is too long for a row, and nothing else is wrong with it.
     """

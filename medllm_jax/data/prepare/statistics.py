@@ -1,4 +1,4 @@
-"""What a corpus is made of, in numbers that add up: over batches, units and processes, in any division and order."""
+"""What a corpus is made of, in numbers that add up: over batches, tasks and processes, in any division and order."""
 
 import dataclasses
 import functools
@@ -52,6 +52,7 @@ def _script_table() -> np.ndarray:
     return table
 
 
+@dataclasses.dataclass
 class _Additive:
     """Dataclasses of counts, and of lists and dicts of counts."""
 
@@ -83,9 +84,9 @@ class TextStatistics(_Additive):
     bytes: in UTF-8. scripts: characters by script (``SCRIPTS``); digits are numerals of any kind, punctuation has the
     symbols, katakana the half-width ones. lengths: place k counts documents of 2^k to 2^(k+1) - 1 characters.
 
-    documents_by_script: no language is recognised, it is judged by the letters (all but digits, punctuation and white
-    space) alone: "kana" where at least 5 % of them are kana, else "kanji" where at least 20 % are, else "latin" where
-    at least half are, else "other".
+    documents_by_script: judged by the letters alone (all but digits, punctuation and white space), not by language:
+    "kana" where at least 5 % of them are kana, else "kanji" where at least 20 % are, else "latin" where at least half
+    are, else "other".
     """
 
     documents: int = 0
@@ -100,7 +101,7 @@ class TextStatistics(_Additive):
         lengths = np.fromiter(map(len, texts), np.int64, len(texts))
         by_document = _scripts(texts, lengths)
         self.merge(
-            TextStatistics(
+            type(self)(
                 documents=len(texts),
                 characters=int(lengths.sum()),
                 bytes=_bytes(texts),
@@ -132,7 +133,7 @@ def _judged(scripts: np.ndarray) -> list[int]:
 
 @dataclasses.dataclass
 class TokenStatistics(_Additive):
-    """Counts of token ids, and of the texts that they came from.
+    """Counts of token ids, and of their texts.
 
     bytes: of the texts in UTF-8. byte_pieces: tokens that are not whole characters (see ``tokenizer.byte_pieces``).
     lengths: place k counts documents of 2^k to 2^(k+1) - 1 tokens, place 0 also those of none.
@@ -152,7 +153,7 @@ class TokenStatistics(_Additive):
         [vocabulary].
         """
         self.merge(
-            TokenStatistics(
+            type(self)(
                 documents=len(texts),
                 characters=sum(map(len, texts)),
                 bytes=_bytes(texts),
@@ -175,7 +176,7 @@ class TokenStatistics(_Additive):
         return _share(self.byte_pieces, self.tokens)
 
     def percentile(self, percent: float) -> int:
-        """About as many tokens as ``percent`` of the documents have at most; 0 without documents.
+        """Roughly the number of tokens that ``percent`` of the documents do not exceed; 0 without documents.
 
         The histogram tells the power of two; between two of them, lengths are taken to be spread evenly in the
         logarithm.
@@ -194,7 +195,7 @@ def _bytes(texts: Sequence[str]) -> int:
 
 
 def _histogram(lengths: np.ndarray) -> list[int]:
-    """How many are from 2^k to 2^(k+1) - 1; what is 0 counts as 1."""
+    """How many lengths are from 2^k to 2^(k+1) - 1; a length of 0 counts as 1."""
     return np.bincount(np.frexp(np.maximum(lengths, 1))[1] - 1).tolist()
 
 
@@ -229,14 +230,15 @@ def format_statistics(text: TextStatistics, token: TokenStatistics) -> str:
     )
 
 
-def _shares(title: str, unit: str, counts: Mapping[str, int]) -> str:
+def _shares(title: str, counted: str, counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
     return _table(
-        (title, unit, "share"), [(name, f"{count:,}", f"{_share(count, total):.1%}") for name, count in counts.items()]
+        (title, counted, "share"),
+        [(name, f"{count:,}", f"{_share(count, total):.1%}") for name, count in counts.items()],
     )
 
 
-def _bars(unit: str, histogram: Sequence[int]) -> str:
+def _bars(counted: str, histogram: Sequence[int]) -> str:
     """Documents by length, from the first length that occurs to the last."""
     occurring = [place for place, count in enumerate(histogram) if count]
     places = range(occurring[0], occurring[-1] + 1) if occurring else ()
@@ -244,7 +246,7 @@ def _bars(unit: str, histogram: Sequence[int]) -> str:
         (f"{2**place:,} to {2 ** (place + 1) - 1:,}", f"{histogram[place]:,}", _bar(histogram[place] / max(histogram)))
         for place in places
     ]
-    return _table((f"{unit} a document", "documents", ""), rows)
+    return _table((f"{counted} a document", "documents", ""), rows)
 
 
 def _bar(share: float) -> str:
@@ -253,6 +255,6 @@ def _bar(share: float) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; all columns but the first and those without a title hold numbers."""
+    """Markdown; columns hold numbers, except the first and those without a title."""
     rule = ["---" if place == 0 or not title else "---:" for place, title in enumerate(head)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))

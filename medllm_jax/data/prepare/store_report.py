@@ -1,4 +1,4 @@
-"""The report of a store: what is in it, where it is from, and what was left out; all of it from store.json."""
+"""The report of a store: its contents, their origin, and what was left out; all of it is in store.json."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ _STATED = ("provenance", "licence", "processing", "contact")
 
 
 def report(metadata: StoreMetadata) -> str:
-    """Markdown, for people. Places are "file:line"; no text of a document is in it."""
+    """Markdown, for people. Places are "file:line"; it quotes no document."""
     return "\n\n".join(_parts(metadata)) + "\n"
 
 

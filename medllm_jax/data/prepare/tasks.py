@@ -1,7 +1,7 @@
-"""What is done to one unit of a corpus: taking inventory, surveying, tokenising. Each is a job (see ``stages.py``).
+"""The jobs of preparing a corpus, and their tasks: taking inventory, surveying, tokenising (see ``jobs.py``).
 
-A unit is some slices of files. Surveying and tokenising read the same documents of it in the same order, so a document
-is known by its number; between the two, the duplicates among all units are found.
+Surveying and tokenising read the same documents of a `ReadTask` in the same order, so a document is known by its
+number; between the two, the duplicates among the documents of all tasks are found.
 """
 
 import dataclasses
@@ -10,25 +10,19 @@ import hashlib
 import io
 import itertools
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from medllm_jax.data.prepare.dedup import EXACT, KEPT, NEAR, signatures, text_digests
+from medllm_jax.data.prepare.inventory import FileRange, take_inventory
 from medllm_jax.data.prepare.normalize import Form, normalise
 from medllm_jax.data.prepare.pii import Scanner
-from medllm_jax.data.prepare.pii_gate import Findings, Gate
-from medllm_jax.data.prepare.reading import (
-    Document,
-    Dropped,
-    ReadOptions,
-    Slice,
-    read_documents,
-    reject,
-    take_inventory,
-)
+from medllm_jax.data.prepare.pii_gate import PiiFindings, PiiGate
+from medllm_jax.data.prepare.readers import Document, ReadOptions, read_documents
+from medllm_jax.data.prepare.rejections import Rejected, RejectionCounts, reject
 from medllm_jax.data.prepare.statistics import TextStatistics, TokenStatistics
 from medllm_jax.data.tokenizer import byte_pieces, encode_plain, load_tokenizer
 from medllm_jax.storage.remote import is_remote
@@ -40,41 +34,46 @@ _BATCH_CHARACTERS = 1_000_000
 _DUPLICATE = {KEPT: None, EXACT: "the text of an earlier document", NEAR: "nearly the text of an earlier document"}
 
 
-class File(NamedTuple):
-    """A file as it was listed; its size and time tell whether an inventory is still true."""
+class ListedFile(NamedTuple):
+    """A file as a listing shows it; its size and time tell whether an inventory still holds."""
 
     path: str
     bytes: int
     modified: float
 
 
-class Unit(NamedTuple):
-    """Slices that one worker reads, one after the other, and what is in their files (sha256)."""
+class ReadTask(NamedTuple):
+    """Ranges of files that one worker reads, one after the other, and the sha256 of their files."""
 
-    slices: tuple[Slice, ...]
+    ranges: tuple[FileRange, ...]
     sha256: tuple[str, ...]
-    reading: ReadOptions
+    options: ReadOptions
 
 
-class Chosen(NamedTuple):
-    """A unit, and which of its documents are kept: uint8 [documents], 0 for those; no file keeps all."""
+class TokenizeTask(NamedTuple):
+    """The documents of a ReadTask, and which of them are kept.
 
-    unit: Unit
+    decisions: path of an array (see ``load_array``) uint8 [documents], one of ``dedup.KEPT``, ``EXACT`` and ``NEAR``
+    each; None keeps all. decisions_sha256: of the array.
+    """
+
+    documents: ReadTask
     decisions: str | None
-    sha256: str | None
+    decisions_sha256: str | None
 
 
-class TakeInventory(NamedTuple):
-    """Files -> the sha256 of each, and the slices that it is read in."""
+@dataclasses.dataclass(frozen=True)
+class TakeInventory:
+    """Files -> the sha256 of each, and the ranges that it is read in."""
 
-    slice_bytes: int
-    name: str = "inventory"
+    range_bytes: int
+    name = "inventory"
 
-    def identity(self, files: tuple[File, ...]) -> Any:
-        return [self.slice_bytes, files]
+    def identity(self, task: tuple[ListedFile, ...]) -> Any:
+        return ["ranges", self.range_bytes, task]
 
-    def __call__(self, files: tuple[File, ...], output: epath.Path) -> dict[str, Any]:
-        return {"files": [take_inventory(file.path, self.slice_bytes)._asdict() for file in files]}
+    def __call__(self, task: tuple[ListedFile, ...], output: epath.Path) -> dict[str, Any]:
+        return {"files": [take_inventory(file.path, self.range_bytes).as_dict() for file in task]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,22 +86,22 @@ class Cleaning:
     def identity(self) -> Any:
         return [self.form, self.min_characters, unicodedata.unidata_version]
 
-    def documents(self, unit: Unit, dropped: Dropped) -> Iterator[Document]:
-        """The documents of a unit, cleaned; the same in every pass."""
-        for part in unit.slices:
-            for text, where in read_documents(part, unit.reading, dropped):
+    def documents(self, task: ReadTask, rejections: RejectionCounts) -> Iterator[Document]:
+        """The documents of a task, cleaned; the same in every pass."""
+        for part in task.ranges:
+            for text, where in read_documents(part, task.options, rejections):
                 cleaned = normalise(text, self.form)
                 if not cleaned:
-                    reject(where, "text is empty", unit.reading.on_bad, dropped)
+                    reject(Rejected(where, "text is empty"), task.options.on_bad, rejections)
                 elif len(cleaned) < self.min_characters:
-                    dropped.add(f"shorter than {self.min_characters} characters", where)
+                    rejections.add(f"shorter than {self.min_characters} characters", where)
                 else:
                     yield Document(cleaned, where)
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """Unit -> what must be known of all documents before any is written: personal data, and what tells duplicates.
+    """ReadTask -> what must be known of all documents before any is written: personal data, and what tells duplicates.
 
     Beside the result: ``.digests.npy`` uint64 [documents, 2], and where near duplicates are looked for
     ``.signatures.npy`` uint32 [documents, 128].
@@ -113,13 +112,13 @@ class Survey:
     near: bool
     name = "survey"
 
-    def identity(self, unit: Unit) -> Any:
-        return [self.cleaning.identity(), self.scanner.fingerprint, self.near, unit]
+    def identity(self, task: ReadTask) -> Any:
+        return [self.cleaning.identity(), self.scanner.fingerprint, self.near, task]
 
-    def __call__(self, unit: Unit, output: epath.Path) -> dict[str, Any]:
-        dropped, findings = Dropped(), Findings()
+    def __call__(self, task: ReadTask, output: epath.Path) -> dict[str, Any]:
+        rejections, findings = RejectionCounts(), PiiFindings()
         digests, sketches = [text_digests([])], [signatures([])]
-        for batch in batched(self.cleaning.documents(unit, dropped)):
+        for batch in batched(self.cleaning.documents(task, rejections)):
             texts = [document.text for document in batch]
             digests.append(text_digests(texts))
             if self.near:
@@ -129,32 +128,32 @@ class Survey:
         save_array(output, "digests", np.concatenate(digests))
         if self.near:
             save_array(output, "signatures", np.concatenate(sketches))
-        return {"dropped": dropped.as_dict(), "personal_data": findings.as_dict()}
+        return {"dropped": rejections.as_dict(), "personal_data": findings.as_dict()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenise:
-    """Unit -> its kept documents as tokens: ``.tokens``, int32 little-endian, one document after the other, and
+    """TokenizeTask -> its kept documents as tokens: ``.tokens``, int32 little-endian, one document after the other, and
     ``.lengths.npy`` int32 [documents]."""
 
     cleaning: Cleaning
-    gate: Gate
+    gate: PiiGate
     tokenizer: str
     fingerprint: str
     ending: tuple[int, ...]
     name = "tokens"
 
-    def identity(self, task: Chosen) -> Any:
+    def identity(self, task: TokenizeTask) -> Any:
         masking = self.gate.scanner.fingerprint if self.gate.mode == "mask" else None
-        return [self.cleaning.identity(), masking, self.fingerprint, self.ending, task.unit, task.sha256]
+        return [self.cleaning.identity(), masking, self.fingerprint, self.ending, task.documents, task.decisions_sha256]
 
-    def __call__(self, task: Chosen, output: epath.Path) -> dict[str, Any]:
+    def __call__(self, task: TokenizeTask, output: epath.Path) -> dict[str, Any]:
         tokenizer, is_byte_piece = _tokenizer(self.tokenizer)
         text_statistics, token_statistics = TextStatistics(), TokenStatistics()
         lengths: list[int] = []
-        dropped, digest = Dropped(), hashlib.sha256()
+        rejections, digest = RejectionCounts(), hashlib.sha256()
         with epath.Path(f"{output}.tokens").open("wb") as file:
-            for batch in batched(self._kept(task, dropped)):
+            for batch in batched(self._kept(task, rejections)):
                 texts = [document.text for document in batch]
                 encoded = encode_plain(tokenizer, texts)
                 sizes = np.fromiter(map(len, encoded), np.int64, len(encoded))
@@ -170,18 +169,18 @@ class Tokenise:
         return {
             "documents": len(lengths),
             "sha256": digest.hexdigest(),
-            "dropped": dropped.as_dict(),
+            "dropped": rejections.as_dict(),
             "text": text_statistics.as_dict(),
             "tokens": token_statistics.as_dict(),
         }
 
-    def _kept(self, task: Chosen, dropped: Dropped) -> Iterator[Document]:
-        """The kept documents, masked; duplicates are counted in ``dropped``, the rest has been by the survey."""
+    def _kept(self, task: TokenizeTask, rejections: RejectionCounts) -> Iterator[Document]:
+        """The kept documents, masked; duplicates are counted in ``rejections``, the survey has counted the rest."""
         decisions = None if task.decisions is None else load_array(epath.Path(task.decisions), "decisions")
-        for number, (text, where) in enumerate(self.cleaning.documents(task.unit, Dropped())):
+        for number, (text, where) in enumerate(self.cleaning.documents(task.documents, RejectionCounts())):
             reason = None if decisions is None else _DUPLICATE[int(decisions[number])]
             if reason:
-                dropped.add(reason, where)
+                rejections.add(reason, where)
             else:
                 yield Document(self.gate.mask(text), where)
 
@@ -206,18 +205,22 @@ def batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def units_of(slices: Sequence[tuple[Slice, str]], reading: ReadOptions, unit_bytes: int) -> Iterator[Unit]:
-    """Slices, with the sha256 of their files, in units of about ``unit_bytes``; the same for the same input."""
-    held: list[tuple[Slice, str]] = []
+def read_tasks(ranges: Iterable[tuple[FileRange, str]], options: ReadOptions, task_bytes: int) -> Iterator[ReadTask]:
+    """Ranges, with the sha256 of their files, in tasks of about ``task_bytes``; the same for the same input."""
+    group: list[tuple[FileRange, str]] = []
     size = 0
-    for part in slices:
-        held.append(part)
-        size += part[0].bytes
-        if size >= unit_bytes:
-            yield Unit(*map(tuple, zip(*held, strict=True)), reading)
-            held, size = [], 0
-    if held:
-        yield Unit(*map(tuple, zip(*held, strict=True)), reading)
+    for part, sha256 in ranges:
+        group.append((part, sha256))
+        size += part.stored_bytes
+        if size >= task_bytes:
+            yield _read_task(group, options)
+            group, size = [], 0
+    if group:
+        yield _read_task(group, options)
+
+
+def _read_task(group: Sequence[tuple[FileRange, str]], options: ReadOptions) -> ReadTask:
+    return ReadTask(tuple(part for part, _ in group), tuple(sha256 for _, sha256 in group), options)
 
 
 def save_array(output: epath.Path, name: str, array: np.ndarray) -> str:

@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parent / "configs"
 ROW = 128  # tokens; the documents of the world are short
 MODELS = (("base", "base"), ("CPT", "cpt"), ("CPT + RPO", "rpo"))
 CONDITIONS = ("answer_only", "explain")
-SAMPLES = ("--samples", "8", "--temperature", "1.0", "--most", "4", "--strategy", "both")
+SAMPLES = ("--samples", "8", "--temperature", "1.0", "--max-pairs-per-prompt", "4", "--strategy", "both")
 
 
 def run_demo(workdir: str, seed: int, medllm: Runner) -> Path:
@@ -128,7 +128,7 @@ def _make_random_model(work: Path, seed: int, medllm: Runner) -> None:
     """A random model, exported to the folder `hf`: what a checkpoint from a model hub is to a large run."""
     from etils import epath
 
-    from medllm_jax.checkpoint.orbax import write_model
+    from medllm_jax.checkpoint.write_model import write_model
     from medllm_jax.config.load import load_model_config, to_plain
     from medllm_jax.config.schema import MeshConfig, PrecisionConfig
     from medllm_jax.distributed.sharding import make_mesh
@@ -139,7 +139,7 @@ def _make_random_model(work: Path, seed: int, medllm: Runner) -> None:
     plan = abstract_model(config, PrecisionConfig(compute="float32"), make_mesh(MeshConfig()))
 
     def make(folder: Path) -> None:
-        write_model(folder, random_params(plan, seed), to_plain(config))
+        write_model(epath.Path(folder), random_params(plan, seed), to_plain(config))
         copy_tokenizer(epath.Path(work / "tokenizer"), epath.Path(folder))
 
     drawn = work / "drawn"

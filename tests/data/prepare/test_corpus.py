@@ -177,39 +177,39 @@ def test_corpora_keep_to_their_rows_and_their_manifests(tmp_path, tokenizer_dir)
         prepare_corpus([corpora[1], corpora[1]], tokenizer_dir, tmp_path / "c")
 
 
-# --- units, engines, going on ----------------------------------------------------------------------------------------
+# --- tasks, executors, going on--------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def small_units(monkeypatch):
-    monkeypatch.setattr(corpus_module, "_UNIT_BYTES", 2000)
+def small_tasks(monkeypatch):
+    monkeypatch.setattr(corpus_module, "_TASK_BYTES", 2000)
     monkeypatch.setattr(corpus_module, "_READ_TOKENS", 300)
 
 
-def test_units_batches_and_engines_change_nothing(tmp_path, tokenizer_dir, monkeypatch):
+def test_tasks_batches_and_executors_change_nothing(tmp_path, tokenizer_dir, monkeypatch):
     corpora, recipe = two_corpora(tmp_path), Recipe(sequence_length=128, duplicates="near")
     whole = prepare_corpus(corpora, tokenizer_dir, tmp_path / "whole", recipe)
-    monkeypatch.setattr(corpus_module, "_UNIT_BYTES", 1500)
+    monkeypatch.setattr(corpus_module, "_TASK_BYTES", 1500)
     monkeypatch.setattr(corpus_module, "_READ_TOKENS", 300)
     monkeypatch.setattr(tasks, "_BATCH_DOCUMENTS", 3)
-    stages = []
-    with in_processes(2) as engine:
-        show = lambda *progress: stages.append(progress)  # noqa: E731
-        parts = prepare_corpus(corpora, tokenizer_dir, tmp_path / "parts", recipe, engine=engine, progress=show)
+    calls = []
+    with in_processes(2) as executor:
+        show = lambda *progress: calls.append(progress)  # noqa: E731
+        parts = prepare_corpus(corpora, tokenizer_dir, tmp_path / "parts", recipe, executor=executor, progress=show)
     assert parts == whole
-    assert {stage: total for stage, _, total in stages}["survey"] > 5
-    assert [stage for stage, done, total in stages if done == total] == [
+    assert {job: total for job, _, total in calls}["survey"] > 5
+    assert [job for job, done, total in calls if done == total] == [
         "inventory", "survey", "tokens", "packing a", "packing b"
     ]  # fmt: skip
 
 
-def test_beam_makes_the_same_store(tmp_path, tokenizer_dir, small_units):
+def test_beam_makes_the_same_store(tmp_path, tokenizer_dir, small_tasks):
     corpora, recipe = two_corpora(tmp_path), Recipe(sequence_length=128)
     here = prepare_corpus(corpora, tokenizer_dir, tmp_path / "here", recipe)
-    assert prepare_corpus(corpora, tokenizer_dir, tmp_path / "beam", recipe, engine=on_beam([])) == here
+    assert prepare_corpus(corpora, tokenizer_dir, tmp_path / "beam", recipe, executor=on_beam([])) == here
     write_json_lines(tmp_path / "b.jsonl", [{"text": 3}])
     with pytest.raises(UserError, match=r"b\.jsonl:1: text is not a string"):
-        prepare_corpus(corpora, tokenizer_dir, tmp_path / "bad", recipe, engine=on_beam([]))
+        prepare_corpus(corpora, tokenizer_dir, tmp_path / "bad", recipe, executor=on_beam([]))
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error)
@@ -217,49 +217,49 @@ class Interrupted(Exception):  # noqa: N818 (not an error)
 
 
 def counting(fail_after=None):
-    """An engine that counts what it does by job, and may stop in the middle."""
+    """An executor that counts what it does by job, and may stop in the middle."""
     done = Counter()
 
-    def engine(function, arguments):
+    def executor(function, arguments):
         for argument in arguments:
             if sum(done.values()) == fail_after:
                 raise Interrupted
             yield function(argument)
             done[function.args[0].name] += 1
 
-    engine.done = done
-    return engine
+    executor.done = done
+    return executor
 
 
-def test_an_interrupted_preparation_goes_on_where_it_was(tmp_path, tokenizer_dir, small_units):
+def test_an_interrupted_preparation_goes_on_where_it_was(tmp_path, tokenizer_dir, small_tasks):
     corpora = two_corpora(tmp_path)
     recipe = Recipe(sequence_length=128)
-    expected = prepare_corpus(corpora, tokenizer_dir, tmp_path / "expected", recipe, engine=(full := counting()))
+    expected = prepare_corpus(corpora, tokenizer_dir, tmp_path / "expected", recipe, executor=(full := counting()))
     total = sum(full.done.values())
     assert full.done["survey"] == full.done["tokens"] > 4
     for stop in (0, 2, total // 2, total - 1):
         output = tmp_path / f"stop{stop}"
         with pytest.raises(Interrupted):
-            prepare_corpus(corpora, tokenizer_dir, output, recipe, engine=counting(stop))
+            prepare_corpus(corpora, tokenizer_dir, output, recipe, executor=counting(stop))
         assert not output.exists()
         rest = counting()
-        assert prepare_corpus(corpora, tokenizer_dir, output, recipe, engine=rest) == expected
+        assert prepare_corpus(corpora, tokenizer_dir, output, recipe, executor=rest) == expected
         assert sum(rest.done.values()) == total - stop
 
 
-def test_only_what_changed_is_made_again(tmp_path, tokenizer_dir, small_units, monkeypatch):
-    """Packing is stopped, so that the work of the stages before it stays."""
+def test_only_what_changed_is_made_again(tmp_path, tokenizer_dir, small_tasks, monkeypatch):
+    """Packing is stopped, so that the work of the jobs before it stays."""
     corpora = two_corpora(tmp_path)
 
     def stop(*_):
         raise Interrupted
 
     def again(**options):
-        engine = counting()
+        executor = counting()
         with pytest.raises(Interrupted):
             recipe = Recipe(sequence_length=128, **options)
-            prepare_corpus(corpora, tokenizer_dir, tmp_path / "store", recipe, engine=engine)
-        return dict(engine.done)
+            prepare_corpus(corpora, tokenizer_dir, tmp_path / "store", recipe, executor=executor)
+        return dict(executor.done)
 
     monkeypatch.setattr(corpus_module, "_pack", stop)
     first = again()
@@ -267,7 +267,7 @@ def test_only_what_changed_is_made_again(tmp_path, tokenizer_dir, small_units, m
     assert again(packing="split", pii="report") == {}
     assert again(append_eos=False) == {"tokens": first["tokens"]}
     assert again(normalise="nfkc") == {name: first[name] for name in ("survey", "tokens")}
-    # A line more: the file is looked at again, the units before its end are as they were.
+    # A line more: the file is looked at again, the tasks before its end are as they were.
     with (tmp_path / "b.jsonl").open("a") as file:
         file.write(json.dumps({"text": "one more"}) + "\n")
     changed = again()
@@ -338,7 +338,7 @@ def test_texts_are_normalised(tmp_path, tokenizer_dir):
 NUMBER = "090-1234-5678"
 
 
-def test_personal_data_stops_before_anything_is_written(tmp_path, tokenizer_dir, small_units):
+def test_personal_data_stops_before_anything_is_written(tmp_path, tokenizer_dir, small_tasks):
     rows = [{"text": text} for text in sentences(99)] + [{"text": f"連絡先は {NUMBER} です。"}]
     file = write_json_lines(tmp_path / "rows.jsonl", rows)
     with pytest.raises(UserError) as caught:
@@ -440,7 +440,7 @@ def test_a_tokenizer_without_end_of_sequence(tmp_path):
 def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer_dir, monkeypatch):
     monkeypatch.setattr(store_writer, "_MAX_SHARD_ROWS", 16)
     monkeypatch.setattr(tasks, "_BATCH_DOCUMENTS", 16)
-    monkeypatch.setattr(corpus_module, "_UNIT_BYTES", 50_000)
+    monkeypatch.setattr(corpus_module, "_TASK_BYTES", 50_000)
     monkeypatch.setattr(corpus_module, "_READ_TOKENS", 20_000)
     text = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 1000)))
     peaks = []

@@ -12,7 +12,7 @@ from medllm_jax.data.prepare.dedup import (
     KEPT,
     NEAR,
     PERMUTATIONS,
-    Surveyed,
+    DocumentHashes,
     band_hashes,
     bands_for,
     find_duplicates,
@@ -39,7 +39,7 @@ def jaccard(one, other):
 
 
 def surveyed(texts):
-    return Surveyed(lambda: text_digests(texts), lambda: signatures(texts))
+    return DocumentHashes(lambda: text_digests(texts), lambda: signatures(texts))
 
 
 def decide(texts, threshold=0.8):
@@ -134,20 +134,20 @@ def test_what_is_left_out_makes_nothing_a_duplicate():
     digests = np.arange(6, dtype=np.uint64).reshape(3, 2)
     a_b, b_c, a_c = ((found[i] == found[j]).mean() for i, j in ((0, 1), (1, 2), (0, 2)))
     assert a_b >= 0.85 and b_c >= 0.85 and a_c < 0.85
-    assert find_duplicates([Surveyed(lambda: digests, lambda: found)], 0.85)[0].tolist() == [KEPT, NEAR, KEPT]
+    assert find_duplicates([DocumentHashes(lambda: digests, lambda: found)], 0.85)[0].tolist() == [KEPT, NEAR, KEPT]
     # An exact duplicate is out before near ones are looked for.
     equal = np.array([[0, 1], [0, 1], [2, 3]], np.uint64)
-    assert find_duplicates([Surveyed(lambda: equal, lambda: found)], 0.85)[0].tolist() == [KEPT, EXACT, KEPT]
+    assert find_duplicates([DocumentHashes(lambda: equal, lambda: found)], 0.85)[0].tolist() == [KEPT, EXACT, KEPT]
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), max_size=20), st.sets(st.integers(0, 20)))
-def test_the_division_into_units_changes_nothing(documents, cuts):
+def test_the_division_into_tasks_changes_nothing(documents, cuts):
     texts = [random_text(seed, 200) + random_text(edit, 8) for seed, edit in documents]
     whole = decide(texts)
     edges = [0, *sorted(cut for cut in cuts if cut <= len(texts)), len(texts)]
-    units = [surveyed(texts[start:end]) for start, end in itertools.pairwise(edges)]
-    found = find_duplicates(units, 0.8)
+    tasks = [surveyed(texts[start:end]) for start, end in itertools.pairwise(edges)]
+    found = find_duplicates(tasks, 0.8)
     assert [len(part) for part in found] == [end - start for start, end in itertools.pairwise(edges)]
     assert np.concatenate(found).tolist() == whole
 
@@ -165,5 +165,5 @@ def test_a_bucket_of_very_many_is_no_trouble():
     found = np.tile(rng.integers(0, 2**32, PERMUTATIONS, dtype=np.uint32), (20_000, 1))
     found[1::2, :10] = rng.integers(0, 2**32, (10_000, 10), dtype=np.uint32)
     digests = rng.integers(0, 2**63, (20_000, 2)).astype(np.uint64)
-    kinds = find_duplicates([Surveyed(lambda: digests, lambda: found)], 0.8)[0]
+    kinds = find_duplicates([DocumentHashes(lambda: digests, lambda: found)], 0.8)[0]
     assert kinds[0] == KEPT and (kinds[1:] == NEAR).all()

@@ -2,7 +2,7 @@ import pytest
 
 from medllm_jax.data.batch import batch_of
 from medllm_jax.data.prepare.instructions import prepare_instructions
-from medllm_jax.data.prepare.pii_gate import Gate
+from medllm_jax.data.prepare.pii_gate import PiiGate
 from medllm_jax.data.store import RowStore
 from medllm_jax.data.tokenizer import encode_plain, load_tokenizer
 from medllm_jax.errors import UserError
@@ -91,6 +91,6 @@ def test_personal_data_stops_it_or_is_masked(tmp_path, tokenizer_dir):
     file = write_json_lines(tmp_path / "in.jsonl", [{"prompt": "電話 090-1234-5678", "response": "はい"}])
     with pytest.raises(UserError, match="personal data"):
         prepare_instructions(file, tokenizer_dir, tmp_path / "store", 64)
-    prepare_instructions(file, tokenizer_dir, tmp_path / "store", 64, gate=Gate("mask"))
+    prepare_instructions(file, tokenizer_dir, tmp_path / "store", 64, gate=PiiGate("mask"))
     ((_, given),) = learnt(RowStore.open(tmp_path / "store"))
     assert "5678" not in load_tokenizer(tokenizer_dir).decode(given)

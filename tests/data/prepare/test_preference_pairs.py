@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from medllm_jax.data.loader import BatchStream
-from medllm_jax.data.prepare.corpus import Dropped
-from medllm_jax.data.prepare.pii_gate import Gate
+from medllm_jax.data.prepare.pii_gate import PiiGate
 from medllm_jax.data.prepare.preference_pairs import prepare_pairs, read_pairs
+from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.data.prepare.store_report import report
 from medllm_jax.data.reference_log_probs import read_reference, write_reference
 from medllm_jax.data.store import RowStore
@@ -234,10 +234,10 @@ def test_nothing_left_to_prepare(tmp_path, tokenizer_dir):
 
 def test_read_pairs_reads_in_order(tmp_path):
     file = write_json_lines(tmp_path / "pairs.jsonl", [GOOD | {"prompt": f"{n}"} for n in range(4)])
-    dropped = Dropped()
-    pairs = list(read_pairs([file], "error", dropped))
+    rejections = RejectionCounts()
+    pairs = list(read_pairs([file], "error", rejections))
     assert [pair.sides[0] for pair in pairs] == ["0", "1", "2", "3"]
-    assert pairs[2].where == f"{file}:3" and dropped.total == 0
+    assert pairs[2].where == f"{file}:3" and rejections.total == 0
 
 
 # Reference log-probabilities
@@ -323,7 +323,7 @@ def test_personal_data_in_pairs(tmp_path, tokenizer_dir):
     ) as caught:
         prepare_pairs(file, tokenizer_dir, tmp_path / "store", 256)
     assert number not in str(caught.value) and not (tmp_path / "store").exists()
-    found = prepare_pairs(file, tokenizer_dir, tmp_path / "store", 256, gate=Gate("mask"))
+    found = prepare_pairs(file, tokenizer_dir, tmp_path / "store", 256, gate=PiiGate("mask"))
     assert found.corpora[0].manifest["personal_data"]["flagged"] == 2
     tokens = RowStore.open(tmp_path / "store").read([0])[0, 0]
     assert "1234" not in (text := load_tokenizer(tokenizer_dir).decode(tokens)) and "Whom to call?" in text

@@ -1,0 +1,241 @@
+"""A checkpoint, opened once: what it says of itself is read, its step is fixed, and everything that loads takes it.
+
+    checkpoint = open_checkpoint(run)          # the newest step now
+    model = load_model(checkpoint, precision, mesh)
+    print(checkpoint.label)                    # run@step, of what was loaded
+
+Whatever appears in the run folder afterwards, label, adapter settings and weights are of one step.
+"""
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tensorstore as ts
+from etils import epath
+from jax.experimental import multihost_utils
+
+from medllm_jax.checkpoint import arrays, orbax
+from medllm_jax.checkpoint.digests import changed_arrays, changed_lines, meta_is_intact
+from medllm_jax.checkpoint.orbax import checkpoints_of, steps, training_item
+from medllm_jax.checkpoint.train_state import TrainState
+from medllm_jax.config.load import build
+from medllm_jax.config.schema import AdapterConfig, ModelConfig
+from medllm_jax.distributed.processes import run_on_all
+from medllm_jax.distributed.sharding import path_of
+from medllm_jax.errors import UserError
+from medllm_jax.model.quantize import Storage
+
+
+class DamagedError(UserError):
+    """A checkpoint that can't be read, or does not hold what was written."""
+
+
+class RemovedError(UserError):
+    """A checkpoint that was removed while it was open."""
+
+
+class Base(NamedTuple):
+    """The model that adapters belong to: run folder and step of its checkpoint, fingerprint of its stored weights."""
+
+    checkpoint: str
+    step: int
+    fingerprint: str
+
+
+class Checkpoint:
+    """One step of a run folder; `open_checkpoint` makes it.
+
+    run: the run folder as it was named. step: which checkpoint. meta: the plain values saved with it.
+    Every method that reads raises DamagedError where what is stored is not what was written, and RemovedError where
+    the step was removed meanwhile. Nothing here changes the folder.
+    """
+
+    def __init__(self, run: str | epath.Path, step: int):
+        """Reads the meta of a step that is known to be there."""
+        self.run, self.step = os.fspath(run), step
+        self._folder = checkpoints_of(run) / str(step)
+        self.meta: dict[str, Any] = self._items({"meta": None})["meta"]
+        if not meta_is_intact(self.meta):
+            raise self._failure("has another meta than was written")
+
+    # --- what it says of itself ---
+
+    @property
+    def label(self) -> str:
+        """`run@step`: by which results are filed."""
+        return f"{self.run}@{self.step}"
+
+    @property
+    def run_folder(self) -> str:
+        """The run folder's absolute path, or its URL."""
+        return str(self._folder.parent.parent)
+
+    @functools.cached_property
+    def model(self) -> ModelConfig:
+        """Shape of the model."""
+        return build(ModelConfig, self.meta["model"], where=f"checkpoint of {self.run}")
+
+    @functools.cached_property
+    def adapter(self) -> AdapterConfig | None:
+        """Settings of the adapters it holds; None where it holds a whole model."""
+        if self.meta.get("base") is None:
+            return None
+        return build(AdapterConfig, self.meta["config"]["adapter"], where=f"checkpoint of {self.run}")
+
+    @functools.cached_property
+    def whole(self) -> "Checkpoint":
+        """The checkpoint of the whole model: the base of adapters, or this one. UserError where the base is gone."""
+        base = self.base
+        if base is None:
+            return self
+        if base.step not in steps(base.checkpoint):
+            raise UserError(
+                f"{self.run} holds adapters of the model in {base.checkpoint}, step {base.step}, and it is not there: "
+                "put it back, or leave a link there"
+            )
+        return Checkpoint(base.checkpoint, base.step)
+
+    @property
+    def base(self) -> Base | None:
+        """What the meta of adapters says of their base; None for a whole model."""
+        return None if self.meta.get("base") is None else Base(**self.meta["base"])
+
+    def check_base(self, fingerprint: str) -> None:
+        """UserError unless this is the fingerprint of the base that the adapters were trained on."""
+        base = self.base
+        if base is not None and fingerprint != base.fingerprint:
+            raise UserError(
+                f"{base.checkpoint} is not the model that the adapters were trained on: its step {base.step} has other "
+                f"weights (fingerprint {fingerprint[:12]}, then {base.fingerprint[:12]}); put the former back"
+            )
+
+    @functools.cached_property
+    def storage(self) -> Storage | None:
+        """How the projections of a whole model are quantised; None where they aren't."""
+        storage = self.meta.get("storage")
+        return None if storage is None else Storage(**storage)
+
+    @property
+    def identity(self) -> str:
+        """A hash that tells this save of the step from another."""
+        try:
+            return orbax.identity_of(self._folder)
+        except FileNotFoundError as error:
+            raise self.unreadable(error) from error
+
+    # --- its arrays ---
+
+    def stored_params(self) -> Any:
+        """A tree of ShapeDtypeStructs: the weights as stored."""
+        try:
+            return orbax.stored_shapes(self._folder)
+        except orbax.UnreadableError as error:
+            raise self._failure(f"can't be read ({error})") from error
+
+    def load_params(self, abstract: Any) -> Any:
+        """The weights, in the dtypes and shardings of a tree of ShapeDtypeStructs."""
+        items = self._items({"params": abstract})
+        self._check(items)
+        return items["params"]
+
+    def stream_params(self, abstract: Any) -> Iterator[tuple[str, jax.Array]]:
+        """Path and value of each weight, one at a time, in the dtypes and shardings of a tree of ShapeDtypeStructs.
+
+        The caller lets go of a value before it asks for the next, if two at a time would be too much.
+        """
+        leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+        for place, (key_path, leaf) in enumerate(leaves):
+            one = [leaf if i == place else orbax.PLACEHOLDER for i in range(len(leaves))]
+            items = self._items({"params": jax.tree.unflatten(structure, one)})
+            path, value = path_of(key_path), jax.tree.leaves(items["params"])[place]
+            self._check({"params": {path: value}})
+            yield path, value
+
+    def host_params(self) -> dict[str, np.ndarray]:
+        """Path -> weight as stored, in host memory; holds all of them."""
+        stored = jax.tree.map(lambda _: np.ndarray, self.stored_params())
+        return {path: np.asarray(value) for path, value in self.stream_params(stored)}
+
+    def open_arrays(self) -> dict[str, ts.TensorStore]:
+        """Path -> array of each weight as stored, to be read in ranges of rows; not checked."""
+        try:
+            return arrays.open_arrays(self._folder / "params")
+        except FileNotFoundError as error:
+            raise self.unreadable(error) from error
+
+    def load_state(self, abstract: TrainState) -> TrainState:
+        """The train state, each array straight into the sharding of its ShapeDtypeStruct; not checked yet."""
+        items = self._items({"params": abstract.params, "training": training_item(abstract)})
+        return TrainState(params=items["params"], **items["training"])
+
+    def check_state(self, state: TrainState) -> None:
+        """DamagedError unless a state that was read is the one that was written. Every process must ask, or none."""
+        self._check({"params": state.params, "training": training_item(state)})
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether the meta says what the arrays are; that of a converted model does not."""
+        return "digests" in self.meta
+
+    def check_lines(self, found: Mapping[str, str]) -> None:
+        """DamagedError unless arrays, read as `open_arrays` and summed up in lines, are those that were written."""
+        self._raise_if_changed(changed_lines(found, self.meta))
+
+    # --- failures ---
+
+    def unreadable(self, error: BaseException) -> UserError:
+        """The error to raise where reading failed with another."""
+        return self._failure(f"can't be read ({orbax.first_cause(error)})")
+
+    def _failure(self, what: str) -> UserError:
+        if not orbax.is_whole(self._folder):
+            return RemovedError(
+                f"checkpoint {self.step} of {self.run} was removed while it was being read: newer ones have replaced "
+                "it; run the same command again, and keep more of them if this happens often (checkpoint.keep)"
+            )
+        return DamagedError(
+            f"checkpoint {self.step} of {self.run} {what}: it is damaged; use another, or copy it again"
+        )
+
+    def _items(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return orbax.read_items(self._folder, wanted)
+        except orbax.UnreadableError as error:
+            raise self._failure(f"can't be read ({error})") from error
+
+    def _check(self, items: dict[str, Any]) -> None:
+        self._raise_if_changed(changed_arrays(items, self.meta))
+
+    def _raise_if_changed(self, wrong: list[str]) -> None:
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise self._failure(f"holds other bytes in {wrong[0]}{more} than were written")
+
+
+def open_checkpoint(run: str | epath.Path, step: int | None = None) -> Checkpoint:
+    """A checkpoint of a run folder, the newest by default. Lists the folder once and reads the meta once.
+
+    UserError where the folder has no such checkpoint; DamagedError where its meta is not what was written.
+    """
+    found = steps(run)
+    if not found:
+        raise UserError(
+            f"{run} holds no checkpoint: a run folder, or what `python -m tools.convert_hf from-hf` wrote, is expected"
+        )
+    if step is not None and step not in found:
+        raise UserError(f"{run} has no checkpoint of step {step}: it has {', '.join(map(str, found))}")
+    return Checkpoint(run, found[-1] if step is None else step)
+
+
+def open_on_all(run: str | epath.Path) -> Checkpoint:
+    """`open_checkpoint` of the newest step, for processes that train as one: all open the step that the first sees."""
+    checkpoint = run_on_all(f"opening the newest checkpoint of {run}", lambda: open_checkpoint(run), UserError)
+    if jax.process_count() > 1:
+        step = int(multihost_utils.broadcast_one_to_all(np.asarray(checkpoint.step)))
+        if step != checkpoint.step:
+            checkpoint = Checkpoint(run, step)
+    return checkpoint

@@ -1,0 +1,35 @@
+"""Configs that come with the package, which are found by their names from any folder."""
+
+import difflib
+from pathlib import Path
+from typing import Literal
+
+from medllm_jax.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+Kind = Literal["runs", "model", "rounds"]
+
+
+def shipped_configs(kind: Kind) -> dict[str, Path]:
+    """The shipped files of one kind by their names, such as ``cpt-72b-v5p-4x4x4``."""
+    return {file.name.removesuffix(".yaml"): file for file in sorted((CONFIGS / kind).glob("*.yaml"))}
+
+
+def find_config(path_or_name: str | Path, kind: Kind, folder: Path = Path()) -> Path:
+    """The file at a path, relative to a folder, or the shipped one of that name; a file that is there comes first.
+
+    Raises:
+      UserError: there is neither; lists the near names, or all.
+    """
+    file = folder / path_or_name
+    if file.is_file():
+        return file
+    text, shipped = str(path_or_name), shipped_configs(kind)
+    if text in shipped:
+        return shipped[text]
+    near = difflib.get_close_matches(Path(text).name.removesuffix(".yaml"), shipped, n=3)
+    if "/" in text or text.endswith((".yaml", ".yml")):
+        hint = f"; shipped configs are given by name: {', '.join(near)}" if near else ""
+        raise UserError(f"config file {file} does not exist{hint}")
+    known = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(shipped)}"
+    raise UserError(f"config file {file} does not exist, and no shipped config has that name: {known}")

@@ -1,0 +1,70 @@
+"""What a model is asked for, and what it answers: the same types for every way to ask one."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from medllm_jax.errors import UserError
+from medllm_jax.evaluation.prompts import Prompt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How completions are drawn; the names are vLLM's, but for `max_new_tokens`.
+
+    n: completions of each prompt. temperature: 0 takes the likeliest token. top_p: draws from the smallest set of
+    tokens whose probabilities reach it. seed: what random numbers come from. max_new_tokens: tokens of a completion at
+    most (default as vLLM's). stop: strings that end a completion and are cut off.
+    """
+
+    n: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 16
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.n < 1:
+            raise UserError(f"samples is {self.n}: it must be at least 1")
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}: it must not be negative")
+        if not self.temperature and self.n > 1:
+            raise UserError(f"temperature is {self.temperature}: {self.n} samples would all be the same")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
+
+
+class Completion(NamedTuple):
+    """What followed a prompt.
+
+    text: without the stop string or token that ended it. finish_reason: "length" where it ended at the limit, "stop"
+    otherwise, or a word of a server's. tokens: its ids, with the one that ended it; () where only the text is known.
+    """
+
+    text: str
+    finish_reason: str
+    tokens: tuple[int, ...] = ()
+
+
+# Prompts, a seed (31 bits) for each, and params -> `params.n` completions of each prompt, which depend on the prompt
+# and its seed alone; `params.seed` is not looked at.
+Sample = Callable[[Sequence[Prompt], Sequence[int], SamplingParams], Iterable[Sequence[Completion]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A model to sample. `model` is equal iff the model is; `where` is for people; `chat`: prompts are messages."""
+
+    model: str
+    where: str
+    sample: Sample
+    chat: bool = False
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:
+    """The text before the first stop string in it; None where it holds none."""
+    places = [place for string in stop if (place := text.find(string)) >= 0]
+    return text[: min(places)] if places else None

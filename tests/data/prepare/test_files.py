@@ -1,0 +1,97 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from medllm_jax.data.prepare.files import DOCUMENT_FILES, find_files
+from medllm_jax.errors import UserError
+from tests.data.prepare.documents import PACK, TEXTS, documents_of, lines_of
+from tests.gcs import Gcs, environment
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_inputs_are_files_folders_and_globs_each_file_once(tmp_path):
+    for name in ("b/1.jsonl", "a/2.txt", "a/deep/3.jsonl.gz", "a/notes.md", "a/.hidden.jsonl", "[x].jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "empty").mkdir()
+
+    def names(*inputs):
+        files = find_files([tmp_path / i for i in inputs], DOCUMENT_FILES)
+        return [str(file.relative_to(tmp_path)) for file in files]
+
+    assert names("") == ["[x].jsonl", "a/2.txt", "a/deep/3.jsonl.gz", "b/1.jsonl"]
+    assert names("b", "a") == ["b/1.jsonl", "a/2.txt", "a/deep/3.jsonl.gz"]
+    assert names("?/*") == ["a/2.txt", "a/deep/3.jsonl.gz", "b/1.jsonl"]
+    assert names("a/*/*.gz", "a") == ["a/deep/3.jsonl.gz", "a/2.txt"]
+    assert names("[x].jsonl", "[ab]/*.jsonl") == ["[x].jsonl", "b/1.jsonl"]
+    assert [file.name for file in find_files(str(tmp_path / "b"), DOCUMENT_FILES)] == ["1.jsonl"]
+    for wrong, message in (
+        ("c", "does not exist"),
+        ("a/notes.md", "not a file of a kind"),
+        ("*.md", "no file"),
+        ("empty", "no file"),
+        ("**/*", "searched"),
+    ):
+        with pytest.raises(UserError, match=message):
+            names(wrong)
+
+
+IN_STORAGE = """
+import json, os, sys
+from medllm_jax.data.prepare.files import DOCUMENT_FILES, find_files
+from medllm_jax.errors import UserError
+from tests.data.prepare.documents import documents_of
+
+found = {}
+for path in sys.argv[1:]:
+    try:
+        files = find_files(path, DOCUMENT_FILES)
+    except UserError as error:
+        found[path] = str(error)
+        continue
+    if "FIND_ONLY" in os.environ:
+        continue
+    found[path] = [document for file in files for document in documents_of(file, 100)[0]]
+print(json.dumps(found))
+"""
+
+
+def in_storage(server, *arguments, **more):
+    command = [sys.executable, "-c", IN_STORAGE, *arguments]
+    env = os.environ | environment(server.url) | {"PYTHONPATH": str(ROOT)} | more
+    return json.loads(subprocess.run(command, env=env, check=True, capture_output=True, timeout=60).stdout)
+
+
+def test_object_storage_is_read_as_folders_are_with_few_requests(tmp_path):
+    for number in range(30):
+        folder = tmp_path / "in" / "ab"[number % 2] / "deep.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jsonl").write_bytes(lines_of(TEXTS))
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "in" / "rows.parquet")
+    (tmp_path / "in" / "z.txt.zst").write_bytes(PACK[".zst"](b"text"))
+    for name in ("notes.md", ".hidden.jsonl", "a/.hidden/x.jsonl"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text("no rows")
+    inputs = ["in", "in/", "in/a", "in/rows.parquet", "in/*", "in/?/deep.jsonl/1*.jsonl"]
+    wrong = {"in/c": "does not exist", "in/notes.md": "not a file of a kind", "in/*.md": "no file", "in/**": "searched"}
+    with Gcs("bucket") as server:
+        server.upload(tmp_path, "gs://bucket")
+        found = in_storage(server, *(f"gs://bucket/{path}" for path in [*inputs, *wrong]))
+        for path in inputs:
+            files = find_files(f"{tmp_path}/{path}", DOCUMENT_FILES)
+            local = [[d.text, d.where.replace(str(tmp_path), "gs://bucket")] for f in files for d in documents_of(f)[0]]
+            assert found[f"gs://bucket/{path}"] == local and local
+        for path, message in wrong.items():
+            assert message in found[f"gs://bucket/{path}"]
+
+        server.log.clear()
+        paths = ("in", "in/?/deep.jsonl/*.jsonl", "in/*/deep.jsonl")
+        in_storage(server, *(f"gs://bucket/{path}" for path in paths), FIND_ONLY="1")
+        assert 0 < len(server.log) <= 15, server.log
