@@ -1,4 +1,4 @@
-"""Predictions that others made: the published form of IgakuQA's results, and outputs with ids.
+"""Reads predictions that others made: the published form of IgakuQA's results, or outputs with ids.
 
 A file holds one system's answers, or a part of them: `112-A_gpt4.jsonl` is a section by system gpt4, any other name is
 the system's own. Rows have `problem_id` and `prediction`, or `id`, `text` and optionally `finish_reason`.

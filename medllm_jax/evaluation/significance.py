@@ -21,14 +21,14 @@ _LISTED = 3
 
 
 class Interval(NamedTuple):
-    """Of 95 %, by the percentiles of the bootstrap."""
+    """A 95 % interval, by the percentiles of the bootstrap."""
 
     low: float
     high: float
 
 
 class Estimate(NamedTuple):
-    """A value and how far another exam of the same kind could have put it."""
+    """A value and its interval: where another exam of the same kind could have put it."""
 
     value: float
     interval: Interval

@@ -1,1 +1,1 @@
-"""What a run costs on TPUs that are not there: compiled for them, read from the compiler's dump, estimated by hand."""
+"""Plans a run on TPUs that are not there: compiles it for them, reads the compiler's dumps and estimates its time."""

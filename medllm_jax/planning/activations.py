@@ -1,8 +1,7 @@
-"""What of a training step's temporaries are activations, and what gradients: as the loops of the compiled program carry
-them.
+"""Tells activations and gradients apart among a training step's temporaries, by the loops of the compiled program.
 
-A loop over layers stacks what it makes of each: forward what the backward pass will need, backward gradients. A loop
-over micro-batches carries the sums of gradients.
+A loop over layers stacks a result of each layer: activations in the forward pass, gradients in the backward pass. A
+loop over micro-batches carries the sums of gradients.
 """
 
 import re
@@ -12,14 +11,14 @@ from medllm_jax.planning.hlo import Array, Instruction, Module
 
 
 class StepMemory(NamedTuple):
-    """Bytes of HBM. While the layers' backward pass runs, all of them are there at once."""
+    """Bytes of HBM. All of them are held at once while the layers' backward pass runs."""
 
     activations: float
     gradients: float
 
 
 def phase_of(source: str, default: str) -> str:
-    """Which part of a step an instruction belongs to, by where the program asked for it."""
+    """The part of a step that an instruction belongs to, found by its place in the program."""
     if "rematted_computation" in source:
         return "recomputation"
     if "transpose(" in source:
@@ -52,7 +51,7 @@ def _phase_of_loop(module: Module, loop: Instruction) -> str:
 
 
 def _changed(module: Module, loop: Instruction) -> list[Array]:
-    """What a loop carries in HBM and does not hand on as it was."""
+    """The arrays in HBM that a loop carries and changes."""
     body = module.computations[loop.called("body")[0]]
     local = {i.name: i for i in body}
     handed = [local[name] for name in body[-1].operands]

@@ -1,4 +1,4 @@
-"""Whether a plan fits, in words, and what would change that, by rule and with the numbers."""
+"""Says whether a plan fits, and which settings would make it fit, with about how much memory each of them saves."""
 
 import math
 from collections.abc import Iterator
@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 from medllm_jax.distributed.chips import GIB, MARGIN
 from medllm_jax.training.resolve import ResolvedConfig
 
-# Bits of a weight that its format takes, with the scales of its blocks.
+# Format -> bits of a weight, with the scales of its blocks.
 _BITS = {"float32": 32, "bfloat16": 16, "int8": 8.5, "int4": 4.5, "nf4": 4.5}
 
 
 class _Change(NamedTuple):
-    """Of a setting. saves: bytes of a device, about."""
+    """A change of a setting. saves: bytes of a device, about."""
 
     saves: float
     text: str
@@ -23,7 +23,7 @@ def advice(config: ResolvedConfig, report: dict[str, Any]) -> list[str]:
     sentences = [sentence for program in report["programs"] for sentence in _sentences(config, report, program)]
     if report["slices"] > 1:
         sentences.append(
-            "of several slices the compiler can't be told that their axes are rings: gathers within a slice appear as "
+            "the compiler can't be told that the axes of several slices are rings: gathers within a slice appear as "
             "all-reduces of twice the bytes, and times are too long; plan one slice for the time within it"
         )
     return sentences
@@ -57,7 +57,7 @@ def _sentences(config: ResolvedConfig, report: dict[str, Any], program: dict[str
 
 
 def _changes(config: ResolvedConfig, report: dict[str, Any], program: dict[str, Any]) -> Iterator[_Change]:
-    """What makes a program smaller, by a count of bytes; first what leaves the result of a run as it is."""
+    """The changes that make a program smaller; those that leave the results of a run as they are come first."""
     memory, mesh, training = program["memory"], report["mesh"], program["name"] == "train"
     at_once = report["rows"] // (report["accumulate"] if training else 1)
     rows = at_once // (mesh["data"] * mesh["fsdp"])
@@ -82,12 +82,12 @@ def _changes(config: ResolvedConfig, report: dict[str, Any], program: dict[str, 
             f"is split over {split} of {report['devices']} now)",
         )
     if training:
-        yield from _of_what_is_trained(config, memory)
+        yield from _changes_of_training(config, memory)
     elif config.adapter is None and program["name"] == "reference" and config.precision.params == "float32":
         yield _Change(memory["parameters"] / 2, "precision.params bfloat16")
 
 
-def _of_what_is_trained(config: ResolvedConfig, memory: dict[str, Any]) -> Iterator[_Change]:
+def _changes_of_training(config: ResolvedConfig, memory: dict[str, Any]) -> Iterator[_Change]:
     adapter, batch = config.adapter, config.data.batch_size // config.data.accumulate
     if adapter is not None:
         for base in ("int8", "nf4"):

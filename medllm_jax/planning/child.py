@@ -1,4 +1,4 @@
-"""The process that compiles: it has the compiler's crashes, memory and noise to itself, and can be ended halfway.
+"""The process that compiles, so that the compiler's crashes, memory and output stay apart and it can be ended halfway.
 
 `python -m medllm_jax.planning.child FOLDER` reads `request.json` there and writes for each program of the run, in turn,
 `NAME.json` (what it is), the compiler's dumps into `NAME/`, and `NAME.done`; or `error.json`.
@@ -29,7 +29,7 @@ Compile = Callable[[str, jax.stages.Lowered, dict[str, Any]], jax.stages.Compile
 
 
 def compile_request(folder: Path) -> None:
-    """Compiles what a folder's request asks for, as a run would, for devices that are not there."""
+    """Compiles the program that a folder's request names, as a run would, for devices that are not there."""
     request = json.loads((folder / "request.json").read_text())
     config = build(ResolvedConfig, request["config"], "the config")
     topology = parse_topology(request["topology"], request["slices"])
@@ -92,7 +92,7 @@ def _generate(config: ResolvedConfig, mesh: Any, request: dict, compile_program:
 
 
 def _bytes(tree: Any) -> int:
-    """Bytes that a tree of shapes with shardings has on one device."""
+    """Bytes of a tree of shapes with shardings on one device."""
     shards = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree)]
     return sum(jax.ShapeDtypeStruct(shape, dtype).size * dtype.itemsize for shape, dtype in shards)
 

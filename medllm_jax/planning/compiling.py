@@ -1,4 +1,4 @@
-"""Runs the compiling process and reads what it leaves behind."""
+"""Runs the compiling process and reads its files."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ class Compiled(NamedTuple):
     """One program.
 
     mesh: axis -> size; places: (x, y, z, slice) of each device, in the mesh's order; bytes: what the arguments are, as
-    group -> bytes on one device; refused: the compiler's words where it says that the program can't run; hlo: as
+    group -> bytes on one device; refused: the compiler's message if it says that the program can't run; hlo: as
     scheduled; finished: it was compiled to the end, and the hlo has the compiler's cycles; seconds: from the start of
     the process.
     """
@@ -53,7 +53,7 @@ def compile_programs(request: dict[str, Any], *, memory_only: bool = False) -> l
     """Compiles a run's programs in a process of their own; see child.py for the request.
 
     memory_only: ends the process as soon as the last program's memory is known, long before its code is there.
-    Raises UserError for what the process says is wrong with the input, and without libtpu.
+    Raises UserError for a wrong input that the process reports, and if libtpu is not installed.
     """
     require_compiler()
     start = time.monotonic()

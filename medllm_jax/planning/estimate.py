@@ -1,4 +1,4 @@
-"""How long a compiled program takes on a chip, from the compiler's own estimates and, where it has none, by hand.
+"""Estimates a compiled program's time on a chip, by the compiler's own estimates and by hand where it has none.
 
 The instructions are replayed in the order they were scheduled in: the TensorCore's clock goes on by the compiler's
 cycles; collectives travel beside it, one after the other; where a result is waited for, the clock waits. What this
@@ -101,7 +101,7 @@ def estimate(module: Module, machine: Machine) -> TimeEstimate:
 
 
 def _summed(collectives: list[Collective]) -> list[Collective]:
-    """Alike ones as one, the most bytes a run first."""
+    """Sums up equal collectives; those with the most bytes a run come first."""
     alike: dict[Collective, list[Collective]] = defaultdict(list)
     for c in collectives:
         alike[c._replace(times=0, waited=0.0)].append(c)

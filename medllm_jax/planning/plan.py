@@ -1,6 +1,6 @@
-"""What a run would cost on TPUs that are not there: its own programs, compiled for them, and an estimate of their time.
+"""Plans a run on TPUs that are not there: compiles its programs for them, and estimates their time.
 
-Nothing is executed and no store or checkpoint is read: rows are taken to be of a length that is given.
+Nothing is executed and no store or checkpoint is read; the caller gives the length of rows.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from medllm_jax.config.load import to_plain
-from medllm_jax.config.schema import RunConfig
+from medllm_jax.config.schema import DataConfig, RunConfig
 from medllm_jax.distributed.chips import MARGIN, Chip, Topology, chips_of, ici_bandwidth
 from medllm_jax.distributed.flops import decode_flops, forward_flops, prefill_flops, train_flops
 from medllm_jax.errors import UserError
@@ -33,8 +33,8 @@ DECODE_CHUNK = 16  # tokens that one call of the decoding program adds
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-    """What is planned. sequence_length: tokens of a row, or of a prompt; new_tokens: of a completion; tokens: that the
-    whole run is to see, if its hours are asked for."""
+    """What to plan. sequence_length: tokens of a row, or of a prompt; new_tokens: tokens of a completion; tokens: those
+    of the whole run, if its hours are wanted."""
 
     topology: Topology
     program: Literal["train", "reference", "generate"] = "train"
@@ -60,7 +60,7 @@ def plan(config: RunConfig, options: PlanOptions, *, memory_only: bool = False) 
 
 
 def request_of(config: RunConfig, options: PlanOptions) -> dict[str, Any]:
-    """What the compiling process is asked for (planning/child.py)."""
+    """The request to the compiling process (planning/child.py)."""
     return {
         "config": to_plain(config),
         "topology": options.topology.name,
@@ -73,7 +73,7 @@ def request_of(config: RunConfig, options: PlanOptions) -> dict[str, Any]:
 
 
 def report_of(config: ResolvedConfig, options: PlanOptions, compiled: list[Compiled]) -> dict[str, Any]:
-    """What `plan` reports of its compiled programs."""
+    """The report of `plan` on compiled programs."""
     devices = len(compiled[0].places)
     report = {
         "topology": options.topology.name,
@@ -83,7 +83,7 @@ def report_of(config: ResolvedConfig, options: PlanOptions, compiled: list[Compi
         "mesh": compiled[0].mesh,
         "program": options.program,
         "objective": config.objective.name,
-        "rows": _rows(config, options),
+        "rows": _rows(config.data, options.program),
         "accumulate": config.data.accumulate,
         "sequence_length": options.sequence_length,
         "remat": config.remat,
@@ -96,7 +96,7 @@ def report_of(config: ResolvedConfig, options: PlanOptions, compiled: list[Compi
 
 
 def plan_fastest(config: RunConfig, options: PlanOptions, show: Callable[[str], None]) -> dict[str, Any]:
-    """The report of the fastest settings that fit, with what was tried; show: takes a line for each as it is known."""
+    """The report of the fastest settings that fit, with all that were tried; show: is called with a line for each."""
     if options.program != "train":
         raise UserError(f"--search is for training: --program {options.program} has no settings to try")
     config = resolve(config, elsewhere=True)
@@ -108,14 +108,13 @@ def plan_fastest(config: RunConfig, options: PlanOptions, show: Callable[[str], 
     return found.best | {"search": {"tried": found.tried, "overrides": found.overrides}}
 
 
-def _rows(config: ResolvedConfig, options: PlanOptions) -> int:
-    """Rows that one run of a program sees."""
-    whole = options.program == "train"
-    return config.data.batch_size if whole else config.data.batch_size // config.data.accumulate
+def _rows(data: DataConfig, program: str) -> int:
+    """Rows that one call of a program reads: a batch of training, a micro-batch of the others."""
+    return data.batch_size if program == "train" else data.batch_size // data.accumulate
 
 
 def _assumed(topology: Topology) -> dict[str, float]:
-    """What times are reckoned with, of one device; bytes and FLOPs a second."""
+    """The rates that times are computed from, of one device; bytes and FLOPs a second."""
     chip = topology.chip
     return {
         "flops": chip.flops,
@@ -131,14 +130,15 @@ def _assumed(topology: Topology) -> dict[str, float]:
 def _program(config: ResolvedConfig, options: PlanOptions, compiled: Compiled) -> dict[str, Any]:
     machine = Machine(options.topology, compiled.mesh, compiled.places)
     module = parse(compiled.hlo)
-    estimated = estimate(module, machine)
+    estimated, rows = estimate(module, machine), _rows(config.data, options.program)
+    flops = _flops(config, options, rows, compiled, estimated)
     return {
         "name": compiled.name,
         "refused": compiled.refused,
         "memory": _memory(options, compiled, step_memory(module)),
-        "flops": _flops(config, options, compiled, estimated),
+        "flops": flops,
         "collectives": [c._asdict() for c in estimated.collectives],
-        "time": _time(config, options, compiled, estimated) if compiled.finished else None,
+        "time": _time(options, rows, compiled, estimated, flops["model"]) if compiled.finished else None,
         "roofline_seconds": None if compiled.finished else estimated.seconds,
     }
 
@@ -162,10 +162,10 @@ def _memory(options: PlanOptions, compiled: Compiled, held: StepMemory) -> dict[
 
 
 def _flops(
-    config: ResolvedConfig, options: PlanOptions, compiled: Compiled, estimated: TimeEstimate
+    config: ResolvedConfig, options: PlanOptions, rows: int, compiled: Compiled, estimated: TimeEstimate
 ) -> dict[str, float]:
     """FLOPs of one run of a program, on one device: needed by the model, and in the compiled program."""
-    rows, length = _rows(config, options), options.sequence_length
+    length = options.sequence_length
     needed = {
         "train": lambda: train_flops(config.model, rows, length, config.adapter),
         "reference": lambda: forward_flops(config.model, rows, length),
@@ -180,9 +180,9 @@ def _flops(
     }
 
 
-def _time(config: ResolvedConfig, options: PlanOptions, compiled: Compiled, estimated: TimeEstimate) -> dict[str, Any]:
-    chip, devices, rows = options.topology.chip, len(compiled.places), _rows(config, options)
-    model = _flops(config, options, compiled, estimated)["model"]
+def _time(options: PlanOptions, rows: int, compiled: Compiled, estimated: TimeEstimate, model: float) -> dict[str, Any]:
+    """Seconds of one call, and what they are made of. model: FLOPs of one device that the model needs."""
+    chip, devices = options.topology.chip, len(compiled.places)
     tokens = rows * (DECODE_CHUNK if compiled.name == "decode" else options.sequence_length)
     time = {
         "seconds": estimated.seconds,

@@ -37,14 +37,14 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
         yield from _search(plan["search"])
     if any(program["time"] for program in plan["programs"]):
         yield ""
-        yield _reckoned_with(plan["assumed"])
-        yield "Times are estimates of a compiler and by hand; nothing has run. What they leave out: docs/plan.md"
+        yield _rates_of(plan["assumed"])
+        yield "Times are estimates, by the compiler and by hand; nothing has run. What they leave out: docs/plan.md"
 
 
-def _reckoned_with(assumed: dict[str, float]) -> str:
+def _rates_of(assumed: dict[str, float]) -> str:
     giga = {name: f"{value / 1e9:,.4g}" for name, value in assumed.items()}
     return (
-        f"Reckoned with {assumed['flops'] / 1e12:,.0f} TFLOP/s at {giga['clock']} GHz, {giga['hbm_bandwidth']} GB/s of "
+        f"Rates: {assumed['flops'] / 1e12:,.0f} TFLOP/s at {giga['clock']} GHz, {giga['hbm_bandwidth']} GB/s of "
         f"HBM, {giga['ici_bandwidth']} GB/s between the chips of a slice and {giga['dcn_bandwidth']} between slices, "
         f"kernels at {assumed['kernel_efficiency']:.0%} of the peak."
     )
@@ -82,11 +82,11 @@ def _memory(program: dict[str, Any]) -> Iterator[str]:
         [
             *((name.replace("_", " "), gib(memory[name])) for name in groups),
             *_temporaries(memory),
-            ("together", gib(memory["peak"])),
+            ("total", gib(memory["peak"])),
             ("of its HBM", f"{gib(memory['hbm'])}  ({memory['share']:.1%})"),
         ],
     )
-    yield "largest of what comes and goes (arrays that lie in one place in turn):"
+    yield "the largest temporaries (arrays that share a place in turn):"
     for entry in memory["largest_temporaries"][:5]:
         yield f"  {gib(entry['bytes'])}  {entry['arrays']}"
     if program["refused"]:
@@ -108,7 +108,7 @@ def _time(program: dict[str, Any]) -> Iterator[str]:
         for phase in phases
     ]
     rows.append(("waiting for collectives", "", "", "", f"{time['waits']:.3f}"))
-    rows.append(("together", "", "", "", f"{time['seconds']:.3f}"))
+    rows.append(("total", "", "", "", f"{time['seconds']:.3f}"))
     yield from table((f"seconds of {program['name']} (estimate)", *_KINDS, "all"), rows)
     yield (
         f"a device's FLOPs: {flops['model']:.3e} needed by the model, {flops['compiled']:.3e} in the program, "
@@ -151,7 +151,7 @@ def _collectives(program: dict[str, Any]) -> Iterator[str]:
 
 
 def merged(collectives: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Collectives that differ in their source alone as one."""
+    """Merges collectives that differ in their source alone."""
     by_key: dict[tuple, dict[str, Any]] = {}
     for c in collectives:
         key = tuple(str(value) for name, value in c.items() if name not in ("source", "times", "waited"))

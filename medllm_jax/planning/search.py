@@ -1,4 +1,4 @@
-"""Tries settings of a run that change memory and time but not what is learnt: by memory first, the best to the end."""
+"""Tries settings that change a run's memory and time but not its results: memory first, then the time of the best."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ def try_settings(config: ResolvedConfig, plan: Plan, devices: int, slices: int, 
     tried: list[dict[str, Any]] = []
     refusals: list[UserError] = []
 
-    def look(candidate: ResolvedConfig) -> dict[str, Any] | None:
+    def measure(candidate: ResolvedConfig) -> dict[str, Any] | None:
         settings = settings_of(candidate)
         try:
             report = plan(candidate, memory_only=True)
@@ -51,7 +51,7 @@ def try_settings(config: ResolvedConfig, plan: Plan, devices: int, slices: int, 
         show(f"{_text(settings)}: {row['gib']:.1f} GiB")
         return row | {"config": candidate}
 
-    fitting = list(_lightest_that_fit(config, devices, slices, look))
+    fitting = list(_lightest_that_fit(config, devices, slices, measure))
     if refusals and not tried:
         raise refusals[0]
     if not fitting:
@@ -60,7 +60,7 @@ def try_settings(config: ResolvedConfig, plan: Plan, devices: int, slices: int, 
     for chunks in _CHUNKS:
         best = fitting[0]["config"]
         if chunks != best.objective.vocab_chunks and best.model.vocab_size % chunks == 0:
-            row = look(dataclasses.replace(best, objective=dataclasses.replace(best.objective, vocab_chunks=chunks)))
+            row = measure(dataclasses.replace(best, objective=dataclasses.replace(best.objective, vocab_chunks=chunks)))
             if row and row["comfortable"]:
                 fitting.append(row)
     fitting.sort(key=lambda row: -row["tokens_per_second_at_most"])
@@ -77,7 +77,9 @@ def try_settings(config: ResolvedConfig, plan: Plan, devices: int, slices: int, 
     return Found(tried, report, overrides)
 
 
-def _lightest_that_fit(config: ResolvedConfig, devices: int, slices: int, look: Callable) -> Iterator[dict[str, Any]]:
+def _lightest_that_fit(
+    config: ResolvedConfig, devices: int, slices: int, measure: Callable
+) -> Iterator[dict[str, Any]]:
     """For each mesh and number of rows at a time, the remat that recomputes least among those that fit."""
     for tensor in _TENSORS:
         fsdp = devices // slices // tensor
@@ -88,7 +90,7 @@ def _lightest_that_fit(config: ResolvedConfig, devices: int, slices: int, look: 
         for accumulate in _accumulations(config, slices * fsdp):
             data = dataclasses.replace(config.data, accumulate=accumulate)
             for number in range(first, len(REMATS)):
-                row = look(dataclasses.replace(config, mesh=mesh, data=data, remat=REMATS[number]))
+                row = measure(dataclasses.replace(config, mesh=mesh, data=data, remat=REMATS[number]))
                 if row and row["comfortable"]:
                     first = number
                     yield row

@@ -60,11 +60,11 @@ class PairOptions:
 
 @dataclasses.dataclass
 class Report:
-    """What became of every sample and every prompt.
+    """Counts of samples, prompts and pairs.
 
-    samples: by condition; each sample is counted once. prompts: by what was made of them. gold: ground truths that
-    could not be used. rows: pairs by what is preferred. beyond_most: pairs that `most` left out. characters: mean
-    length of the chosen and of the rejected responses.
+    samples: condition -> verdicts; each sample is counted once. prompts: outcomes, such as "with pairs". gold: ground
+    truths that could not be used. rows: pairs by what is preferred. beyond_most: pairs that `most` left out.
+    characters: mean length of the chosen and of the rejected responses.
     """
 
     samples: dict[str, RejectionCounts]
@@ -147,11 +147,11 @@ def make_pairs(
         sides = ("chosen", "rejected")
         report.characters = {side: round(sum(len(row[side]) for row in rows) / len(rows), 1) for side in sides}
     if samples.chat:
-        rows = [row | {side: _said(row[side]) for side in ("chosen", "rejected")} for row in rows]
+        rows = [row | {side: _as_message(row[side]) for side in ("chosen", "rejected")} for row in rows]
     return rows, report
 
 
-def _said(text: str) -> list[dict[str, str]]:
+def _as_message(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 

@@ -1,4 +1,4 @@
-"""What a report is made of: runs and exam results, read from the folders that the user names."""
+"""Collects the parts of a report: runs and exam results, read from the folders that the user names."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from medllm_jax.storage.run_folder import recorded_config
 
 @dataclasses.dataclass(frozen=True)
 class RecordedRun:
-    """A run folder: the config that it was begun with, and every step's numbers."""
+    """What a run folder holds: the config of its first start, and the metrics of every step."""
 
     name: str
     config: RunConfig

@@ -1,4 +1,4 @@
-"""The pictures of a report: small, one question each, readable in print and without colour vision."""
+"""Draws the pictures of a report: small, one question each, readable in print and without colour vision."""
 
 import io
 import math
@@ -69,7 +69,7 @@ def conditions(rows: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> 
 
 
 def drops(rows: Mapping[str, Mapping[str, float]]) -> bytes:
-    """What changes when a model must explain, in shares of points: lost by reason to the left, gained to the right."""
+    """The change when a model must explain, in shares of points: lost by reason at the left, gained at the right."""
     figure, axes = _figure(height=1.1 + 0.42 * len(rows))
     for place, parts in enumerate(rows.values()):
         left = 0.0
