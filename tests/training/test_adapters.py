@@ -41,6 +41,7 @@ from medllm_jax.observability.progress import Progress
 from medllm_jax.training.loop import train
 from medllm_jax.training.programs import abstract_batch, train_program
 from medllm_jax.training.reference import cache_reference
+from medllm_jax.training.resolve import resolve
 from tests.training.test_step import rows_of
 from tests.world import tiny_config
 
@@ -95,7 +96,7 @@ class Steps(NamedTuple):
 def steps(base, *, kind="rpo", devices=8, number=3, adapter=INT8, **how):
     config = config_of("unused", base, kind=kind, adapter=adapter, **how)
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
-    program = train_program(config, mesh)
+    program = train_program(resolve(config, elsewhere=True), mesh)
     params, frozen, _ = initial_weights(program.model, open_checkpoint(base), config.seed)
     before = jax.tree.map(np.array, frozen)
     batches = [put_batch(rows_of(kind, step), mesh) for step in range(number)]
@@ -143,7 +144,7 @@ def test_adapters_move_and_nothing_else_does(alone):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_dropout_is_in_the_step_where_it_is_asked_for(dropout):
     config = config_of("unused", "unused", adapter=dataclasses.replace(QLORA, dropout=dropout))
-    program = train_program(config, make_mesh(config.mesh))
+    program = train_program(resolve(config, elsewhere=True), make_mesh(config.mesh))
     batch = abstract_batch(make_mesh(config.mesh), 8, 24, None)
     text = program.step.lower(program.abstract, batch, program.model.frozen).as_text()
     assert ("bernoulli" in text) == (dropout > 0)
