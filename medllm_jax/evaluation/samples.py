@@ -9,8 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from etils import epath
 
@@ -18,8 +17,8 @@ from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.prompts import Prompt, PromptTemplate
 from medllm_jax.evaluation.sampling import Completion, Sampler, SamplingParams
+from medllm_jax.storage.append import AppendedFile
 from medllm_jax.storage.json_lines import Row, parse_row
-from medllm_jax.storage.remote import is_remote, write_whole
 
 Key = tuple[str, str]  # question id, condition
 
@@ -218,35 +217,23 @@ class _Appending:
 
     def __init__(self, samples: Samples):
         self._samples, self._unwritten = samples, 0
-        self._file: BinaryIO | None = None
 
     def __enter__(self) -> Callable[[str, _Asked, Sequence[Completion]], None]:
-        file = self._samples.file
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._write()  # without the torn line that an interrupted run may have left
-        if not is_remote(file):
-            self._file = Path(file).open("ab")
+        self._samples.file.parent.mkdir(parents=True, exist_ok=True)
+        # Written anew, without the torn line that an interrupted run may have left.
+        self._file = AppendedFile(self._samples.file, self._samples._lines)
         return self._add
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        elif self._unwritten:
-            self._write()
+        if self._unwritten:
+            self._file.flush()
 
     def _add(self, question: str, asked: _Asked, drawn: Sequence[Completion]) -> None:
-        line = self._samples._add(question, asked, drawn)
-        if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
-            return
+        self._file.add(self._samples._add(question, asked, drawn))
         self._unwritten += 1
         if self._unwritten >= max(10, len(self._samples._lines) // 50):
-            self._write()
-
-    def _write(self) -> None:
-        write_whole(self._samples.file, b"".join(self._samples._lines).decode())
-        self._unwritten = 0
+            self._file.flush()
+            self._unwritten = 0
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -7,7 +7,7 @@ import time
 import jax
 from etils import epath
 
-from medllm_jax.storage.remote import is_remote
+from medllm_jax.storage.append import AppendedFile
 
 
 class HostLog:
@@ -15,20 +15,14 @@ class HostLog:
 
     def __init__(self, run: epath.Path, *, every_seconds: float = 60.0):
         self._index, self._count = jax.process_index(), jax.process_count()
-        self._path = run / "logs" / f"process-{self._index}.log"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._every, self._written = every_seconds, 0.0
-        self._remote = is_remote(run)
-        self._text = self._path.read_text() if self._remote and self._path.exists() else ""
+        path = run / "logs" / f"process-{self._index}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file, self._every, self._written = AppendedFile(path), every_seconds, 0.0
 
     def note(self, text: str) -> None:
         """Adds a line."""
         line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} [{self._index} of {self._count}] {text}\n"
-        if not self._remote:
-            with self._path.open("a") as file:
-                file.write(line)
-            return
-        self._text += line
+        self._file.add(line.encode())
         if time.monotonic() - self._written > self._every:
             self.close()
 
@@ -40,7 +34,6 @@ class HostLog:
 
     def close(self) -> None:
         """Writes what is not written; a log that can't be written ends no run."""
-        if self._remote:
-            self._written = time.monotonic()
-            with contextlib.suppress(OSError):
-                self._path.write_text(self._text)
+        self._written = time.monotonic()
+        with contextlib.suppress(OSError):
+            self._file.flush()

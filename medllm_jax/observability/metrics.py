@@ -13,8 +13,9 @@ import jax
 from etils import epath
 
 from medllm_jax.errors import UserError
+from medllm_jax.storage.append import AppendedFile
 from medllm_jax.storage.json_lines import read_appended_rows
-from medllm_jax.storage.remote import is_remote, write_whole
+from medllm_jax.storage.remote import is_remote
 
 
 class MetricsLog:
@@ -30,12 +31,10 @@ class MetricsLog:
     def __init__(self, run: epath.Path, *, after_step: int, wandb: str | None = None, config: Mapping[str, Any] = {}):
         from tensorboardX import SummaryWriter
 
-        self._run, self._path = run, run / "metrics.jsonl"
-        kept = [line for line in read_appended_rows(self._path) if line["step"] <= after_step]
+        self._run = run
+        kept = [line for line in read_appended_rows(run / "metrics.jsonl") if line["step"] <= after_step]
         self.seconds_before = sum(line.get("step_seconds", 0.0) for line in kept)
-        text = "".join(map(_dump, kept))
-        write_whole(self._path, text)
-        self._text, self._pending = text if is_remote(run) else "", []
+        self._file, self._pending = AppendedFile(run / "metrics.jsonl", map(_dump, kept)), []
         self._wandb = _join_wandb(wandb, run, config) if wandb else None
         self._local = tempfile.TemporaryDirectory() if is_remote(run) else None
         place = str(run / "tensorboard") if self._local is None else self._local.name
@@ -69,12 +68,10 @@ class MetricsLog:
             if self._wandb is not None:
                 self._wandb.log(numbers, step=row["step"])
         self._events.flush()
+        self._file.add(b"".join(map(_dump, rows)))
+        self._file.flush()
         if self._local is None:
-            with self._path.open("a") as file:
-                file.writelines(map(_dump, rows))
             return
-        self._text += "".join(map(_dump, rows))
-        self._path.write_text(self._text)
         for file in epath.Path(self._local.name).iterdir():
             file.copy(self._run / "tensorboard" / file.name, overwrite=True)
 
@@ -109,8 +106,8 @@ def _join_wandb(project: str, run: epath.Path, config: Mapping[str, Any]) -> Any
     return wandb.init(project=project, name=run.name, id=identity, resume="allow", dir=folder, config=dict(config))
 
 
-def _dump(row: dict[str, Any]) -> str:
-    return json.dumps(row) + "\n"
+def _dump(row: dict[str, Any]) -> bytes:
+    return json.dumps(row).encode() + b"\n"
 
 
 class Meter:

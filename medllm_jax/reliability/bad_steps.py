@@ -10,7 +10,7 @@ from etils import epath
 
 from medllm_jax.config.schema import GuardConfig
 from medllm_jax.errors import RunError
-from medllm_jax.storage.remote import is_remote, write_whole
+from medllm_jax.storage.append import AppendedFile
 
 FILE = "skipped.jsonl"
 
@@ -20,7 +20,7 @@ class BadStepGuard:
 
     def __init__(self, config: GuardConfig, skipped: int, run: epath.Path):
         self.skipped = skipped
-        self._config, self._file = config, run / FILE
+        self._config, self._file = config, AppendedFile(run / FILE)
 
     def check(self, rows: list[dict[str, Any]], row_ids: Mapping[int, np.ndarray]) -> None:
         """Takes the metrics of steps, and the ids of the rows that each had.
@@ -56,10 +56,5 @@ class BadStepGuard:
     def _note(self, line: dict[str, Any]) -> None:
         if jax.process_index() != 0:
             return
-        text = json.dumps(line) + "\n"
-        if not is_remote(self._file):
-            with self._file.open("a") as file:
-                file.write(text)
-            return
-        before = self._file.read_text() if self._file.exists() else ""
-        write_whole(self._file, before + text)
+        self._file.add(json.dumps(line).encode() + b"\n")
+        self._file.flush()

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from medllm_jax.cli import main
 from medllm_jax.errors import UserError
-from medllm_jax.evaluation import samples as samples_module
 from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.prompts import load_template
 from medllm_jax.evaluation.samples import sample_exam
 from medllm_jax.evaluation.sampling import Completion, Sampler, SamplingParams, cut_at_stop
+from medllm_jax.storage import append
 from tests.tiny import write_json_lines
 
 TEMPLATE = load_template("plain")
@@ -75,7 +75,7 @@ def test_what_came_before_a_failure_is_kept_and_counted(whole, tmp_path):
 
 def test_a_bucket_holds_the_same(whole, tmp_path, monkeypatch):
     """Nothing can be appended to there."""
-    monkeypatch.setattr(samples_module, "is_remote", lambda path: True)
+    monkeypatch.setattr(append, "is_remote", lambda path: True)
     with pytest.raises(ConnectionError):
         collect(tmp_path / "samples.jsonl", Model(breaks_after=7))
     assert (tmp_path / "samples.jsonl").read_bytes().count(b"\n") == 8

@@ -86,7 +86,7 @@ def test_a_spike_changes_nothing(world, tmp_path, metrics_of):
         train(dataclasses.replace(config, run=str(tmp_path / "third"), guard=GuardConfig(loss=0.01)))
 
 
-@pytest.mark.parametrize("wrong", [{"limit": 0}, {"grad_norm": -1.0}, {"loss": -1.0}])
+@pytest.mark.parametrize("wrong", [{"max_skipped": 0}, {"grad_norm": -1.0}, {"loss": -1.0}])
 def test_settings_without_sense_are_refused(wrong):
     with pytest.raises(UserError, match="must"):
         GuardConfig(**wrong)

@@ -37,7 +37,7 @@ from medllm_jax.data.prefetch import put_batch
 from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import UserError
 from medllm_jax.model.abstract import abstract_model, merge_params, random_params
-from medllm_jax.training import loop as train_module
+from medllm_jax.observability.progress import Progress
 from medllm_jax.training.loop import train
 from medllm_jax.training.programs import abstract_batch, train_program
 from medllm_jax.training.reference import cache_reference
@@ -178,7 +178,7 @@ class KilledError(Exception):
 
 def test_resumed_equals_uninterrupted(world, base, finished, tmp_path, monkeypatch, metrics_of):
     config = config_of(world.token_store, base, tmp_path / "run", adapter=dataclasses.replace(QLORA, dropout=0.1))
-    add = train_module.Progress.add
+    add = Progress.add
 
     def break_at_4(self, step, *rest):
         if step == 4:
@@ -186,7 +186,7 @@ def test_resumed_equals_uninterrupted(world, base, finished, tmp_path, monkeypat
         add(self, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module.Progress, "add", break_at_4)
+        patch.setattr(Progress, "add", break_at_4)
         with pytest.raises(KilledError):
             train(config)
     train(config)

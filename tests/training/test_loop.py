@@ -10,7 +10,8 @@ from jax._src.array import ArrayImpl
 from medllm_jax.checkpoint.orbax import CheckpointWriter
 from medllm_jax.config.schema import LoggingConfig
 from medllm_jax.observability.metrics import Meter
-from medllm_jax.training import loop as train_module
+from medllm_jax.observability.progress import Progress
+from medllm_jax.training import setup
 from medllm_jax.training.loop import train
 from tests.training.test_train import config_of
 
@@ -31,7 +32,7 @@ def waits(monkeypatch):
     monkeypatch.setattr(ArrayImpl, "_value", property(lambda self: [seen("value"), value.fget(self)][1]))
     monkeypatch.setattr(ArrayImpl, "block_until_ready", lambda self: [seen("wait"), wait(self)][1])
 
-    class Watched(train_module.Progress):
+    class Watched(Progress):
         def __enter__(self):
             inside.append(jax.transfer_guard_host_to_device("disallow"))
             inside[0].__enter__()
@@ -41,7 +42,7 @@ def waits(monkeypatch):
             inside.pop().__exit__(*error)
             super().__exit__(*error)
 
-    monkeypatch.setattr(train_module, "Progress", Watched)
+    monkeypatch.setattr(setup, "Progress", Watched)
     return found
 
 
@@ -56,12 +57,12 @@ def test_the_loop_waits_only_where_metrics_are_fetched_and_saved(world, tmp_path
 
 
 def test_a_wait_in_the_loop_would_be_seen(world, tmp_path, waits, monkeypatch):
-    add = train_module.Progress.add
+    add = Progress.add
 
     def waiting(self, step, metrics, *rest):
         float(metrics["loss"])
         add(self, step, metrics, *rest)
 
-    monkeypatch.setattr(train_module.Progress, "add", waiting)
+    monkeypatch.setattr(Progress, "add", waiting)
     train(config_of(world, tmp_path / "run", steps=2, every=10))
     assert not all(stack & {"take", "save"} for stack in waits)

@@ -39,7 +39,7 @@ from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
 from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import UserError
 from medllm_jax.model.abstract import abstract_model, random_params
-from medllm_jax.training import loop as train_module
+from medllm_jax.observability.progress import Progress
 from medllm_jax.training.loop import train
 from medllm_jax.training.losses import objective
 from medllm_jax.training.programs import train_program
@@ -90,14 +90,14 @@ class KilledError(Exception):
 
 def break_at(monkeypatch, step):
     """The loop dies right before it would make a step."""
-    original = train_module.Progress.add
+    original = Progress.add
 
     def add(self, number, *rest):
         if number == step:
             raise KilledError
         original(self, number, *rest)
 
-    monkeypatch.setattr(train_module.Progress, "add", add)
+    monkeypatch.setattr(Progress, "add", add)
 
 
 @pytest.mark.parametrize("kind", ["cpt", "rpo"])
