@@ -34,8 +34,8 @@ def line_of_each(params: Any) -> dict[str, str]:
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     arrays = [leaf for _, leaf in leaves]
     sharding = getattr(arrays[0], "sharding", None)  # an array in host memory has none
-    on_mesh = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
-    everywhere = replicated(sharding.mesh) if on_mesh else None
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    everywhere = replicated(mesh) if isinstance(mesh, Mesh) else None
     sums = jax.device_get(_checksums(everywhere)(arrays))
     paths = (path_of(key_path) for key_path, _ in leaves)
     return {

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tensorstore as ts
-from etils import epath
 from jax.experimental import multihost_utils
 
 from medllm_jax.checkpoint import arrays, orbax
@@ -54,7 +53,7 @@ class Checkpoint:
     the step was removed meanwhile. Nothing here changes the folder.
     """
 
-    def __init__(self, run: str | epath.Path, step: int):
+    def __init__(self, run: str | os.PathLike, step: int):
         """Reads the meta of a step that is known to be there."""
         self.run, self.step = os.fspath(run), step
         self._folder = checkpoints_of(run) / str(step)
@@ -187,9 +186,10 @@ class Checkpoint:
 
     # --- failures ---
 
-    def unreadable(self, error: BaseException) -> UserError:
-        """The error to raise where reading failed with another."""
-        return self._failure(f"can't be read ({orbax.first_cause(error)})")
+    def unreadable(self, error: BaseException, path: str | None = None) -> UserError:
+        """The error to raise where reading, of the weight at a path, failed with another."""
+        where = "" if path is None else f" in {path}"
+        return self._failure(f"can't be read{where} ({orbax.first_cause(error)})")
 
     def _failure(self, what: str) -> UserError:
         if not orbax.is_whole(self._folder):
@@ -216,7 +216,7 @@ class Checkpoint:
             raise self._failure(f"holds other bytes in {wrong[0]}{more} than were written")
 
 
-def open_checkpoint(run: str | epath.Path, step: int | None = None) -> Checkpoint:
+def open_checkpoint(run: str | os.PathLike, step: int | None = None) -> Checkpoint:
     """A checkpoint of a run folder, the newest by default. Lists the folder once and reads the meta once.
 
     UserError where the folder has no such checkpoint; DamagedError where its meta is not what was written.
@@ -231,7 +231,7 @@ def open_checkpoint(run: str | epath.Path, step: int | None = None) -> Checkpoin
     return Checkpoint(run, found[-1] if step is None else step)
 
 
-def open_on_all(run: str | epath.Path) -> Checkpoint:
+def open_on_all(run: str | os.PathLike) -> Checkpoint:
     """`open_checkpoint` of the newest step, for processes that train as one: all open the step that the first sees."""
     checkpoint = run_on_all(f"opening the newest checkpoint of {run}", lambda: open_checkpoint(run), UserError)
     if jax.process_count() > 1:

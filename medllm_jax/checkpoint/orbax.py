@@ -2,7 +2,7 @@
 
 A folder of checkpoints holds one folder a step, each with up to three items: ``params`` (the weights that are
 trained), ``training`` (optimizer state and random key) and ``meta`` (plain values: the model's shape, the data
-position, the run's config, and which base adapters belong to).
+position, the run's config, and what `handle.Checkpoint` reads of them).
 A converted Hugging Face model is a step 0 without ``training``.
 """
 
@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,13 @@ class UnreadableError(Exception):
 # --- the folder ----------------------------------------------------------------------------------------------------
 
 
-def checkpoints_of(run: str | epath.Path) -> epath.Path:
+def checkpoints_of(run: str | os.PathLike) -> epath.Path:
     """The checkpoint folder of a run folder, absolute: Orbax takes no other."""
     folder = epath.Path(run)
     return (folder if is_remote(folder) else folder.resolve()) / "checkpoints"
 
 
-def steps(run: str | epath.Path) -> list[int]:
+def steps(run: str | os.PathLike) -> list[int]:
     """Steps of the whole checkpoints of a run folder, in order. Lists the folder."""
     folder = checkpoints_of(run)
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
@@ -65,7 +66,7 @@ def identity_of(folder: epath.Path) -> str:
     return hashlib.sha256((folder / _SAVE).read_bytes()).hexdigest()
 
 
-def set_aside(run: str | epath.Path, step: int) -> str:
+def set_aside(run: str | os.PathLike, step: int) -> str:
     """Moves a damaged checkpoint away, so that its step can be saved again; returns words for what became of it.
 
     In a bucket, where moving is copying, it loses the marker that makes it whole; the next writer removes the rest.
@@ -104,11 +105,12 @@ class CheckpointWriter:
     left when it opens the folder.
     """
 
-    def __init__(self, run: str | epath.Path, *, every: int, keep: int):
+    def __init__(self, run: str | os.PathLike, *, every: int, keep: int):
+        # Orbax's own annotations of a policy and of what takes it name different types.
         self._checkpointer = ocp.training.Checkpointer(
             checkpoints_of(run),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(every),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(every),  # pyrefly: ignore
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyrefly: ignore
             cleanup_tmp_directories=True,
             context=_storage_context(),
         )

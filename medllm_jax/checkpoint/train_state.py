@@ -14,13 +14,14 @@ class TrainState(NamedTuple):
     """Everything that a step reads and writes.
 
     step: int32 scalar, updates made; params: tree of the arrays that are trained; opt_state: optax's, its moments laid
-    out like their parameters; key: uint32 key data of the random numbers still to come.
+    out like their parameters; key: uint32 key data of the random numbers still to come. Trees of
+    ShapeDtypeStructs and of shardings have this form too.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
-    key: jax.Array
+    key: Any
 
 
 def new_state(params: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
@@ -41,7 +42,11 @@ def state_shardings(abstract: TrainState, optimizer: optax.GradientTransformatio
         step=whole,
         params=params,
         opt_state=optax.tree.map_params(
-            optimizer, lambda _, sharding: sharding, abstract.opt_state, params, transform_non_params=lambda _: whole
+            optimizer.init,
+            lambda _, sharding: sharding,
+            abstract.opt_state,
+            params,
+            transform_non_params=lambda _: whole,
         ),
         key=whole,
     )

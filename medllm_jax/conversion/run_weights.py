@@ -70,7 +70,7 @@ class RunWeights:
         try:
             return array[first:last].read().result()
         except ValueError as error:
-            raise self._stored_in.unreadable(error) from None
+            raise self._stored_in.unreadable(error, path) from None
 
     def rows_at_a_time(self, tensor: Tensor) -> int:
         """How many rows of a tensor to read at a time: whole chunks, where they are not too large."""
@@ -110,7 +110,7 @@ class RunWeights:
                     try:
                         values = array[index].read().result()
                     except ValueError as error:
-                        raise self._stored_in.unreadable(error) from None
+                        raise self._stored_in.unreadable(error, path) from None
                     sums.add(path, first, values)
                     done += values.nbytes
                     console.update(done, path, every_seconds=10)

@@ -114,5 +114,5 @@ def test_damaged_chunks_are_not_exported(tmp_path, capsys, damage):
         assert main(step) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert "layers/mlp/up_proj/weight of step 0 can't be read" in error
+        assert "can't be read in layers/mlp/up_proj/weight" in error
     assert not (tmp_path / "out").exists()
