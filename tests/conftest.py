@@ -3,7 +3,17 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# Programs run for milliseconds and are compiled for seconds: the compiler is told to try less. What is set outside wins.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+    )
+)
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 # No cache of compiled programs: XLA for CPUs forgets the order of a program's collectives when it reads one back, and
 # devices that wait for each other at different ones wait until the process is ended.
