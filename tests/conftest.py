@@ -3,7 +3,8 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs run for milliseconds and are compiled for seconds: the compiler is told to try less. What is set outside wins.
+# Programs run for milliseconds and are compiled for seconds: the compiler is told to try less. What is set outside
+# wins.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_backend_optimization_level=0",
@@ -25,10 +26,12 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+from medllm_jax.terminal.log import show_messages
 from tests import shapes
 
 # Before any of the modules is imported.
 install_import_hook(shapes.CHECKED, f"{shapes.__name__}.check")
+show_messages()
 
 settings.register_profile("untimed", deadline=None)  # how long an example takes says how busy the machine is
 settings.load_profile("untimed")

@@ -32,8 +32,10 @@ COMMITTED = "commit_success.txt"  # marks a checkpoint as whole where nothing ca
 PLACEHOLDER = ocp.PLACEHOLDER  # stands for an array that is not read
 _SAVE = "_CHECKPOINT_METADATA"
 
-# Orbax warns of checkpoints without its own key-value store, which is how models are written range by range.
-logging.getLogger("absl").addFilter(lambda record: "TensorStore data files not found" not in str(record.msg))
+
+def _not_of_key_value_store(record: logging.LogRecord) -> bool:
+    """Filters out Orbax's warning of checkpoints without its key-value store: models are written range by range."""
+    return "TensorStore data files not found" not in str(record.msg)
 
 
 class UnreadableError(Exception):
@@ -172,6 +174,7 @@ def read_items(folder: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
     UnreadableError where Orbax fails; errors of the machine, which don't speak of what is stored, pass.
     """
     try:
+        logging.getLogger("absl").addFilter(_not_of_key_value_store)
         return ocp.load_checkpointables(folder, wanted)
     except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
         raise
@@ -189,6 +192,7 @@ def first_cause(error: BaseException) -> str:
 def stored_shapes(folder: epath.Path) -> Any:
     """A tree of ShapeDtypeStructs: the weights in a step's folder as stored; UnreadableError where Orbax fails."""
     try:
+        logging.getLogger("absl").addFilter(_not_of_key_value_store)
         metadata = ocp.metadata(folder, "params").metadata
     except (PermissionError, MemoryError):
         raise

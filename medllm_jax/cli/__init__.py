@@ -9,12 +9,14 @@ from collections.abc import Sequence
 
 from medllm_jax.cli import convert, data, exams, launch, training
 from medllm_jax.errors import PREEMPTED, Preempted, RunError, UserError
+from medllm_jax.terminal.log import show_messages
 from medllm_jax.terminal.parser import Parser, parse
 
 
 def main(arguments: Sequence[str] | None = None, *, group: str | None = None) -> int:
     """Runs a verb, of a group if one is named; returns the exit code. Arguments None are those of the command line."""
     words = [*([group] if group else []), *(sys.argv[1:] if arguments is None else arguments)]
+    show_messages()
     try:
         code = _run(words, from_terminal=arguments is None)
     except Exception:

@@ -1,6 +1,7 @@
 """From a Hugging Face checkpoint to a run folder that training, evaluation and generation start from."""
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ from medllm_jax.model.quantize import BLOCK, Storage, quantize
 from medllm_jax.storage import run_folder
 from medllm_jax.storage.remote import remove_folder
 from medllm_jax.terminal.progress import Console, size_in_words
+
+_log = logging.getLogger(__name__)
 
 _WORKERS = 2
 _RANGE_BYTES = 16 << 20  # a worker takes at least so many, where a weight has them
@@ -74,14 +77,14 @@ def from_hf(
     filling = ResumableFolder(target, what, part=number, parts=parts)
     filling.open(resume=resume)
     memory = size_in_words(memory_needed(tasks))
-    print(f"{source}: {size_in_words(size)} in {model.dtype.name}; it takes at most {memory} of memory", flush=True)
+    _log.info(f"{source}: {size_in_words(size)} in {model.dtype.name}; it takes at most {memory} of memory")
     try:
         with full_disk_is_reported(target):
             arrays = new_arrays(filling.folder, weights)
             todo = [task for task in tasks[number::parts] if task.name not in filling.done]
             _convert(model, arrays, storage, todo, filling)
             if not filling.finish():
-                print(f"{target}: part {number + 1} of {parts} is done; the last part to be ready completes it")
+                _log.info(f"{target}: part {number + 1} of {parts} is done; the last part to be ready completes it")
                 return
             if has_tokenizer:
                 run_folder.copy_tokenizer(model.path, filling.folder)
@@ -96,10 +99,10 @@ def from_hf(
         # Another part was ready at the same moment, and has put the folder in its place.
     except BaseException:
         if filling.keep():
-            print(f"what is done is kept in {filling.folder}; --resume goes on with it", flush=True)
+            _log.info(f"what is done is kept in {filling.folder}; --resume goes on with it")
         raise
     parameters = sum(int(np.prod(tensor.shape)) for tensor in model.tensors)
-    print(
+    _log.info(
         f"{target}: {parameters:,} parameters in {storage.format if storage else model.dtype.name}, "
         f"{'with' if has_tokenizer else 'WITHOUT'} tokenizer, {time.monotonic() - start:.1f} s"
     )
@@ -144,7 +147,7 @@ def from_peft(
     write_model(filling.folder, jax.tree.map(jnp.asarray, weights), to_plain(checkpoint.model), **meta)
     filling.settle()
     size = sum(value.size for value in jax.tree.leaves(weights))
-    print(
+    _log.info(
         f"{target}: {size:,} parameters of adapters in {adapter.dtype.name}, "
         f"of the model in {checkpoint.run_folder}, step {checkpoint.step}"
     )
@@ -277,7 +280,7 @@ def _name(model: HFFolder) -> str:
 def _check_tokenizer(model: HFFolder) -> bool:
     """Is there a tokenizer, and does it fit? UserError if it can't be loaded, or has more tokens than the embedding."""
     if not any((model.path / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        print(f"{model.path} has no tokenizer: the run folder will carry none, which is enough for training only")
+        _log.info(f"{model.path} has no tokenizer: the run folder will carry none, which is enough for training only")
         return False
     tokens = len(load_tokenizer(model.path))
     if tokens > model.config.vocab_size:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import threading
@@ -35,6 +36,8 @@ from medllm_jax.errors import UserError
 from medllm_jax.storage import run_folder
 from medllm_jax.storage.remote import is_remote, names_in, remove_folder
 from medllm_jax.terminal.progress import Console, size_in_words
+
+_log = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
 Weights = RunWeights | peft.AdapterWeights
@@ -71,7 +74,7 @@ def to_hf(
     start = time.monotonic()
     max_bytes = parse_size(max_shard_size)
     if resume and not is_remote(target) and clear_notes(target):
-        print(f"{target} is whole already")  # it was stopped before the last of its steps
+        _log.info(f"{target} is whole already")  # it was stopped before the last of its steps
         return
     replace = _make_way(target, overwrite=overwrite, resume=resume)
     checkpoint = open_checkpoint(source, step)
@@ -97,7 +100,7 @@ def to_hf(
     filling = ResumableFolder(target, what)
     filling.open(resume=resume)
     memory = size_in_words(memory_needed(weights, stored))
-    print(f"{source}: {size_in_words(size)} in {stored.name}; it takes at most {memory} of memory", flush=True)
+    _log.info(f"{source}: {size_in_words(size)} in {stored.name}; it takes at most {memory} of memory")
     try:
         with full_disk_is_reported(target):
             files = _fill(weights, shards, first, last, stored, filling)
@@ -105,13 +108,13 @@ def to_hf(
             filling.settle(replace=replace)
     except BaseException:
         if filling.keep():
-            print(f"what is done is kept in {filling.folder}; --resume goes on with it", flush=True)
+            _log.info(f"what is done is kept in {filling.folder}; --resume goes on with it")
         raise
     if checkpoint.adapter is not None and not adapter:
         base = checkpoint.whole
-        print(f"adapters of {source} merged into {base.run}, step {base.step}, in {checkpoint.adapter.base}")
+        _log.info(f"adapters of {source} merged into {base.run}, step {base.step}, in {checkpoint.adapter.base}")
     parameters = sum(int(np.prod(tensor.shape)) for tensor in weights.tensors)
-    print(
+    _log.info(
         f"{target}: step {checkpoint.step} of {source}, {parameters:,} parameters in {stored.name}, {files} files, "
         f"{'with' if run_folder.find_tokenizer(source) else 'WITHOUT'} tokenizer, {time.monotonic() - start:.1f} s"
     )

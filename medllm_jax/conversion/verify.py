@@ -6,6 +6,7 @@ through transformers where torch is installed and the checkpoint is a Hugging Fa
 
 import hashlib
 import importlib.util
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ from medllm_jax.model.qwen2 import Backend, Qwen2
 from medllm_jax.storage import run_folder
 from medllm_jax.storage.remote import is_remote
 from medllm_jax.terminal.progress import Console
+
+_log = logging.getLogger(__name__)
 
 _LISTED = 10  # differences that are printed
 
@@ -58,8 +61,8 @@ def verify(
         if sides[0].config.vocab_size == sides[1].config.vocab_size:
             agreed &= _same_logits(sides, _token_rows(sides[0], prompts, random_tokens), tolerance)
         else:
-            print("logits: not compared, the vocabularies differ")
-    print(f"{first} and {second} {'agree' if agreed else 'DIFFER'}")
+            _log.info("logits: not compared, the vocabularies differ")
+    _log.info(f"{first} and {second} {'agree' if agreed else 'DIFFER'}")
     return agreed
 
 
@@ -78,7 +81,7 @@ def _same_config(first: Side, second: Side) -> bool:
     # Both spellings of the same width.
     ours["head_dim"], theirs["head_dim"] = first.config.dim_of_head, second.config.dim_of_head
     differing = [f"{key} {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key]]
-    print(f"config: {'; '.join(differing) if differing else 'equal'}")
+    _log.info(f"config: {'; '.join(differing) if differing else 'equal'}")
     return not differing
 
 
@@ -128,11 +131,11 @@ def _same_bytes(first: Side, second: Side) -> bool:
         elif a != b:
             fields = [f"{x} and {y}" for x, y in zip(a[:2], b[:2], strict=True) if x != y]
             differing.append(f"{name}: {'; '.join(fields) or 'other values'}")
-    print(f"hash: {len(ours)} and {len(theirs)} tensors, {len(differing) or 'none'} differing")
+    _log.info(f"hash: {len(ours)} and {len(theirs)} tensors, {len(differing) or 'none'} differing")
     for line in differing[:_LISTED]:
-        print(f"  {line}")
+        _log.info(f"  {line}")
     if len(differing) > _LISTED:
-        print(f"  and {len(differing) - _LISTED} more")
+        _log.info(f"  and {len(differing) - _LISTED} more")
     return not differing
 
 
@@ -154,21 +157,23 @@ def _same_logits(sides: tuple[Side, Side], rows: list[list[int]], tolerance: flo
     reference = logits_here(sides[0], rows)
     others = {"second, here": logits_here(sides[1], rows)}
     if importlib.util.find_spec("torch") is None:
-        print("logits: torch is not installed, so transformers is not compared")
+        _log.info("logits: torch is not installed, so transformers is not compared")
     else:
         for name, side in zip(("first", "second"), sides, strict=True):
             if isinstance(side, HFFolder) and is_remote(side.path):
-                print(f"logits: {side.path} is in a bucket, where transformers can't read it: copy it here to compare")
+                _log.info(
+                    f"logits: {side.path} is in a bucket, where transformers can't read it: copy it here to compare"
+                )
             elif isinstance(side, HFFolder):
                 others[f"{name}, transformers"] = logits_transformers(side, rows)
 
-    print(f"logits: of {sum(map(len, rows))} tokens, in float32, against `first, here`; tolerance {tolerance:g}")
-    print(f"  {'':<22}{'max |difference|':>18}{'mean KL, nats':>16}{'same likeliest token':>22}")
+    _log.info(f"logits: of {sum(map(len, rows))} tokens, in float32, against `first, here`; tolerance {tolerance:g}")
+    _log.info(f"  {'':<22}{'max |difference|':>18}{'mean KL, nats':>16}{'same likeliest token':>22}")
     agreed = True
     for name, logits in others.items():
         largest, divergence, same = compare(reference, logits)
         agreed &= bool(largest <= tolerance)  # not so for NaN
-        print(f"  {name:<22}{largest:>18.3g}{divergence:>16.3g}{same:>21.2%}")
+        _log.info(f"  {name:<22}{largest:>18.3g}{divergence:>16.3g}{same:>21.2%}")
     return agreed
 
 

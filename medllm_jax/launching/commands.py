@@ -1,14 +1,16 @@
 """Commands: run one after the other, or printed so that they can be pasted into a shell."""
 
+import logging
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from medllm_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def run(commands: Sequence[Command], pause: float = 30) -> int:
     for command in commands:
         failure = _wait(command, pause) if command.until else _run(command)
         if failure:
-            print(f"error: {shlex.join(command.words[:4])} ...: {failure}", file=sys.stderr)
+            _log.warning(f"error: {shlex.join(command.words[:4])} ...: {failure}")
             return 1
     return 0
 
@@ -64,6 +66,6 @@ def _wait(command: Command, pause: float) -> str:
         if state in command.never:
             return f"{state}, and so never {command.until}"
         if state != before:
-            print(f"{state or 'no state yet'}: waiting for {command.until}", flush=True)
+            _log.info(f"{state or 'no state yet'}: waiting for {command.until}")
         before = state
         time.sleep(pause)

@@ -1,13 +1,15 @@
 """What one process of a run did, and when."""
 
 import contextlib
-import sys
+import logging
 import time
 
 import jax
 from etils import epath
 
 from medllm_jax.storage.append import AppendedFile
+
+_log = logging.getLogger(__name__)
 
 
 class HostLog:
@@ -30,7 +32,7 @@ class HostLog:
         """Adds a line, and prints it where there are several processes, whose outputs come together somewhere."""
         self.note(text)
         if self._count > 1:
-            print(f"[{self._index} of {self._count}] {text}", file=sys.stderr, flush=True)
+            _log.warning(f"[{self._index} of {self._count}] {text}")
 
     def close(self) -> None:
         """Writes what is not written; a log that can't be written ends no run."""

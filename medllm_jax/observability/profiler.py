@@ -1,6 +1,7 @@
 """A trace of some steps for xprof: what ran on the devices and the host, and for how long."""
 
 import contextlib
+import logging
 import tempfile
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import jax
 from etils import epath
 
 from medllm_jax.storage.remote import is_remote
+
+_log = logging.getLogger(__name__)
 
 
 class Profiler:
@@ -44,7 +47,7 @@ class Profiler:
             for path in files:
                 target = self._run / "profile" / path.relative_to(trace).as_posix()
                 epath.Path(path).copy(target, overwrite=True)
-        print(f"traced steps {self._first} to {self._last}: {self._run / 'profile'}", flush=True)
+        _log.info(f"traced steps {self._first} to {self._last}: {self._run / 'profile'}")
         self._last = 0
 
     def __enter__(self) -> "Profiler":

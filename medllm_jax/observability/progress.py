@@ -1,5 +1,6 @@
 """How a run is going: what its steps say, how fast they are, and where people and programs look for it."""
 
+import logging
 import math
 import resource
 import sys
@@ -18,6 +19,8 @@ from medllm_jax.observability.metrics import Meter, MetricsLog
 from medllm_jax.observability.sessions import Goodput
 from medllm_jax.reliability.bad_steps import BadStepGuard
 from medllm_jax.terminal.progress import Console
+
+_log = logging.getLogger(__name__)
 
 _GIB = 2**30
 
@@ -132,7 +135,7 @@ class Progress:
             text += f"; MFU {self._mfu / median:.1%}"
         if self._guard.skipped:
             text += f"; {self._guard.skipped} steps skipped"
-        print(text, flush=True)
+        _log.info(text)
 
     def __enter__(self) -> "Progress":
         return self

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import subprocess
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ from etils import epath
 from medllm_jax.reliability import crash_report
 from medllm_jax.storage.json_lines import read_rows
 from medllm_jax.storage.remote import write_whole
+
+_log = logging.getLogger(__name__)
 
 FILE = "sessions.jsonl"
 
@@ -35,7 +38,7 @@ def begin(run: epath.Path, step: int, changes: dict[str, Any]) -> list[dict[str,
         "changes": changes,
     }
     if before and before[-1]["code"] != session["code"]:
-        print(f"the code was {before[-1]['code']} and is now {session['code']}", flush=True)
+        _log.info(f"the code was {before[-1]['code']} and is now {session['code']}")
     write_whole(file, "".join(json.dumps(line) + "\n" for line in [*before, session]))
     return [*before, session]
 

@@ -1,6 +1,7 @@
 """Steps that the guard let change nothing: each is written down, and too many end the run."""
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from etils import epath
 from medllm_jax.config.schema import GuardConfig
 from medllm_jax.errors import RunError
 from medllm_jax.storage.append import AppendedFile
+
+_log = logging.getLogger(__name__)
 
 FILE = "skipped.jsonl"
 
@@ -40,7 +43,7 @@ class BadStepGuard:
                     f"{where}: nothing was changed by it. Started again the run goes on from its last checkpoint; if "
                     "it comes again, look at the rows, or go on without them by --guard.action skip"
                 )
-            print(f"skipped, {self.skipped} so far: {where}", flush=True)
+            _log.info(f"skipped, {self.skipped} so far: {where}")
             if self.skipped > self._config.max_skipped:
                 raise RunError(
                     f"{self.skipped} steps were skipped, guard.max_skipped is {self._config.max_skipped}: {where}"

@@ -7,6 +7,7 @@ after a while another may take its place; where it ran on this machine, at once.
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -19,6 +20,8 @@ from etils import epath
 
 from medllm_jax.errors import RunError
 from medllm_jax.storage.remote import is_remote, kvstore_spec
+
+_log = logging.getLogger(__name__)
 
 FILE = "writer.json"
 _SECONDS = 60.0  # after which a lease that was not written anew is free
@@ -58,7 +61,7 @@ class Lease:
             try:
                 self._store.write(FILE, None, if_equal=self._version).result()
             except Exception as error:
-                print(f"the lease of {self._folder} was not given back ({error}): it ends by itself", flush=True)
+                _log.info(f"the lease of {self._folder} was not given back ({error}): it ends by itself")
         if self._made:
             with contextlib.suppress(OSError):  # where nothing else came into it, it was made for the lease alone
                 Path(self._folder).rmdir()
@@ -83,7 +86,7 @@ class Lease:
                 seen, since = None, time.monotonic()  # another program was quicker
                 continue
             if seen is None:
-                print(f"{self._folder} was last written by {_name(holder)}: is that one still there?", flush=True)
+                _log.info(f"{self._folder} was last written by {_name(holder)}: is that one still there?")
                 seen = version
             time.sleep(min(1.0, self._seconds / 10))
 

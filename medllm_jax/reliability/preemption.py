@@ -4,6 +4,7 @@ The notice is SIGTERM. A second one ends the process at once, as the first would
 before is whole.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -14,6 +15,8 @@ import jax
 from jax.experimental import multihost_utils
 
 from medllm_jax.errors import Preempted
+
+_log = logging.getLogger(__name__)
 
 
 class PreemptionHandler:
@@ -52,6 +55,6 @@ class PreemptionHandler:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._given = True
-        print("SIGTERM: the run saves after this step, and ends; a second one ends it at once", flush=True)
+        _log.info("SIGTERM: the run saves after this step, and ends; a second one ends it at once")
         if not self._armed:
             raise Preempted("before its first step there is nothing to save")

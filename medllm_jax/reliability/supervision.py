@@ -4,7 +4,7 @@ goes on from nothing but a good checkpoint.
 
 import contextlib
 import functools
-import sys
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ from medllm_jax.reliability.lease import Lease
 from medllm_jax.reliability.preemption import PreemptionHandler
 from medllm_jax.reliability.watchdog import Watchdog
 from medllm_jax.storage.remote import storage_problem
+
+_log = logging.getLogger(__name__)
 
 
 class Supervision(NamedTuple):
@@ -71,9 +73,9 @@ def _report(folder: epath.Path, stage: str, problem: BaseException | str) -> Non
     try:
         path = crash_report.write_report(folder, stage, problem)
     except Exception as error:
-        print(f"no report could be written ({type(error).__name__})", file=sys.stderr, flush=True)
+        _log.warning(f"no report could be written ({type(error).__name__})")
     else:
-        print(f"the run failed in: {stage} (report: {path})", file=sys.stderr, flush=True)
+        _log.warning(f"the run failed in: {stage} (report: {path})")
 
 
 class Restored(NamedTuple):
@@ -123,7 +125,7 @@ def _set_aside(folder: epath.Path, bad: dict[int, DamagedError]) -> None:
         became = run_on_all("setting it aside", aside if jax.process_index() == 0 else str)
         if jax.process_index() == 0:
             text = f"warning: {problem}; {became}, and the run goes on from the one before it"
-            print(text, file=sys.stderr, flush=True)
+            _log.warning(text)
 
 
 def _read(folder: epath.Path, step: int, abstract: TrainState) -> Restored:

@@ -1,11 +1,14 @@
 """Ends a run that hangs, and says what it was doing: a collective that one host of a pod never joins waits for ever."""
 
 import faulthandler
+import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
+
+_log = logging.getLogger(__name__)
 
 
 class Watchdog:
@@ -36,9 +39,7 @@ class Watchdog:
         while not self._ended.wait(min(self._seconds / 10, 5.0)):
             if time.monotonic() - self._since > self._seconds and not self._ended.is_set():
                 what = f"nothing has moved for {self._seconds:.0f} s; the run was in: {self.now}"
-                print(
-                    f"error: {what}; it ends here, and started again goes on from its last checkpoint", file=sys.stderr
-                )
+                _log.warning(f"error: {what}; it ends here, and started again goes on from its last checkpoint")
                 faulthandler.dump_traceback(sys.stderr)
                 sys.stderr.flush()
                 reporting = threading.Thread(target=self._report, args=(what,), daemon=True)

@@ -1,8 +1,11 @@
 """Progress of long jobs on the terminal."""
 
+import logging
 import math
 import sys
 import time
+
+_log = logging.getLogger(__name__)
 
 
 class Console:
@@ -53,7 +56,7 @@ class Console:
         if self._first < done < self._total:
             left = (now - self._start) / (done - self._first) * (self._total - done)
             line += f"  ({_duration(left)} left)"
-        print(line, flush=True)
+        _log.info(line)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -77,7 +80,7 @@ class Counter:
         now = time.monotonic()
         if now - self._last >= self._every:
             self._last = now
-            print(f"{where}: {done:,} {self._unit}" if where else f"{done:,} {self._unit}", file=sys.stderr, flush=True)
+            _log.warning(f"{where}: {done:,} {self._unit}" if where else f"{done:,} {self._unit}")
 
 
 class Stages:

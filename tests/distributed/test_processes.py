@@ -26,16 +26,14 @@ def free_port():
 
 def start_processes(*arguments, processes=2, devices=4, **environment):
     """The same Python program in several processes that find each other here; standard error goes with the output."""
-    env = (
-        os.environ
-        | {
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",  # the last one counts
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
-            "JAX_NUM_PROCESSES": str(processes),
-            **environment,
-        }
-    )
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # of two the last one counts
+    env = os.environ | {
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": str(processes),
+        **environment,
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return [
         subprocess.Popen([sys.executable, *arguments], env=env | {"JAX_PROCESS_ID": str(number)}, **pipes)
