@@ -7,17 +7,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= demo-run
 SEED ?= 0
-JOBS ?= 2
+JOBS ?= 3
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMPED := pyproject.toml constraints.txt
 
-.PHONY: demo test test-all lint format compiler plans harness xpk clean newest
+.PHONY: demo test quick test-all lint format compiler plans harness xpk clean newest
 
 demo: $(VENV)/.installed
 	$(BIN)/medllm demo --workdir $(WORKDIR) --seed $(SEED)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow"
+
+# The inner loop: what neither trains nor starts processes.
+quick: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not long"
 
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal

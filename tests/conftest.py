@@ -21,6 +21,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -35,6 +36,31 @@ show_messages()
 
 settings.register_profile("untimed", deadline=None)  # how long an example takes says how busy the machine is
 settings.load_profile("untimed")
+
+# Files of tests that train, convert or start processes, the longest first: they are begun first, so that no worker is
+# left alone with one at the end, and `make quick` leaves them out.
+LONG = (
+    *("distributed/test_processes", "training/test_train", "conversion/test_survives", "checkpoint/test_orbax"),
+    *("training/test_step", "training/test_adapters", "reliability/test_preemption", "conversion/test_convert_hf"),
+    *("storage/test_gcs", "conversion/test_peft", "checkpoint/test_handle", "data/test_gcs_faults"),
+    *("test_written_before", "inference/test_generator", "data/test_loader", "reliability/test_bad_steps"),
+    *("cli/test_cli", "conversion/test_memory", "inference/test_likelihood", "model/test_splash"),
+    *("recipes/test_rounds", "observability/test_observability", "test_wheel", "reliability/test_lease"),
+)
+_HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    """Marks long tests, and spreads them over the beginnings of what each of two or three workers is given first."""
+    places = {(_HERE / f"{name}.py").resolve(strict=True): place for place, name in enumerate(LONG)}
+    for item in items:
+        if item.path in places:
+            item.add_marker("long")
+    long = sorted((item for item in items if item.path in places), key=lambda item: places[item.path])
+    other = [item for item in items if item.path not in places]
+    parts = 6  # workers are given consecutive items: halves and thirds all begin with long ones
+    size = -(-len(other) // parts)
+    items[:] = [item for part in range(parts) for item in (*long[part::parts], *other[part * size : (part + 1) * size])]
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,7 @@ def test_on_eight_devices_equals_one(world, generator):
     whole = generator._model.params
     plan = abstract_model(generator._model.config, PrecisionConfig(compute="float32"), mesh)
     model = LoadedModel(plan.config, plan.structure, jax.device_put(jax.device_get(whole), jax.devices()[0]), mesh)
-    alone = Generator(model, generator._tokenizer, np.asarray(generator._eos), 3)
+    alone = Generator(model, generator._tokenizer, generator._eos.tolist(), 3)
     assert list(alone(PROMPTS, SamplingParams(max_new_tokens=12))) == list(
         generator(PROMPTS, SamplingParams(max_new_tokens=12))
     )

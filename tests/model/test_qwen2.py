@@ -112,6 +112,8 @@ def test_logits_and_gradients_are_those_of_transformers(folder):
 
     loss = next_token(ObjectiveConfig())
 
+    batch = jax.tree.map(jnp.asarray, batch)
+
     def mean_loss(params):
         sums = loss(nnx.merge(structure, params), batch, batch)
         return sums.total / sums.weight
@@ -206,7 +208,7 @@ def test_a_cache_filled_in_parts_gives_the_rows_own_states(grouped):
 
 def test_what_is_recomputed_changes_no_gradient(grouped):
     config, _, params = grouped
-    batch = batch_of(row("0" * 10, "0" * 6, tokens=random_tokens(16))[None], "cpt")
+    batch = jax.tree.map(jnp.asarray, batch_of(row("0" * 10, "0" * 6, tokens=random_tokens(16))[None], "cpt"))
     loss = next_token(ObjectiveConfig())
     found = {}
     for remat in REMAT_POLICIES:
@@ -258,7 +260,7 @@ def test_bfloat16_compute_is_near_float32(grouped):
     near, _ = nnx.split(nnx.eval_shape(lambda: Qwen2(config, Backend(compute_dtype=jnp.bfloat16), rngs=nnx.Rngs(0))))
     tokens = random_tokens(1, 16)
     ones, zeros = np.ones_like(tokens), np.zeros_like(tokens)
-    arguments = (tokens, np.arange(16)[None], ones, zeros)
+    arguments = tuple(map(jnp.asarray, (tokens, np.arange(16)[None], ones, zeros)))
     rough, exact = jax.jit(lambda p: [nnx.merge(which, p)(*arguments) for which in (near, structure)])(params)
     assert rough.dtype == jnp.bfloat16
     assert float(jnp.abs(rough - exact).mean()) < 0.03 * float(jnp.abs(exact).mean())
