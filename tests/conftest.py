@@ -56,11 +56,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path in places:
             item.add_marker("long")
-    long = sorted((item for item in items if item.path in places), key=lambda item: places[item.path])
     other = [item for item in items if item.path not in places]
-    parts = 6  # workers are given consecutive items: halves and thirds all begin with long ones
+    parts = 6  # workers are given consecutive items: halves and thirds all begin with long files, each of them whole
     size = -(-len(other) // parts)
-    items[:] = [item for part in range(parts) for item in (*long[part::parts], *other[part * size : (part + 1) * size])]
+    ordered = []
+    for part in range(parts):
+        long = [item for item in items if places.get(item.path, -1) % parts == part and item.path in places]
+        ordered += sorted(long, key=lambda item: places[item.path])
+        ordered += other[part * size : (part + 1) * size]
+    items[:] = ordered
 
 
 @pytest.fixture(scope="session")
