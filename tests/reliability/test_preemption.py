@@ -79,6 +79,9 @@ def test_it_saves_and_goes_on(world, tmp_path, metrics_of):
 def test_a_second_notice_ends_it_at_once(world, tmp_path):
     reader = start(config_of(world, tmp_path / "run", steps=60, every=2), tmp_path)
     reader.wait_for(r"step 3/60")
+    while not steps(tmp_path / "run"):  # a save is asynchronous, and may take longer than a step
+        assert reader.process.poll() is None, reader.text
+        time.sleep(0.01)
     for _ in range(2):
         reader.process.send_signal(signal.SIGTERM)
         time.sleep(0.05)
