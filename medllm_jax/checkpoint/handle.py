@@ -223,9 +223,7 @@ def open_checkpoint(run: str | os.PathLike, step: int | None = None) -> Checkpoi
     """
     found = steps(run)
     if not found:
-        raise UserError(
-            f"{run} holds no checkpoint: a run folder, or what `python -m tools.convert_hf from-hf` wrote, is expected"
-        )
+        raise UserError(f"{run} holds no checkpoint: a run folder, or what `medllm convert from-hf` wrote, is expected")
     if step is not None and step not in found:
         raise UserError(f"{run} has no checkpoint of step {step}: it has {', '.join(map(str, found))}")
     return Checkpoint(run, found[-1] if step is None else step)

@@ -76,7 +76,7 @@ def _check_not_quantised(checkpoint: Checkpoint) -> None:
 
 
 def _check_same_adapter(run: str, found: AdapterConfig, wanted: AdapterConfig | None) -> None:
-    whole_model = "or make a whole model of it first (python -m tools.convert_hf to-hf, then from-hf)"
+    whole_model = "or make a whole model of it first (medllm convert to-hf, then from-hf)"
     if wanted is None:
         raise UserError(f"{run} holds adapters and adapter is not set: set it as there, {whole_model}")
     before, now = to_plain(found), to_plain(wanted)

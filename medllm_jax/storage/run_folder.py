@@ -120,9 +120,7 @@ def tokenizer_of(run: str | epath.Path) -> epath.Path:
     """The tokenizer folder of a run; UserError if the run carries none."""
     folder = find_tokenizer(run)
     if folder is None:
-        raise UserError(
-            f"{run} carries no tokenizer: start from a model that `python -m tools.convert_hf from-hf` converted"
-        )
+        raise UserError(f"{run} carries no tokenizer: start from a model that `medllm convert from-hf` converted")
     return folder
 
 

@@ -114,8 +114,7 @@ def open_likelihood(config: ResolvedConfig, exam: str, template: str, program: T
     folder = run_folder.find_tokenizer(config.run, config.init.checkpoint)
     if folder is None:
         raise UserError(
-            "held_out.exam needs the model's tokenizer: start from a model that "
-            "`python -m tools.convert_hf from-hf` converted"
+            "held_out.exam needs the model's tokenizer: start from a model that `medllm convert from-hf` converted"
         )
     tokenizer, structure = load_tokenizer(folder), program.model.structure
     prompts = load_template(template)

@@ -114,11 +114,11 @@ COMPILE = """
     import jax, jax.numpy as jnp, re
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
-    from medllm_jax.config import MeshConfig, PrecisionConfig
+    from medllm_jax.config.schema import MeshConfig, PrecisionConfig
     from medllm_jax.model.abstract import attention_on
     from medllm_jax.model.attention import TokenLayout
     from medllm_jax.model.qwen2 import REMAT_POLICIES
-    from medllm_jax.sharding import ACTIVATIONS, make_mesh, rows_over
+    from medllm_jax.distributed.sharding import ACTIVATIONS, make_mesh, rows_over
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), devices)
