@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, and a tiny world shared by the tests that train."""
 
 import os
+from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs run for milliseconds and are compiled for seconds: the compiler is told to try less. What is set outside
@@ -9,6 +10,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        # A process ends at a flag it doesn't know: newer versions of XLA and libtpu don't have this one.
+        "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
     )
@@ -63,6 +67,14 @@ def pytest_collection_modifyitems(items):
         ordered += sorted(long, key=lambda item: places[item.path])
         ordered += other[part * size : (part + 1) * size]
     items[:] = ordered
+
+
+@pytest.fixture
+def flags_of_libtpu(monkeypatch):
+    """Processes that the test starts are given XLA flags that libtpu knows."""
+    flags = os.environ["XLA_FLAGS"].split()
+    known = [flag for flag in flags if not flag.startswith("--xla_cpu_use_fusion_emitters")]
+    monkeypatch.setenv("XLA_FLAGS", " ".join(known))
 
 
 @pytest.fixture(scope="session")

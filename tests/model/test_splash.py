@@ -151,6 +151,7 @@ COMPILE = """
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (the extra `plan`)")
+@pytest.mark.usefixtures("flags_of_libtpu")
 def test_splash_compiles_for_a_tpu():
     """With each kernel once where the policy keeps what it made, and the forward one again where it does not."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}

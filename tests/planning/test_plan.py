@@ -16,6 +16,7 @@ from medllm_jax.planning.advice import advice
 from medllm_jax.planning.report import as_text
 from medllm_jax.planning.search import REMATS, try_settings
 
+pytestmark = pytest.mark.usefixtures("flags_of_libtpu")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 HBM = 100 * 2**30
 

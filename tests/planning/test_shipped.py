@@ -20,6 +20,7 @@ from medllm_jax.planning.plan import PlanOptions, report_of, request_of
 
 SHIPPED = {config.file.stem: config for config in shipped()}
 pytestmark = [
+    pytest.mark.usefixtures("flags_of_libtpu"),
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
 ]
