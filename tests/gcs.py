@@ -9,7 +9,6 @@ import datetime
 import hashlib
 import itertools
 import json
-import os
 import random
 import re
 import socket
@@ -30,31 +29,27 @@ from urllib.parse import parse_qsl, quote, unquote
 
 import google_crc32c
 
+from tests.warm import CLIENTS, WarmPython
+
 
 def environment(url: str) -> dict[str, str]:
     """Variables that send every client to an emulator; they must be set before the clients are imported."""
-    return {
+    return CLIENTS | {
         "STORAGE_EMULATOR_HOST": url,
         "TENSORSTORE_GCS_HTTP_URL": url,
         "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "fake",
         "GOOGLE_CLOUD_PROJECT": "test",
-        "EPATH_USE_TF": "false",
-        "NO_GCE_CHECK": "true",
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-        "FSSPEC_GCS": '{"token": "anon"}',  # its listing cache is for medllm_jax to turn off
     }
 
 
-class Python(subprocess.Popen):
+class Python(WarmPython):
     """A Python process whose clients talk to an emulator."""
 
     def __init__(self, gcs: "Gcs", *arguments: Any):
-        env = os.environ | environment(gcs.url) | {"PYTHONPATH": str(Path(__file__).parents[1])}
         # A file, because a process would stop at a pipe that nobody reads.
         self._printed = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, *map(str, arguments)]
-        super().__init__(command, env=env, stdout=self._printed, stderr=subprocess.STDOUT)
+        super().__init__(*arguments, stdout=self._printed, stderr=subprocess.STDOUT, environment=environment(gcs.url))
 
     def output(self) -> str:
         """All that it printed, once it has ended."""

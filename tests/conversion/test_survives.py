@@ -21,6 +21,7 @@ from medllm_jax.conversion.hf_weights import HFFolder, open_hf
 from medllm_jax.errors import UserError
 from tests.gcs import Faults, Gcs, Python, be_impatient, run
 from tests.tiny_hf import make_hf_folder
+from tests.warm import WarmPython
 
 FAULTS = Faults(unavailable=0.08, reset=0.03, slow=0.05, delay_seconds=0.02)
 _PAUSE = 0.03  # seconds for each slice, in processes that are to be killed
@@ -117,11 +118,8 @@ def test_killed_and_resumed_is_as_if_undisturbed(place, tmp_path, verb, kills):
             assert contents(target) == contents(place / name)
             shutil.rmtree(target)
         going_on = folders.unfinished_folder(target).exists()
-        process = subprocess.Popen(
-            [sys.executable, *of_this_file(convert_slowly, *step, *(["--resume"] if going_on else []))],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        more = ["--resume"] if going_on else []
+        process = WarmPython(*of_this_file(convert_slowly, *step, *more), stdout=subprocess.PIPE)
         process.stdout.readline()  # it says what it takes, and begins
         if killed < kills:
             time.sleep(rng.uniform(0, 0.7))
@@ -145,7 +143,7 @@ def test_sigterm_keeps_what_is_done(place, tmp_path):
         "import sys; from tests.conversion import test_survives as t; from medllm_jax.cli import convert as m;"
         "t.run_weights.RunWeights.read = t._pausing(t.run_weights.RunWeights.read); t._PAUSE = 0.05; sys.exit(m.main())"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, *step], stdout=subprocess.PIPE, text=True)
+    process = WarmPython("-c", code, *step, stdout=subprocess.PIPE)
     process.stdout.readline()
     time.sleep(0.7)
     process.send_signal(signal.SIGTERM)
@@ -271,11 +269,12 @@ def counting(read, reads):
 def test_a_full_disk_is_one_line_and_leaves_nothing_that_looks_whole(place, tmp_path, verb):
     step = steps_in(tmp_path, place)[verb]
     limit = (5000, 30_000)[verb]
-    program = [sys.executable, *of_this_file(convert_with_little_disk, limit, *step)]
-    done = subprocess.run(program, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "the disk is full" in done.stderr
+    program = of_this_file(convert_with_little_disk, limit, *step)
+    process = WarmPython(*program, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2, said
+    assert said.count("\n") == 1
+    assert "the disk is full" in said
     target = Path(step[2])
     assert not target.exists()
     assert_not_loadable(folders.unfinished_folder(target))
@@ -300,10 +299,7 @@ def test_shares_of_several_processes_make_the_same_folder(place, tmp_path, capsy
     assert main([*step, "--part", "2/3"]) == 0
     assert "the last part to be ready completes it" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    programs = [
-        subprocess.Popen([sys.executable, "-m", "tools.convert_hf", *step, "--part", part], env=os.environ)
-        for part in ("1/3", "3/3")
-    ]
+    programs = [WarmPython("-m", "tools.convert_hf", *step, "--part", part) for part in ("1/3", "3/3")]
     assert [program.wait(timeout=120) for program in programs] == [0, 0]
     assert contents(tmp_path / "run") == contents(place / "run")
     assert main([*step, "--part", "4/3"]) == 2
