@@ -1,10 +1,8 @@
 """Real exam questions as a corpus, a killed run that goes on, and a whole year's exam; where the data is at hand."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 from medllm_jax.cli import main
 from tests.tiny import make_tokenizer, write_json_lines
 from tests.tiny_hf import make_hf_folder
+from tests.warm import WarmPython
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "igakuqa"
 LETTERS = "abcdefgh"
@@ -47,8 +46,7 @@ def work(tmp_path_factory):
     make_tokenizer(root / "hf", texts=[row["text"] for row in rows], vocab_size=2048)
     store = ("--output", str(root / "store"), "--sequence-length", "256")
     assert main(["data", "cpt", "--input", str(corpus), "--tokenizer", str(root / "hf"), *store]) == 0
-    convert = [sys.executable, "-m", "tools.convert_hf", "from-hf", str(root / "hf"), str(root / "model")]
-    subprocess.run(convert, check=True)
+    assert main(["convert", "from-hf", str(root / "hf"), str(root / "model")]) == 0
     (root / "run.yaml").write_text(
         f"run: {root}/run\nsteps: 100\n"
         f"data: {{store: {root}/store, batch_size: 8}}\ninit: {{checkpoint: {root}/model}}\n"
@@ -58,6 +56,20 @@ def work(tmp_path_factory):
     return root
 
 
+def start(*arguments):
+    """`medllm` as on a laptop, with one device and programs that are worth compiling well."""
+    medllm = "-m", "medllm_jax.cli", *map(str, arguments)
+    return WarmPython(*medllm, stdout=subprocess.PIPE, environment={"XLA_FLAGS": ""})
+
+
+def medllm(*arguments):
+    """What it printed; it must succeed."""
+    process = start(*arguments)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    return printed
+
+
 def losses(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 101))
@@ -65,31 +77,30 @@ def losses(run):
 
 
 def test_killed_half_way_goes_on_to_the_same_losses(work):
-    config = ["train", "--config", str(work / "run.yaml")]
-    process = subprocess.Popen([sys.executable, "-m", "medllm_jax.cli", *config], env=os.environ)
+    config = "train", "--config", work / "run.yaml"
+    process = start(*config)
     deadline = time.monotonic() + 600
     while not (work / "run" / "checkpoints" / "40").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert not (work / "run" / "checkpoints" / "100").exists()
-    assert main(config) == 0
-    assert main([*config, "--run", str(work / "whole")]) == 0
+    medllm(*config)
+    medllm(*config, "--run", work / "whole")
     assert losses(work / "run") == losses(work / "whole")
     assert losses(work / "run")[-1] < losses(work / "run")[0] - 1
 
 
-def test_a_year_of_the_exam_under_both_prompts(work, capsys):
+def test_a_year_of_the_exam_under_both_prompts(work):
     if not (work / "whole").exists():
-        assert main(["train", "--config", str(work / "run.yaml"), "--run", str(work / "whole")]) == 0
+        medllm("train", "--config", work / "run.yaml", "--run", work / "whole")
     template = work / "short.yaml"  # the real prompts, with completions as short as a tiny model deserves
     shipped = Path(__file__).parents[2] / "medllm_jax" / "evaluation" / "templates" / "plain.yaml"
     text = shipped.read_text(encoding="utf-8")
     template.write_text(text.replace("max_new_tokens: 512", "max_new_tokens: 64"), encoding="utf-8")
-    arguments = ["--exam", str(DATA), "--years", "2020", "--template", str(template), "--batch-size", "32"]
-    assert main(["evaluate", "--run", str(work / "whole"), *arguments, "--output", str(work / "scores")]) == 0
-    printed = capsys.readouterr().out
+    arguments = "--exam", DATA, "--years", "2020", "--template", template, "--batch-size", "32"
+    printed = medllm("evaluate", "--run", work / "whole", *arguments, "--output", work / "scores")
     assert "answer_only" in printed and "explain" in printed
     scores = json.loads((work / "scores" / "scores.json").read_text())["conditions"]
     for summary in scores.values():
