@@ -18,6 +18,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+os.environ["OMP_NUM_THREADS"] = "1"  # of torch: several workers share few cores, and its threads wait by spinning
 # No cache of compiled programs: XLA for CPUs forgets the order of a program's collectives when it reads one back, and
 # devices that wait for each other at different ones wait until the process is ended.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
