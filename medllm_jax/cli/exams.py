@@ -74,8 +74,8 @@ def _pairs(options: argparse.Namespace) -> None:
 
     drawn = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
     params = SamplingParams(n=options.samples, **drawn)
-    names = ("strategy", "min_characters", "max_characters", "format_failures")
-    wanted = PairOptions(most=options.max_pairs_per_prompt, **{name: getattr(options, name) for name in names})
+    names = ("strategy", "max_pairs_per_prompt", "min_characters", "max_characters", "format_failures")
+    wanted = PairOptions(**{name: getattr(options, name) for name in names})
     template = load_template(options.template)
     exam = load_exam(options.exam, years=options.years, text_only=options.text_only)
     judged_by = list(map(load_exam, options.evaluation_exam))

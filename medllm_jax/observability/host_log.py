@@ -28,8 +28,8 @@ class HostLog:
         if time.monotonic() - self._written > self._every:
             self.close()
 
-    def say(self, text: str) -> None:
-        """Adds a line, and prints it where there are several processes, whose outputs come together somewhere."""
+    def note_and_show(self, text: str) -> None:
+        """Adds a line, and prints it too where there are several processes: outputs meet in one place."""
         self.note(text)
         if self._count > 1:
             _log.warning(f"[{self._index} of {self._count}] {text}")

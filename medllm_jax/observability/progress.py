@@ -65,7 +65,7 @@ class Progress:
             self._log = MetricsLog(folder, after_step=start, wandb=logging.wandb, config=settings)
             self._goodput = Goodput(started, self._log.seconds_before)
         self._host = HostLog(folder)
-        self._host.say(f"from step {start} on, of {steps}; {len(jax.local_devices())} devices here")
+        self._host.note_and_show(f"from step {start} on, of {steps}; {len(jax.local_devices())} devices here")
         self._console = Console(f"{name} {folder.name}", steps, done=start, enabled=writes)
 
     @property
@@ -142,7 +142,7 @@ class Progress:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._console.close()
-        self._host.say("ended" if error is None else f"ended by {type(error).__name__}")
+        self._host.note_and_show("ended" if error is None else f"ended by {type(error).__name__}")
         self._host.close()
         if self._log is not None:
             self._log.close()

@@ -36,20 +36,20 @@ class PairOptions:
     """How pairs are made.
 
     strategy: what is preferred over a wrong sample: `gold` the ground-truth explanation and answer, `onpolicy` a right
-    sample, `both` either. most: pairs of one prompt, at most. min_characters, max_characters: of a sample without the
-    white space around it; others are left out. format_failures: a sample in which no answer can be read is wrong like
-    any other (`reject`), or left out (`drop`).
+    sample, `both` either. max_pairs_per_prompt: how many pairs of one prompt are made at most. min_characters,
+    max_characters: of a sample without the white space around it; others are left out. format_failures: a sample in
+    which no answer can be read is wrong like any other (`reject`), or left out (`drop`).
     """
 
     strategy: Strategy = "both"
-    most: int = 10
+    max_pairs_per_prompt: int = 10
     min_characters: int = 1
     max_characters: int | None = None
     format_failures: Literal["reject", "drop"] = "reject"
 
     def __post_init__(self):
-        if self.most < 1:
-            raise UserError(f"max_pairs_per_prompt is {self.most}: it must be at least 1")
+        if self.max_pairs_per_prompt < 1:
+            raise UserError(f"max_pairs_per_prompt is {self.max_pairs_per_prompt}: it must be at least 1")
         longest = self.min_characters if self.max_characters is None else self.max_characters
         if not 1 <= self.min_characters <= longest:
             raise UserError(
@@ -63,8 +63,8 @@ class Report:
     """Counts of samples, prompts and pairs.
 
     samples: condition -> verdicts; each sample is counted once. prompts: outcomes, such as "with pairs". gold: ground
-    truths that could not be used. rows: pairs by what is preferred. beyond_most: pairs that `most` left out.
-    characters: mean length of the chosen and of the rejected responses.
+    truths that could not be used. rows: pairs by what is preferred. beyond_most: pairs that
+    `max_pairs_per_prompt` left out. characters: mean length of the chosen and of the rejected responses.
     """
 
     samples: dict[str, RejectionCounts]
@@ -134,7 +134,7 @@ def make_pairs(
             if options.strategy != "onpolicy":
                 gold = _checked_gold(question, template, condition, samples.chat, report.gold)
             preferred = dict.fromkeys([*gold, *own], "onpolicy") | dict.fromkeys(gold, "gold")
-            made = list(pair_up(list(preferred), wrong, options.most))
+            made = list(pair_up(list(preferred), wrong, options.max_pairs_per_prompt))
             report.prompts.add(_outcome(made, right, wrong, options.strategy), where)
             if made:
                 report.beyond_most += max(len(preferred), len(wrong)) - len(made)

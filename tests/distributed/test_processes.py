@@ -72,11 +72,11 @@ def test_where_one_dies_all_end_and_say_so(world, tmp_path, metrics_of, victim):
     """In bounded time; and started again, they go on to the numbers of one that nothing happened to."""
     from tests.reliability.test_preemption import MEDLLM, Reader
 
-    config = config_of(world, tmp_path / "run", steps=40, every=4, distributed=True)
+    config = config_of(world, tmp_path / "run", steps=20, every=4, distributed=True)
     config = dataclasses.replace(config, watchdog=WatchdogConfig(heartbeat_seconds=10))
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     readers = [Reader(p) for p in start_processes("-c", MEDLLM, "train", "--config", str(tmp_path / "run.yaml"))]
-    readers[0].wait_for("step 9/40")
+    readers[0].wait_for("step 9/20")
     while not steps(tmp_path / "run"):  # a save may take longer than some steps
         time.sleep(0.01)
     readers[victim].process.kill()
@@ -85,11 +85,11 @@ def test_where_one_dies_all_end_and_say_so(world, tmp_path, metrics_of, victim):
     assert code not in (0, 2, 42), other.text
     clear = "lost each other", "coordination service", "distributed service", "heartbeat"  # ours, or JAX's own words
     assert any(word in other.text for word in clear), other.text
-    assert 4 <= steps(tmp_path / "run")[-1] < 40
+    assert 4 <= steps(tmp_path / "run")[-1] < 20
     workers = medllm_in_two("train", "--config", tmp_path / "run.yaml")
     outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
-    train(config_of(world, tmp_path / "alone", steps=40, every=40))
+    train(config_of(world, tmp_path / "alone", steps=20, every=20))
     expected, found = metrics_of(tmp_path / "alone"), metrics_of(tmp_path / "run")
     for step, row in found.items():
         assert row == pytest.approx(expected[step], abs=2e-4)

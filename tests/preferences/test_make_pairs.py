@@ -137,7 +137,7 @@ def test_prompts_without_pairs_are_counted_by_reason(exam, pairs_of):
 
 def test_at_most_so_many_pairs_a_prompt_and_the_rest_is_counted(exam, pairs_of):
     texts = [f"{n}\n答え: {'ac'[n % 2]}" for n in range(8)]
-    rows, report = pairs_of(exam, "explain", texts, strategy="onpolicy", most=3)
+    rows, report = pairs_of(exam, "explain", texts, strategy="onpolicy", max_pairs_per_prompt=3)
     assert len(rows) == 3 and report.beyond_most == 1
     rows, report = pairs_of(exam, "explain", texts, strategy="onpolicy")
     assert len(rows) == 4 and report.beyond_most == 0
@@ -201,7 +201,7 @@ def test_walking_side_by_side(chosen, rejected, most):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"most": 0}, {"min_characters": 0}, {"max_characters": 0}, {"min_characters": 5, "max_characters": 4}]
+    "wrong", [{"max_pairs_per_prompt": 0}, {"min_characters": 0}, {"max_characters": 0}, {"min_characters": 5, "max_characters": 4}]
 )
 def test_senseless_options_are_refused(wrong):
     with pytest.raises(UserError, match="at least 1"):

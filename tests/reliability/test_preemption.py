@@ -58,18 +58,18 @@ def start(config, folder):
 
 
 def test_it_saves_and_goes_on(world, tmp_path, metrics_of):
-    config = config_of(world, tmp_path / "run", steps=60, every=100)
+    config = config_of(world, tmp_path / "run", steps=24, every=100)
     reader = start(config, tmp_path)
-    reader.wait_for(r"step 6/60")
+    reader.wait_for(r"step 6/24")
     told = time.monotonic()
     reader.process.send_signal(signal.SIGTERM)
     assert reader.end() == PREEMPTED, reader.text
     assert time.monotonic() - told < 30
     step = steps(tmp_path / "run")[-1]
-    assert 6 <= step < 60 and f"preempted: step {step} of 60 is saved; run the same command to resume" in reader.text
+    assert 6 <= step < 24 and f"preempted: step {step} of 24 is saved; run the same command to resume" in reader.text
     assert not list(tmp_path.glob("run/crashes/*")) and not (tmp_path / "run" / "writer.json").exists()
     train(config)
-    train(config_of(world, tmp_path / "undisturbed", steps=60, every=100))
+    train(config_of(world, tmp_path / "undisturbed", steps=24, every=100))
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "undisturbed")
     assert_equal_bits(params_of(tmp_path / "run"), params_of(tmp_path / "undisturbed"))
     sessions = (tmp_path / "run" / "sessions.jsonl").read_text().splitlines()
