@@ -11,7 +11,7 @@ JOBS ?= 3
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMPED := pyproject.toml constraints.txt
 
-.PHONY: demo test quick test-all lint format compiler plans harness xpk clean newest
+.PHONY: demo test quick test-all lint format compiler plans harness deep xpk clean newest
 
 demo: $(VENV)/.installed
 	$(BIN)/medllm demo --workdir $(WORKDIR) --seed $(SEED)
@@ -49,6 +49,10 @@ plans: $(VENV)/.installed-test compiler
 # lm-evaluation-harness, which one slow test asks.
 harness: $(VENV)/.installed-test
 	$(INSTALL) -e ".[test,harness]"
+
+# Both at once, for the slow tests.
+deep: $(VENV)/.installed-test
+	$(INSTALL) -e ".[test,plan,harness]"
 
 # xpk, whose manifests ours are compared with; its pinned versions contradict ours, so it lives by itself.
 xpk: $(VENV)/.installed

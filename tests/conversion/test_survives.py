@@ -19,7 +19,7 @@ from medllm_jax.cli.convert import main
 from medllm_jax.conversion import folders, run_weights, shards
 from medllm_jax.conversion.hf_weights import HFFolder, open_hf
 from medllm_jax.errors import UserError
-from tests.gcs import Faults, Gcs, Python, be_impatient, run
+from tests.gcs import Faults, Gcs, Python, be_impatient, faults_crash_python, run
 from tests.tiny_hf import make_hf_folder
 from tests.warm import WarmPython
 
@@ -324,6 +324,7 @@ def assert_same_in_the_bucket(gcs, place, tmp_path):
         assert contents(tmp_path / name) == contents(place / name)
 
 
+@faults_crash_python
 def test_a_bucket_that_answers_badly_gets_the_same_folders(gcs, place, tmp_path):
     for step in steps_in("gs://bucket"):
         run(gcs, *of_this_file(convert_slowly, *step))

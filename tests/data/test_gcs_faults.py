@@ -16,7 +16,7 @@ from medllm_jax.data.prepare.corpus import Corpus, Recipe, prepare_corpus
 from medllm_jax.data.prepare.preference_pairs import prepare_pairs
 from medllm_jax.storage.remote import move_folder, names_in, remove_folder, write_whole
 from tests.data.stores import numbered_rows, write_rows
-from tests.gcs import Faults, Gcs, Python, be_impatient, run
+from tests.gcs import Faults, Gcs, Python, be_impatient, faults_crash_python, run
 from tests.tiny import make_tokenizer, write_json_lines
 
 FAULTS = Faults(unavailable=0.10, reset=0.04, slow=0.05, delay_seconds=0.02)
@@ -105,6 +105,7 @@ def write_move_remove():
         assert names_in(bucket / name) == set()
 
 
+@faults_crash_python
 def test_a_write_that_is_done_twice_is_done(gcs):
     gcs.faults = LostWrites()
     run(gcs, *of_this_file(write_move_remove))
@@ -131,6 +132,7 @@ def documents(tmp_path):
     return tmp_path
 
 
+@faults_crash_python
 def test_killed_and_resumed_preparation_gives_the_same_store(gcs, documents):
     expected = prepare_corpus(
         [Corpus("corpus", str(documents / "in"))], documents / "tok", documents / "out", Recipe(sequence_length=64)
@@ -161,6 +163,7 @@ def results(gcs, job):
     return [name for name in gcs.names(f"gs://bucket/.out.preparing/{job}/") if name.endswith(".json")]
 
 
+@faults_crash_python
 @pytest.mark.slow  # workers are patient
 def test_workers_prepare_documents_and_one_process_pairs(gcs, documents):
     """What is read and written by processes that are forked is the same too, and so is a store of pairs."""

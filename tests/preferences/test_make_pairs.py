@@ -201,7 +201,13 @@ def test_walking_side_by_side(chosen, rejected, most):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_pairs_per_prompt": 0}, {"min_characters": 0}, {"max_characters": 0}, {"min_characters": 5, "max_characters": 4}]
+    "wrong",
+    [
+        {"max_pairs_per_prompt": 0},
+        {"min_characters": 0},
+        {"max_characters": 0},
+        {"min_characters": 5, "max_characters": 4},
+    ],
 )
 def test_senseless_options_are_refused(wrong):
     with pytest.raises(UserError, match="at least 1"):

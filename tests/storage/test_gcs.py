@@ -14,7 +14,7 @@ from etils import epath
 from medllm_jax.config.load import to_yaml
 from medllm_jax.storage.run_folder import carry_tokenizer, copy_tokenizer, find_tokenizer
 from medllm_jax.training.loop import train
-from tests.gcs import Faults, Gcs, Python, run
+from tests.gcs import Faults, Gcs, Python, faults_crash_python, run
 from tests.tiny import write_json_lines
 from tests.training.test_train import config_of
 from tests.world import SEQUENCE_LENGTH
@@ -243,6 +243,7 @@ def test_the_recipe_in_a_bucket(world, gcs, tmp_path, metrics_of):
     assert json.loads(gcs.get("gs://bucket/exam/scores.json"))["conditions"]["answer_only"]["n"] == 3
 
 
+@faults_crash_python
 @pytest.mark.slow
 def test_training_in_a_bucket_that_answers_badly(world, gcs, tmp_path, metrics_of):
     for folder, name in ((world.token_store, "cpt"), (world.model, "in/model")):
