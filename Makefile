@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= demo-run
 SEED ?= 0
 JOBS ?= 3
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 STAMPED := pyproject.toml constraints.txt
 
 .PHONY: demo test quick test-all lint format compiler plans harness deep xpk clean newest
@@ -57,10 +57,10 @@ deep: $(VENV)/.installed-test
 # xpk, whose manifests ours are compared with; its pinned versions contradict ours, so it lives by itself.
 xpk: $(VENV)/.installed
 	test -x $(VENV)-xpk/bin/python || $(BIN)/python -m venv $(VENV)-xpk
-	$(VENV)-xpk/bin/python -m pip install --quiet --disable-pip-version-check xpk==1.16.0
+	$(VENV)-xpk/bin/python -m pip install --quiet --disable-pip-version-check --no-compile xpk==1.16.0
 
-# An installation is made anew only when what it is made of changes. Bytecode is compiled once, here: where Python is
-# told not to write it, every later start would be slow.
+# An installation is made anew only when what it is made of changes. Bytecode is compiled once, here, on all cores: where
+# Python is told not to write it, every later start would be slow.
 $(VENV)/.installed: $(STAMPED)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; set PYTHON=/path/to/python"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
