@@ -11,7 +11,9 @@ JOBS ?= 3
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 STAMPED := pyproject.toml constraints.txt
 
-.PHONY: demo test quick test-all lint format compiler plans harness deep xpk clean newest
+.PHONY: install demo test quick test-all lint format compiler plans harness deep xpk clean newest
+
+install: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/medllm demo --workdir $(WORKDIR) --seed $(SEED)
