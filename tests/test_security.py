@@ -65,6 +65,7 @@ def test_the_rule_sees_what_it_forbids(source):
     assert list(problems_in(source))
 
 
+@pytest.mark.long
 def test_secrets_of_the_environment_are_nowhere(world, tmp_path, monkeypatch):
     """In no file of a run that fails, nor in what it prints, even where an error speaks of one."""
     monkeypatch.setenv("HF_TOKEN", "hf_ThisIsNotForYourEyes")
