@@ -8,7 +8,10 @@ BIN := $(VENV)/bin
 WORKDIR ?= demo-run
 SEED ?= 0
 JOBS ?= 3
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# Installs ourselves with extras. Bytecode is compiled here, on all cores: where Python is told not to write it, every
+# later start would be slow.
+install = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".$(1)" && \
+	{ $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true; }
 STAMPED := pyproject.toml constraints.txt
 
 .PHONY: install demo test quick test-all lint format compiler plans harness deep xpk clean newest
@@ -40,7 +43,7 @@ format: $(VENV)/.installed-lint
 
 # The compiler for TPUs, which `medllm plan` and its tests need. Where it is installed and no TPU is, set JAX_PLATFORMS=cpu.
 compiler: $(VENV)/.installed
-	$(INSTALL) -e ".[plan]"
+	$(call install,[plan])
 
 # What can be known of TPUs without one: that the shipped configs fit, that kernels compile, and that they compute what
 # they should. `.ci/run` has it among the slow tests.
@@ -50,34 +53,31 @@ plans: $(VENV)/.installed-test compiler
 
 # lm-evaluation-harness, which one slow test asks.
 harness: $(VENV)/.installed-test
-	$(INSTALL) -e ".[test,harness]"
+	$(call install,[test,harness])
 
 # Both at once, for the slow tests.
 deep: $(VENV)/.installed-test
-	$(INSTALL) -e ".[test,plan,harness]"
+	$(call install,[test,plan,harness])
 
 # xpk, whose manifests ours are compared with; its pinned versions contradict ours, so it lives by itself.
 xpk: $(VENV)/.installed
 	test -x $(VENV)-xpk/bin/python || $(BIN)/python -m venv $(VENV)-xpk
-	$(VENV)-xpk/bin/python -m pip install --quiet --disable-pip-version-check --no-compile xpk==1.16.0
+	$(VENV)-xpk/bin/python -m pip install --quiet --disable-pip-version-check xpk==1.16.0
 
-# An installation is made anew only when what it is made of changes. Bytecode is compiled once, here, on all cores: where
-# Python is told not to write it, every later start would be slow.
+# An installation is made anew only when what it is made of changes.
 $(VENV)/.installed: $(STAMPED)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; set PYTHON=/path/to/python"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e .
-	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
+	$(call install,)
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(INSTALL) -e ".[test]"
-	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
+	$(call install,[test])
 	touch $@
 
 # Types are checked against the packages that are imported, the optional ones too.
 $(VENV)/.installed-lint: $(VENV)/.installed-test
-	$(INSTALL) -e ".[lint]"
+	$(call install,[lint])
 	touch $@
 
 # The newest packages, without constraints, in an environment of its own, made anew each time; the suite says what they break.

@@ -13,9 +13,7 @@ import random
 import re
 import socket
 import struct
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import types
@@ -28,15 +26,14 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote
 
 import google_crc32c
-import pytest
 
-from tests.warm import CLIENTS, WarmPython
-
-# A fault leaves a buffer in a traceback, and these two versions crash when they collect it.
-faults_crash_python = pytest.mark.skipif(
-    (3, 12) <= sys.version_info < (3, 12, 2),
-    reason="this Python crashes where an upload failed (CPython's issue 111049)",
-)
+# What the clients of buckets read when they are imported.
+CLIENTS = {
+    "EPATH_USE_TF": "false",
+    "NO_GCE_CHECK": "true",
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    "FSSPEC_GCS": '{"token": "anon"}',  # its listing cache is for medllm_jax to turn off
+}
 
 
 def environment(url: str) -> dict[str, str]:
@@ -48,29 +45,6 @@ def environment(url: str) -> dict[str, str]:
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "fake",
         "GOOGLE_CLOUD_PROJECT": "test",
     }
-
-
-class Python(WarmPython):
-    """A Python process whose clients talk to an emulator."""
-
-    def __init__(self, gcs: "Gcs", *arguments: Any):
-        # A file, because a process would stop at a pipe that nobody reads.
-        self._printed = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        super().__init__(*arguments, stdout=self._printed, stderr=subprocess.STDOUT, environment=environment(gcs.url))
-
-    def output(self) -> str:
-        """All that it printed, once it has ended."""
-        self.wait(timeout=300)
-        self._printed.seek(0)
-        return self._printed.read()
-
-
-def run(gcs: "Gcs", *arguments: Any) -> str:
-    """What such a process printed; it must succeed."""
-    process = Python(gcs, *arguments)
-    output = process.output()
-    assert process.returncode == 0, output
-    return output
 
 
 def be_impatient() -> None:

@@ -4,6 +4,7 @@ For tests of what a program does while it runs, is killed and ends. How it start
 """
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -12,27 +13,22 @@ import runpy
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
-import tempfile
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tests.gcs import CLIENTS
+
 ROOT = Path(__file__).parents[1]
-# What the clients of buckets read when they are imported; to others it does not matter.
-CLIENTS = {
-    "EPATH_USE_TF": "false",
-    "NO_GCE_CHECK": "true",
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-    "FSSPEC_GCS": '{"token": "anon"}',  # its listing cache is for medllm_jax to turn off
-}
 _IMPORTED = (
     *("medllm_jax.training.loop", "medllm_jax.conversion.from_hf", "medllm_jax.conversion.to_hf"),
     *("medllm_jax.data.prepare.corpus", "medllm_jax.data.prepare.preference_pairs", "medllm_jax.evaluation.evaluate"),
-    *("transformers.models.auto.tokenization_auto", "gcsfs", "google.cloud.storage", "tests.gcs"),
+    *("transformers.models.auto.tokenization_auto", "gcsfs", "google.cloud.storage"),
 )
-_MOST = 1 << 20  # bytes of a request
 
 
 class WarmPython:
@@ -49,30 +45,27 @@ class WarmPython:
         self.stdout, out = _opened(stdout, 1)
         self.stderr, err = (None, out) if stderr == subprocess.STDOUT else _opened(stderr, 2)
         variables = dict(os.environ) | (environment or {})
-        request = json.dumps([[str(a) for a in arguments], variables, str(Path.cwd())]).encode()
-        assert len(request) <= _MOST
-        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._server.connect(_address())
-        self._server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MOST)
-        socket.send_fds(self._server, [request], [out, err])
-        self.pid = int(self._server.recv(100))
+        self._server, theirs = socket.socketpair()
+        socket.send_fds(_server(), [b"+"], [theirs.fileno(), out, err])
+        theirs.close()
+        self._server.sendall(json.dumps([[str(a) for a in arguments], variables, str(Path.cwd())]).encode())
+        self._server.shutdown(socket.SHUT_WR)
+        self.pid = _number(self._server)
         for file, kind in ((out, stdout), (err, stderr)):
             if kind == subprocess.PIPE:
                 os.close(file)
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
-            self._server.settimeout(timeout)
-            try:
-                self.returncode = int(self._server.recv(100))
-            except TimeoutError:
-                raise subprocess.TimeoutExpired("a warm program", timeout) from None
+            if not select.select([self._server], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("a warm program", timeout)
+            self.returncode = _number(self._server)
             self._server.close()
         return self.returncode
 
     def poll(self) -> int | None:
-        if self.returncode is None and select.select([self._server], [], [], 0)[0]:
-            self.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
         return self.returncode
 
     def send_signal(self, number: int) -> None:
@@ -83,10 +76,16 @@ class WarmPython:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float | None = None) -> tuple[str | None, str | None]:
-        """What it printed to pipes; of two, what goes to the second must be little."""
-        texts = [pipe.read() if pipe else None for pipe in (self.stdout, self.stderr)]
-        self.wait(timeout)
-        return texts[0], texts[1]
+        """What it printed to pipes."""
+        with ThreadPoolExecutor(2) as pool:
+            read = [pipe and pool.submit(pipe.read) for pipe in (self.stdout, self.stderr)]
+            try:
+                self.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise
+        out, err = (each and each.result() for each in read)
+        return out, err
 
 
 def _opened(kind: Any, inherited: int) -> tuple[Any, int]:
@@ -99,56 +98,49 @@ def _opened(kind: Any, inherited: int) -> tuple[Any, int]:
 
 # --- the process that is forked --------------------------------------------------------------------------------------
 
-_server: subprocess.Popen | None = None
+
+@functools.cache
+def _server() -> socket.socket:
+    """Where programs are asked for; the server ends with this process."""
+    ours, theirs = socket.socketpair()
+    program = [sys.executable, "-m", "tests.warm", str(theirs.fileno())]
+    variables = os.environ | CLIENTS | {"PYTHONPATH": str(ROOT)}
+    subprocess.Popen(program, env=variables, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+    theirs.close()
+    return ours
 
 
-def _address() -> str:
-    """Where the server listens; it is started when it is first asked for, and ends with this process."""
-    global _server
-    if _server is None:
-        address = f"{tempfile.mkdtemp(prefix='warm-')}/socket"
-        program = [sys.executable, "-m", "tests.warm", address]
-        variables = os.environ | CLIENTS | {"PYTHONPATH": str(ROOT)}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        _server = subprocess.Popen(program, env=variables, **pipes)
-        assert _server.stdout.readline() == b"ready\n"
-    return _server.args[-1]
-
-
-def _serve(address: str) -> tuple[list[str], list[int]]:
+def _serve(requests: socket.socket) -> tuple[list[str], list[int]]:
     """Forks a process for every request, and says how it ended; returns in each of them: arguments, and its outputs."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(address)
-    listener.listen(100)
     ended, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake)
-    print("ready", flush=True)
     asking: dict[int, socket.socket] = {}  # by process
     while True:
-        ready = select.select([0, listener, ended], [], [])[0]
-        if 0 in ready:
-            sys.exit()
+        ready = select.select([requests, ended], [], [])[0]
         if ended in ready:
             os.read(ended, 1000)
             while asking and (found := os.waitpid(-1, os.WNOHANG))[0]:
                 _say(asking.pop(found[0]), os.waitstatus_to_exitcode(found[1]))
-        if listener in ready:
-            client = listener.accept()[0]
-            request, files, _, _ = socket.recv_fds(client, _MOST, 2)
+        if requests in ready:
+            asked, files, _, _ = socket.recv_fds(requests, 1, 3)
+            if not asked:
+                sys.exit()
+            client, outputs = socket.socket(fileno=files[0]), files[1:]
+            with client.makefile("rb") as request:
+                arguments, variables, folder = json.load(request)
             process = os.fork()
             if not process:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                for each in (listener, client, *asking.values()):
+                for each in (requests, client, *asking.values()):
                     each.close()
-                arguments, variables, folder = json.loads(request)
                 os.environ.clear()
                 os.environ.update(variables)
                 os.chdir(folder)
-                return arguments, files
-            for file in files:
+                return arguments, outputs
+            for file in outputs:
                 os.close(file)
             asking[process] = client
             _say(client, process)
@@ -156,12 +148,15 @@ def _serve(address: str) -> tuple[list[str], list[int]]:
 
 def _say(client: socket.socket, number: int) -> None:
     with contextlib.suppress(OSError):  # nobody may wait for it any more
-        client.send(str(number).encode())
+        client.sendall(struct.pack("i", number))
+
+
+def _number(server: socket.socket) -> int:
+    return struct.unpack("i", server.recv(4, socket.MSG_WAITALL))[0]
 
 
 def _run(arguments: list[str], files: list[int]) -> None:
     """As if Python had been started with these arguments."""
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for place, file in zip((1, 2), files, strict=True):
         os.dup2(file, place)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
@@ -179,4 +174,4 @@ if __name__ == "__main__":
     for name in _IMPORTED:
         importlib.import_module(name)
     gc.freeze()  # what is there now is shared by all, and is not looked through by each
-    _run(*_serve(sys.argv[1]))
+    _run(*_serve(socket.socket(fileno=int(sys.argv[1]))))

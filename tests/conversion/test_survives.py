@@ -19,7 +19,8 @@ from medllm_jax.cli.convert import main
 from medllm_jax.conversion import folders, run_weights, shards
 from medllm_jax.conversion.hf_weights import HFFolder, open_hf
 from medllm_jax.errors import UserError
-from tests.gcs import Faults, Gcs, Python, be_impatient, faults_crash_python, run
+from tests.gcs import Faults, Gcs, be_impatient
+from tests.gcs_programs import Python, faults_crash_python, run
 from tests.tiny_hf import make_hf_folder
 from tests.warm import WarmPython
 

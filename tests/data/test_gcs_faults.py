@@ -16,7 +16,8 @@ from medllm_jax.data.prepare.corpus import Corpus, Recipe, prepare_corpus
 from medllm_jax.data.prepare.preference_pairs import prepare_pairs
 from medllm_jax.storage.remote import move_folder, names_in, remove_folder, write_whole
 from tests.data.stores import numbered_rows, write_rows
-from tests.gcs import Faults, Gcs, Python, be_impatient, faults_crash_python, run
+from tests.gcs import Faults, Gcs, be_impatient
+from tests.gcs_programs import Python, faults_crash_python, run
 from tests.tiny import make_tokenizer, write_json_lines
 
 FAULTS = Faults(unavailable=0.10, reset=0.04, slow=0.05, delay_seconds=0.02)

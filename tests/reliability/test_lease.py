@@ -11,7 +11,8 @@ import pytest
 
 from medllm_jax.errors import RunError
 from medllm_jax.reliability.lease import FILE, Lease
-from tests.gcs import Gcs, run
+from tests.gcs import Gcs
+from tests.gcs_programs import run
 
 QUICK = 0.6  # seconds
 

@@ -14,7 +14,8 @@ from etils import epath
 from medllm_jax.config.load import to_yaml
 from medllm_jax.storage.run_folder import carry_tokenizer, copy_tokenizer, find_tokenizer
 from medllm_jax.training.loop import train
-from tests.gcs import Faults, Gcs, Python, faults_crash_python, run
+from tests.gcs import Faults, Gcs
+from tests.gcs_programs import Python, faults_crash_python, run
 from tests.tiny import write_json_lines
 from tests.training.test_train import config_of
 from tests.world import SEQUENCE_LENGTH

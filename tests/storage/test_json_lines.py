@@ -12,7 +12,8 @@ from medllm_jax.storage.json_lines import (
     read_lines,
     read_rows,
 )
-from tests.gcs import Gcs, run
+from tests.gcs import Gcs
+from tests.gcs_programs import run
 
 
 def test_lines_end_at_newlines_alone():
