@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 WORKDIR ?= demo-run
 SEED ?= 0
 JOBS ?= 3
-# Installs ourselves with extras. Bytecode is compiled here, on all cores: where Python is told not to write it, every
-# later start would be slow.
-install = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".$(1)" && \
-	{ $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true; }
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# Bytecode is compiled after an installation, on all cores: where Python is told not to write it, every later start would
+# be slow.
+COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 STAMPED := pyproject.toml constraints.txt
 
 .PHONY: install demo test quick test-all lint format compiler plans harness deep xpk clean newest
@@ -43,7 +43,8 @@ format: $(VENV)/.installed-lint
 
 # The compiler for TPUs, which `medllm plan` and its tests need. Where it is installed and no TPU is, set JAX_PLATFORMS=cpu.
 compiler: $(VENV)/.installed
-	$(call install,[plan])
+	$(INSTALL) -e ".[plan]"
+	$(COMPILE)
 
 # What can be known of TPUs without one: that the shipped configs fit, that kernels compile, and that they compute what
 # they should. `.ci/run` has it among the slow tests.
@@ -53,11 +54,13 @@ plans: $(VENV)/.installed-test compiler
 
 # lm-evaluation-harness, which one slow test asks.
 harness: $(VENV)/.installed-test
-	$(call install,[test,harness])
+	$(INSTALL) -e ".[test,harness]"
+	$(COMPILE)
 
 # Both at once, for the slow tests.
 deep: $(VENV)/.installed-test
-	$(call install,[test,plan,harness])
+	$(INSTALL) -e ".[test,plan,harness]"
+	$(COMPILE)
 
 # xpk, whose manifests ours are compared with; its pinned versions contradict ours, so it lives by itself.
 xpk: $(VENV)/.installed
@@ -68,16 +71,19 @@ xpk: $(VENV)/.installed
 $(VENV)/.installed: $(STAMPED)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; set PYTHON=/path/to/python"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(call install,)
+	$(INSTALL) -e .
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(call install,[test])
+	$(INSTALL) -e ".[test]"
+	$(COMPILE)
 	touch $@
 
 # Types are checked against the packages that are imported, the optional ones too.
 $(VENV)/.installed-lint: $(VENV)/.installed-test
-	$(call install,[lint])
+	$(INSTALL) -e ".[lint]"
+	$(COMPILE)
 	touch $@
 
 # The newest packages, without constraints, in an environment of its own, made anew each time; the suite says what they break.
