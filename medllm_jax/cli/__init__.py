@@ -81,7 +81,8 @@ def _report(error: Exception) -> int:
     try:
         from etils import epath
 
-        from medllm_jax.reliability.crash_report import redact, write_report
+        from medllm_jax.reliability.crash_report import write_report
+        from medllm_jax.terminal.secrets import redact
 
         words = redact(" ".join(str(error).split()))[:200]
         report = f"the crash report is {write_report(epath.Path(_crash_folder()), 'a verb of medllm', error)}"
