@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from medllm_jax.cli import arguments
-from medllm_jax.errors import UserError
+from medllm_jax.errors import RunError, UserError
 from medllm_jax.terminal.parser import verb
 
 
@@ -132,6 +132,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
     print(format_table(summaries))
     print(f"outputs, grades and scores: {output}")
+    if unanswered := sum(summary.problems.get("unanswered", 0) for summary in summaries.values()):
+        raise RunError(
+            f"{unanswered} answers are missing, and count as wrong: run the same command to ask for them alone"
+        )
 
 
 def _opened(options: argparse.Namespace) -> Any:
