@@ -1,6 +1,7 @@
 """What a model is asked for, and what it answers: the same types for every way to ask one."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -27,8 +28,8 @@ class SamplingParams:
     def __post_init__(self):
         if self.n < 1:
             raise UserError(f"samples is {self.n}: it must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}: it must not be negative")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}: a number of at least 0 was expected")
         if not self.temperature and self.n > 1:
             raise UserError(f"temperature is {self.temperature}: {self.n} samples would all be the same")
         if not 0 < self.top_p <= 1:

@@ -216,10 +216,10 @@ class LetterReader:
         while len(found) <= len(self.letters):
             position = skip(_OPENING, text, position)
             number = None if self._digit_labelled else _NUMBERED.match(text, position)
-            if number and (said := self._choice_at(text, number.end())):
-                # Of a line, or of the choice.
-                if int(number[1]) in (self.letters.index(said[0]) + 1, len(found) + 1 if self.k > 1 else 0):
-                    position = number.end()
+            said = self._choice_at(text, number.end()) if number else None
+            counts = (self.letters.index(said[0]) + 1, len(found) + 1 if self.k > 1 else 0) if said else ()
+            if number and int(number[1]) in counts:  # the number of the choice, or of a line
+                position = number.end()
             said, label = self._choice_at(text, position), None
             if not said and (label := self._patterns.label.match(text, position)):
                 said = self._choice_at(text, skip(_OPENING, text, label.end()))
