@@ -1,7 +1,6 @@
 """Batched generation with a key/value cache: greedy or sampled, jitted, in chunks so that stop strings can be seen."""
 
 import functools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from medllm_jax.evaluation.prompts import Prompt
 from medllm_jax.evaluation.sampling import Completion, SamplingParams, cut_at_stop
 from medllm_jax.model.qwen2 import Cache, Qwen2, empty_cache
 from medllm_jax.storage import run_folder
+from medllm_jax.storage.json_files import read_json
 
 _CHUNK = 16  # tokens between two looks at the text on the host
 _LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
@@ -291,8 +291,11 @@ def eos_token_ids(folder: epath.Path, tokenizer: Any) -> list[int]:
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     file = folder / "generation_config.json"
     if file.exists():
-        named = json.loads(file.read_text()).get("eos_token_id") or []
-        ids += named if isinstance(named, list) else [named]
+        named = read_json(file).get("eos_token_id")
+        named = [] if named is None else named if isinstance(named, list) else [named]
+        if not all(type(each) is int and 0 <= each < 2**31 for each in named):
+            raise UserError(f"{file}: eos_token_id must be an id of a token, or a list of them")
+        ids += named
     if not ids:
         raise UserError(f"the tokenizer in {folder} names no end-of-sequence token: set eos_token there")
     return ids

@@ -1,9 +1,12 @@
 """Generation: greedy as in `transformers`, alone as in a batch, sampled from the right set, stopped in time."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from medllm_jax.checkpoint.handle import open_checkpoint
 from medllm_jax.checkpoint.load_model import LoadedModel
@@ -12,7 +15,7 @@ from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.sampling import SamplingParams
-from medllm_jax.inference.generator import Generator, _draw, choose
+from medllm_jax.inference.generator import Generator, _draw, choose, eos_token_ids
 from medllm_jax.model.abstract import abstract_model, random_params
 from tests.world import tiny_config
 
@@ -199,3 +202,17 @@ def test_a_prompt_without_room_is_refused(generator):
         list(generator(["ok", "word " * 600], SamplingParams(max_new_tokens=12)))
     with pytest.raises(UserError, match="prompt 0 is empty"):
         list(generator([""], SamplingParams(max_new_tokens=12)))
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", '{"eos_token_id": "x"}', '{"eos_token_id": [-1]}', '{"eos_token_id": [true]}']
+)
+def test_a_generation_config_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"generation_config\.json"):
+        eos_token_ids(epath.Path(tmp_path), SimpleNamespace(eos_token_id=1))
+
+
+def test_an_eos_of_null_leaves_the_tokenizers(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert eos_token_ids(epath.Path(tmp_path), SimpleNamespace(eos_token_id=1)) == [1]
