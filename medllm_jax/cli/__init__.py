@@ -5,6 +5,7 @@ Each failure is one line. Where a traceback is wanted, MEDLLM_TRACEBACK=1 lets u
 """
 
 import os
+import select
 import sys
 import tempfile
 import traceback
@@ -68,26 +69,28 @@ def _fail(error: UserError | RunError) -> int:
 def _nobody_reads() -> bool:
     """Whether the reader of what is printed, such as `head`, has left; then nothing more is printed."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain as it ends
-        return True
-    return False
+        stdout = sys.stdout.fileno()
+    except (OSError, ValueError):  # a stream that is no file
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)
+    left = any(event & select.POLLERR for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)  # or Python would complain as it ends
+    return left
 
 
 def _report(error: Exception) -> int:
     """The last line of defence: an error that nobody foresaw is one line, and its traceback a file."""
-    kind = type(error).__name__
+    from etils import epath
+
+    from medllm_jax.reliability.crash_report import redact, write_report
+
+    said = f"{type(error).__name__}: {redact(' '.join(str(error).split()))[:200]}"
     try:
-        from etils import epath
-
-        from medllm_jax.reliability.crash_report import redact, write_report
-
-        words = redact(" ".join(str(error).split()))[:200]
         report = f"the crash report is {write_report(epath.Path(_crash_folder()), 'a verb of medllm', error)}"
     except Exception as another:
-        words, report = "", f"no crash report could be written ({type(another).__name__})"
-    said = f"{kind}: {words}" if words else kind
+        report = f"no crash report could be written ({type(another).__name__})"
     told = f"error: this was not foreseen ({said}); {report}: please report it as a bug of medllm_jax, with that file"
     print(told, file=sys.stderr)
     return 1

@@ -146,7 +146,7 @@ def _of_http(status: int) -> Kind | None:
 
 
 def _of_tensorstore(text: str) -> Kind | None:
-    number = re.search(r"OS error (\d+)", text)
+    number = re.search(r"\[os_error_code='(\d+)'\]", text)
     if number:
         return _BY_ERRNO.get(int(number[1]))
     status, colon, _ = text.partition(": ")
@@ -165,7 +165,7 @@ def _is_a(error: BaseException, module: str, name: str) -> bool:
 
 def _words(error: BaseException) -> str:
     """One line: the type where the text alone would say little, and what the client says without its own details."""
-    text = str(error).split(" [tensorstore_spec=")[0].split(" [http_response")[0].split(" [source locations")[0]
+    text = str(error).split(" [tensorstore_spec=")[0].split(" [http_response")[0].split(" [os_error_code=")[0]
     text = re.sub(r"\s+", " ", text).strip()
     name = type(error).__name__
     short = text if len(text) <= 200 else text[:197] + "..."

@@ -3,6 +3,8 @@
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -185,3 +187,26 @@ def test_a_bad_mesh_is_one_line(world, exam, capsys):
 def test_reference_of_a_cpt_config_is_refused(world, tmp_path, capsys):
     assert run("reference", "--config", config_file(tmp_path, world)) == 2
     assert "belong to an RPO run" in capsys.readouterr().err
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("medllm_jax.data.store.RowStore.open", lambda path: {}["a secret: token=hf_0123456789abcdefgh"])
+    with pytest.raises(KeyError):
+        run("data", "verify", tmp_path)
+    monkeypatch.delenv("MEDLLM_TRACEBACK")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert run("data", "verify", tmp_path) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    (report,) = tmp_path.glob("*/crashes/*.json")
+    assert line.startswith("error: this was not foreseen (KeyError: ") and str(report) in line
+    told = json.loads(report.read_text())
+    assert told["error"] == "KeyError" and any("test_cli.py" in frame for frame in told["traceback"])
+    assert "0123456789" not in line + report.read_text()
+
+
+def test_a_reader_that_leaves_is_no_error(world):
+    """As `medllm data show ... | head` does."""
+    program = [sys.executable, "-m", "medllm_jax.cli", "data", "show", str(world.token_store)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1
