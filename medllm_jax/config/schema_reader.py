@@ -144,7 +144,7 @@ def read_yaml_file(path: "str | Path | epath.Path") -> Any:
 
 
 def _text_of(file: "Path | epath.Path") -> str:
-    problem = _not_readable(os.fspath(file)) if isinstance(file, Path) else None
+    problem = _not_readable(os.fspath(file)) if "://" not in os.fspath(file) else None
     if problem:
         raise UserError(f"{quoted(file, str, most=300)} {problem}: a YAML file is expected")
     with file.open("rb") as content:
@@ -343,7 +343,7 @@ def _first_problem(cls: type, settings: Mapping[str, Any], problems: Sequence[An
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether a value is one of JSON, with text that can be written; NaN excepted: it equals nothing, not even itself."""
+    """Whether a value is one of JSON, but NaN, which equals nothing, not even itself, and text that no file can hold."""
     if depth > _MAX_DEPTH:
         return False
     if isinstance(value, Mapping):

@@ -15,6 +15,7 @@ from etils import epath
 from medllm_jax.config.schema_reader import build, read_yaml_file
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import LETTERS, Question
+from medllm_jax.ranges import NewTokens, Ranged
 
 CONDITIONS = ("answer_only", "explain")
 Prompt = str | list[dict[str, str]]  # text to continue, or chat messages to answer
@@ -33,7 +34,7 @@ class Shot:
 
 
 @dataclasses.dataclass(frozen=True)
-class Condition:
+class Condition(Ranged):
     """What one condition adds after a question.
 
     `cue` ends the prompt, and the model's text follows it directly; `solution` is what follows the cue in a solved
@@ -41,7 +42,7 @@ class Condition:
     """
 
     cue: str
-    max_new_tokens: int
+    max_new_tokens: NewTokens
     solution: str = " {answer}"
     stop: tuple[str, ...] = ()
 
@@ -185,8 +186,6 @@ def _condition(content: Any, where: str) -> Condition:
     _check_placeholders(where, "cue", condition.cue, "")
     _check_placeholders(where, "solution", condition.solution, "answer explanation")
     _check_no_empty_text(where, "stop", condition.stop)
-    if condition.max_new_tokens < 1:
-        raise UserError(f"{where}: 'max_new_tokens' is {condition.max_new_tokens}; at least 1 was expected")
     return condition
 
 

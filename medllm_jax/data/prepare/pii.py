@@ -23,12 +23,13 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from etils import epath
 
 from medllm_jax.config.schema_reader import build, read_yaml_file
 from medllm_jax.errors import UserError
+from medllm_jax.ranges import Range, Ranged
 
 _SHIPPED = Path(__file__).parent / "pii.yaml"
 _SENTENCE_END = re.compile(r"[\n。]")
@@ -171,14 +172,14 @@ def _without_overlaps(findings: list[Finding]) -> list[Finding]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
+class _Entry(Ranged):
     """An entry of a pattern file; the module's docstring tells its keys."""
 
     name: str
     label: str | None = None
     regex: str | None = None
     mask: str | None = None
-    group: str | int = 0
+    group: str | Annotated[int, Range(0, 999)] = 0
     exceptions: tuple[str, ...] = dataclasses.field(default=(), metadata={"alias": "except"})
     check: str | None = None
     hint: str | None = None
