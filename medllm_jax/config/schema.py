@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 from medllm_jax.ranges import BatchSize, Range, Ranged, Seed, Share, Steps
 
 DType = Literal["float32", "bfloat16"]
@@ -107,7 +107,7 @@ class MeshConfig(Ranged, section="mesh"):
         sizes = (self.data, self.fsdp, self.tensor)
         _require(
             sizes.count(-1) <= 1,
-            f"mesh data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}: at most one is -1",
+            f"mesh data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}: of the sizes at most one is -1",
         )
 
 
@@ -441,7 +441,7 @@ class RunConfig(Ranged):
         )
         _require(
             self.profile is None or self.profiled[0] in range(1, self.profiled[1] + 1),
-            f"profile {self.profile!r}: steps=FIRST:LAST is expected, like steps=10:13",
+            f"profile {quoted(self.profile)}: steps=FIRST:LAST is expected, like steps=10:13",
         )
 
     @property

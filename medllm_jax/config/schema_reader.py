@@ -66,15 +66,16 @@ class StrictLoader(yaml.SafeLoader):
             raise _problem(f"nested more than {_MAX_DEPTH} deep", event)
         if getattr(event, "tag", None) not in (None, "!", "tag:yaml.org,2002:str"):
             raise _problem(f"the tag {quoted(event.tag)} is not read here: write a plain value", event)
-        if isinstance(event, yaml.AliasEvent):
-            self._repeated += self._sizes.get(event.anchor, _MAX_BYTES)
-            if event.anchor in self.anchors and self._repeated >= _MAX_BYTES:
-                raise _problem(f"the alias {quoted(event.anchor)} repeats too much: write the values out", event)
         repeated_before = self._repeated
+        alias = isinstance(event, yaml.AliasEvent)
+        if alias and event.anchor in self.anchors:
+            self._repeated += self._sizes.get(event.anchor, _MAX_BYTES)  # one that stands in itself has no end
+            if self._repeated >= _MAX_BYTES:
+                raise _problem(f"the alias {quoted(event.anchor)} repeats too much: write the values out", event)
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
-        if isinstance(event, yaml.NodeEvent) and not isinstance(event, yaml.AliasEvent) and event.anchor and node:
+        if node and event.anchor and not alias:
             written = node.end_mark.index - node.start_mark.index
             self._sizes[event.anchor] = 1 + written + self._repeated - repeated_before
         return node
