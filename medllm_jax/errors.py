@@ -37,5 +37,6 @@ def quoted(value: Any, how: Callable[[Any], str] = _short.repr, *, most: int = 6
     """A value as messages show it: on one line, and cut to so many characters."""
     if isinstance(value, int) and abs(value) >= 10**most:  # Python refuses to write out longer ones
         return f"a number of more than {most} digits"
-    text = " ".join(how(value).split())
+    printable = "".join(letter if letter.isprintable() else " " for letter in how(value)[: 10 * most])
+    text = " ".join(printable.split())
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -63,7 +63,7 @@ def _parse_overrides(arguments: typing.Sequence[str]) -> list[tuple[str, Any]]:
             raise UserError(f"{quoted(name, str)} names no setting: it has {name.count('.')} dots")
         if not equals:
             if not rest:
-                raise UserError(f"{name} has no value")
+                raise UserError(f"{quoted(name, str)} has no value")
             value = rest.pop(0)
         try:
             pairs.append((name[2:], parse_yaml(value)))

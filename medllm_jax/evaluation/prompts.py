@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from medllm_jax.config.schema_reader import build, read_yaml_file
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 from medllm_jax.evaluation.exam import LETTERS, Question
 from medllm_jax.ranges import NewTokens, Ranged
 
@@ -97,7 +97,7 @@ class PromptTemplate:
     def condition(self, name: str) -> Condition:
         """The settings of a condition; UserError where the template lacks it."""
         if name not in self.conditions:
-            raise UserError(f"template {self.name!r} has no condition {name!r}; it has {', '.join(self.conditions)}")
+            raise UserError(f"template {quoted(self.name)} has no condition {quoted(name)}; it has {', '.join(self.conditions)}")
         return self.conditions[name]
 
     def _ask(self, text: str, choices: tuple[str, ...], k: int) -> str:
@@ -125,7 +125,7 @@ def load_template(name_or_path: epath.PathLike) -> PromptTemplate:
     file = _TEMPLATES / f"{name_or_path}.yaml" if str(name_or_path) in shipped else epath.Path(name_or_path)
     if not file.is_file():
         raise UserError(
-            f"no prompt template {str(name_or_path)!r}; give {', '.join(shipped)}, or the path of a YAML file"
+            f"no prompt template {quoted(str(name_or_path), most=300)}; give {', '.join(shipped)}, or the path of a YAML file"
         )
     return _template(read_yaml_file(file), str(file), file.name.removesuffix(".yaml"))
 
@@ -161,7 +161,7 @@ def _template(content: Any, where: str, name: str) -> PromptTemplate:
     if not file.conditions or file.conditions.keys() - set(CONDITIONS):
         found = ", ".join(map(str, file.conditions)) or "none"
         raise UserError(
-            f"{where}: conditions: found {found}; {' and '.join(CONDITIONS)} (or one of them) were expected"
+            f"{where}: conditions: found {quoted(found, str)}; {' and '.join(CONDITIONS)} (or one of them) were expected"
         )
     for form, key in ((file.question, "question"), (file.number_question, "number_question")):
         if "{question}" not in form:
@@ -203,11 +203,11 @@ def _check_placeholders(where: str, key: str, text: str, allowed: str) -> None:
     try:
         fields = [(name, spec, conv) for _, name, spec, conv in string.Formatter().parse(text) if name is not None]
     except ValueError as e:
-        raise UserError(f"{where}: {key!r}: {e}; write {{{{ and }}}} for plain braces") from e
+        raise UserError(f"{where}: {key!r}: {quoted(e, str)}; write {{{{ and }}}} for plain braces") from e
     for name, spec, conversion in fields:
         if name not in allowed.split() or spec or conversion:
             known = ", ".join(f"{{{a}}}" for a in allowed.split()) or "none"
-            raise UserError(f"{where}: {key!r} has the unknown placeholder {{{name}}}; known are {known}")
+            raise UserError(f"{where}: {key!r} has the unknown placeholder {{{quoted(name, str)}}}; known are {known}")
 
 
 def _check_no_empty_text(where: str, key: str, texts: Collection[str]) -> None:

@@ -46,7 +46,7 @@ from medllm_jax.data.prepare.tasks import (
 from medllm_jax.data.store import StoreMetadata
 from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter, check_replaceable
 from medllm_jax.data.tokenizer import eos_of, fingerprint, load_tokenizer
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 from medllm_jax.ranges import Characters, MaxBytes, Ranged, SequenceLength, Share, SimilarityThreshold
 from medllm_jax.storage.remote import remove_folder
 
@@ -85,7 +85,7 @@ class Corpus:
 
     def __post_init__(self):
         if not self.name or set(self.name) & set("/ \t\n"):
-            raise UserError(f"a corpus is named {self.name!r}: give a name without white space and slashes")
+            raise UserError(f"a corpus is named {quoted(self.name)}: give a name without white space and slashes")
 
 
 @dataclasses.dataclass(frozen=True)
