@@ -75,7 +75,7 @@ def _required(cls):
 def _outside(kind, within):
     """Numbers that are in no range, and those just out of this one."""
     yield from (-(10**30), 10**30) if kind is int else (-1e300, 1e300, math.nan, math.inf, -math.inf)
-    after = (lambda bound, way: bound + way) if kind is int else (lambda bound, way: math.nextafter(bound, way * math.inf))
+    after = (lambda bound, to: bound + to) if kind is int else (lambda bound, to: math.nextafter(bound, to * math.inf))
     yield within.below if math.isfinite(within.below) else after(within.most, 1)
     below = within.above if math.isfinite(within.above) else after(within.least, -1)
     yield below if below != within.also else after(below, -1)
