@@ -7,7 +7,6 @@ import shlex
 from typing import Annotated, Any
 
 from medllm_jax.cli import arguments
-from medllm_jax.errors import UserError
 from medllm_jax.ranges import Characters, MaxBytes, PairsPerRow, Range, SequenceLength, SimilarityThreshold
 from medllm_jax.terminal.parser import number, verb
 
@@ -111,11 +110,10 @@ def _data_cpt(options: argparse.Namespace) -> None:
     where = options.config or "the command line"
     named = {name: settings.pop(name) for name in ("corpora", "tokenizer", "output") if name in settings}
     file = build(_Preparation, named, where)
-    tokenizer, output, listed = options.tokenizer or file.tokenizer, options.output or file.output, file.corpora
+    tokenizer, output = options.tokenizer or file.tokenizer or "", options.output or file.output or ""
     settings |= {name: value for name, value in vars(options).items() if name in _RECIPE and value is not None}
     recipe = build(Recipe, settings, where)
-    if options.input:
-        listed = ({"name": "corpus", "input": options.input},)
+    listed = ({"name": "corpus", "input": options.input},) if options.input else file.corpora
     corpora = [build(Corpus, corpus, f"{where}: corpora[{number}]") for number, corpus in enumerate(listed)]
     given = {"--input (or corpora in --config)": corpora, "--tokenizer": tokenizer, "--output": output}
     missing = [name for name, value in given.items() if not value]

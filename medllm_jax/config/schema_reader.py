@@ -148,7 +148,7 @@ def read_yaml_file(path: "str | Path | epath.Path") -> Any:
 
 
 def _text_of(file: "Path | epath.Path") -> str:
-    problem = _not_readable(os.fspath(file)) if "://" not in os.fspath(file) else None
+    problem = _not_readable(Path(file)) if "://" not in os.fspath(file) else None
     if problem:
         raise UserError(f"{quoted(file, str, most=300)} {problem}: a YAML file is expected")
     with file.open("rb") as content:
@@ -161,12 +161,12 @@ def _text_of(file: "Path | epath.Path") -> str:
         raise UserError(f"{file}: not UTF-8 text at byte {error.start}") from None
 
 
-def _not_readable(file: str) -> str | None:
+def _not_readable(file: Path) -> str | None:
     """Why a local path is no file that can be read; None where it is one."""
     try:
-        mode = os.stat(file).st_mode
+        mode = file.stat().st_mode
     except FileNotFoundError:
-        return "is a link to nothing" if os.path.islink(file) else "does not exist"
+        return "is a link to nothing" if file.is_symlink() else "does not exist"
     except (OSError, ValueError) as error:
         return f"can't be read ({getattr(error, 'strerror', None) or error})"
     if not stat.S_ISREG(mode):
@@ -347,7 +347,7 @@ def _first_problem(cls: type, settings: Mapping[str, Any], problems: Sequence[An
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether a value is one of JSON, but NaN, which equals nothing, not even itself, and text that no file can hold."""
+    """Whether a value is one of JSON, but NaN, which equals nothing, not even itself, and text of no file."""
     if depth > _MAX_DEPTH:
         return False
     if isinstance(value, Mapping):

@@ -97,7 +97,9 @@ class PromptTemplate:
     def condition(self, name: str) -> Condition:
         """The settings of a condition; UserError where the template lacks it."""
         if name not in self.conditions:
-            raise UserError(f"template {quoted(self.name)} has no condition {quoted(name)}; it has {', '.join(self.conditions)}")
+            raise UserError(
+                f"template {quoted(self.name)} has no condition {quoted(name)}; it has {', '.join(self.conditions)}"
+            )
         return self.conditions[name]
 
     def _ask(self, text: str, choices: tuple[str, ...], k: int) -> str:
@@ -125,7 +127,8 @@ def load_template(name_or_path: epath.PathLike) -> PromptTemplate:
     file = _TEMPLATES / f"{name_or_path}.yaml" if str(name_or_path) in shipped else epath.Path(name_or_path)
     if not file.is_file():
         raise UserError(
-            f"no prompt template {quoted(str(name_or_path), most=300)}; give {', '.join(shipped)}, or the path of a YAML file"
+            f"no prompt template {quoted(str(name_or_path), most=300)}; "
+            f"give {', '.join(shipped)}, or the path of a YAML file"
         )
     return _template(read_yaml_file(file), str(file), file.name.removesuffix(".yaml"))
 
@@ -159,9 +162,9 @@ def _template(content: Any, where: str, name: str) -> PromptTemplate:
     _check_placeholders(where, "number_question", file.number_question, "question")
     _check_placeholders(where, "choice", file.choice, "letter text")
     if not file.conditions or file.conditions.keys() - set(CONDITIONS):
-        found = ", ".join(map(str, file.conditions)) or "none"
+        found = quoted(", ".join(map(str, file.conditions)) or "none", str)
         raise UserError(
-            f"{where}: conditions: found {quoted(found, str)}; {' and '.join(CONDITIONS)} (or one of them) were expected"
+            f"{where}: conditions: found {found}; {' and '.join(CONDITIONS)} (or one of them) were expected"
         )
     for form, key in ((file.question, "question"), (file.number_question, "number_question")):
         if "{question}" not in form:

@@ -17,9 +17,9 @@ from medllm_jax.config.schema_reader import build, read_yaml, rename_old_keys
 from medllm_jax.config.shipped import find_config
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.sampling import SamplingParams
-from medllm_jax.preferences.make_pairs import PairOptions
 from medllm_jax.ranges import BatchSize, PairsPerPrompt, Range, Ranged, Samples, Seed, SequenceLength, Temperature, TopP
 from medllm_jax.recipes.commands import Runner, heading
+from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.remote import write_whole
 from medllm_jax.storage.run_folder import recorded_config
 from medllm_jax.terminal.tables import markdown
@@ -132,16 +132,19 @@ def _open_folder(folder: epath.Path, config: RoundsConfig, train: RunConfig) -> 
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(marker, json.dumps(settings, indent=2))
         return
-    found = _current(json.loads(marker.read_text()))
+    found = _current(read_json(marker), str(marker))
     if found != settings:
         section = next(section for section in settings if found[section] != settings[section])
-        name = next(name for name in settings[section] if found[section].get(name) != settings[section][name])
+        was, now = found[section], settings[section]
+        name = next(name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name))
         raise UserError(f"{folder} holds rounds of another {section} {name}: set it back, or choose another folder")
 
 
-def _current(recorded: dict[str, Any]) -> dict[str, Any]:
+def _current(recorded: dict[str, Any], where: str) -> dict[str, Any]:
     """Recorded settings as today's names have them, with the defaults of settings that are newer than the record."""
-    train = build(RunConfig, recorded["train"], where="rounds.json")
+    if not isinstance(recorded.get("rounds"), dict):
+        raise UserError(f"{where} has no settings of rounds: it is damaged; choose another folder")
+    train = build(RunConfig, recorded.get("train"), where)
     return json.loads(
         json.dumps({"rounds": rename_old_keys(RoundsConfig, recorded["rounds"]), "train": to_plain(train)})
     )

@@ -174,7 +174,7 @@ def test_not_utf8(tmp_path):
 
 def test_yaml_can_not_make_objects(tmp_path):
     (tmp_path / "run.yaml").write_text("run: !!python/object/apply:os.getcwd []\n")
-    with pytest.raises(UserError, match="the tag .* is not read here"):
+    with pytest.raises(UserError, match=r"the tag .* is not read here"):
         load_run_config(tmp_path / "run.yaml")
 
 
