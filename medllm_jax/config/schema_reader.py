@@ -43,7 +43,7 @@ _NOT_TEXT = re.compile("[\\0\ud800-\udfff]")
 
 # The parser is written in Python: a value takes it 40 microseconds. Configs have a depth of 4.
 _MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 2**20, 100_000, 32
-_MAX_WHOLE_NUMBER = 2**63
+_MAX_DIGITS = 60  # of a whole number; which numbers are right, their ranges say
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -95,9 +95,9 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_whole_number(self, node: yaml.ScalarNode) -> int:
-        if len(node.value) > 40 or abs(number := self.construct_yaml_int(node)) > _MAX_WHOLE_NUMBER:
+        if len(node.value) > _MAX_DIGITS // 2:
             raise _problem(f"{quoted(node.value, str)} is too large for a whole number", node)
-        return number
+        return self.construct_yaml_int(node)
 
 
 def _problem(text: str, place: Any) -> yaml.constructor.ConstructorError:
@@ -358,7 +358,7 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
         return not _NOT_TEXT.search(value)
     if isinstance(value, float):
         return not math.isnan(value)
-    return value is None or (isinstance(value, int) and abs(value) <= _MAX_WHOLE_NUMBER)
+    return value is None or (isinstance(value, int) and abs(value) < 10**_MAX_DIGITS)
 
 
 # --- dataclasses' fields ---------------------------------------------------------------------------------------------

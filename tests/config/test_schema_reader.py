@@ -39,6 +39,7 @@ BROKEN = {
     "dashes": ("- " * 3000, ":1: nested more than 32 deep"),
     "questions": ("? " * 3000, ":1: nested more than 32 deep"),
     "digits": (RUN + "seed: " + "9" * 5000, ":5: 999"),
+    "20 digits": (RUN + "seed: " + "9" * 20, "seed is 99999999999999999999: it must be at least 0 and at most"),
     "hexadecimal": (RUN + "seed: 0x" + "f" * 9000, ":5: 0xfff"),
     "exponent": (RUN + "seed: 1e999", "seed: expected a whole number, got inf"),
     "no whole number": (RUN + 'seed: !!int "abc"\n', ":5: the tag 'tag:yaml.org,2002:int' is not read here"),
