@@ -32,7 +32,7 @@ from medllm_jax.conversion.names import RowRange, row_ranges
 from medllm_jax.conversion.run_weights import RunWeights
 from medllm_jax.conversion.shards import Shard, holds_shard, index_of, shards_of, tensor_bytes, write_shard
 from medllm_jax.data.tokenizer import load_tokenizer
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 from medllm_jax.storage import run_folder
 from medllm_jax.storage.remote import is_folder, is_remote, names_in, remove_folder
 from medllm_jax.terminal.progress import Console, size_in_words
@@ -131,10 +131,10 @@ def memory_needed(weights: Weights, dtype: np.dtype) -> int:
 
 def parse_size(text: str) -> int:
     """Bytes of `5GB`, `500MB`, `1GiB` or a plain number."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMG]I?B)?", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size <= 0:
-        raise UserError(f"--max-shard-size {text!r}: a size such as 5GB or 500MB is expected")
+        raise UserError(f"--max-shard-size {quoted(text)}: a size such as 5GB or 500MB is expected")
     return size
 
 

@@ -7,7 +7,7 @@ a round is in its folder.
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from etils import epath
 
@@ -17,15 +17,16 @@ from medllm_jax.config.schema_reader import build, read_yaml, rename_old_keys
 from medllm_jax.config.shipped import find_config
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.sampling import SamplingParams
-from medllm_jax.preferences.make_pairs import PairOptions
+from medllm_jax.ranges import BatchSize, PairsPerPrompt, Range, Ranged, Samples, Seed, SequenceLength, Temperature, TopP
 from medllm_jax.recipes.commands import Runner, heading
+from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.remote import write_whole
 from medllm_jax.storage.run_folder import recorded_config
 from medllm_jax.terminal.tables import markdown
 
 
 @dataclasses.dataclass(frozen=True)
-class RoundsConfig:
+class RoundsConfig(Ranged):
     """Rounds of RPO.
 
     Attributes:
@@ -52,28 +53,26 @@ class RoundsConfig:
     train: str
     questions: str
     held_out: str
-    rounds: int = 3
+    rounds: Annotated[int, Range(1, 1000)] = 3
     template: str = "igakuqa"
     conditions: tuple[str, ...] = ("answer_only", "explain")
-    samples: int = 8
-    temperature: float | tuple[float, ...] = 0.8
-    top_p: float = 1.0
-    seed: int = 0
+    samples: Samples = 8
+    temperature: Temperature | tuple[Temperature, ...] = 0.8
+    top_p: TopP = 1.0
+    seed: Seed = 0
     strategy: Literal["gold", "onpolicy", "both"] = "both"
-    max_pairs_per_prompt: int = dataclasses.field(default=10, metadata=renamed("most", {}))
-    sequence_length: int = 4096
-    batch_size: int = 8
+    max_pairs_per_prompt: PairsPerPrompt = dataclasses.field(default=10, metadata=renamed("most", {}))
+    sequence_length: SequenceLength = 4096
+    batch_size: BatchSize = 8
 
     def __post_init__(self):
-        if self.rounds < 1:
-            raise UserError(f"rounds is {self.rounds}: it must be at least 1")
+        super().__post_init__()
         if not isinstance(self.temperature, float) and len(self.temperature) < self.rounds:
             raise UserError(f"temperature has {len(self.temperature)} numbers and there are {self.rounds} rounds")
         # What can't be sampled or paired is known now, and not after the start has been examined.
         for number in range(1, self.rounds + 1):
-            drawn = {"temperature": self.temperature_of(number), "top_p": self.top_p, "seed": self.seed}
+            drawn = {"temperature": self.temperature_of(number), "top_p": self.top_p, "seed": self.seed + number}
             SamplingParams(n=self.samples, **drawn)
-        PairOptions(self.strategy, self.max_pairs_per_prompt)
 
     def temperature_of(self, number: int) -> float:
         return self.temperature if isinstance(self.temperature, float) else self.temperature[number - 1]
@@ -133,16 +132,19 @@ def _open_folder(folder: epath.Path, config: RoundsConfig, train: RunConfig) -> 
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(marker, json.dumps(settings, indent=2))
         return
-    found = _current(json.loads(marker.read_text()))
+    found = _current(read_json(marker), str(marker))
     if found != settings:
         section = next(section for section in settings if found[section] != settings[section])
-        name = next(name for name in settings[section] if found[section].get(name) != settings[section][name])
+        was, now = found[section], settings[section]
+        name = next(name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name))
         raise UserError(f"{folder} holds rounds of another {section} {name}: set it back, or choose another folder")
 
 
-def _current(recorded: dict[str, Any]) -> dict[str, Any]:
+def _current(recorded: dict[str, Any], where: str) -> dict[str, Any]:
     """Recorded settings as today's names have them, with the defaults of settings that are newer than the record."""
-    train = build(RunConfig, recorded["train"], where="rounds.json")
+    if not isinstance(recorded.get("rounds"), dict):
+        raise UserError(f"{where} has no settings of rounds: it is damaged; choose another folder")
+    train = build(RunConfig, recorded.get("train"), where)
     return json.loads(
         json.dumps({"rounds": rename_old_keys(RoundsConfig, recorded["rounds"]), "train": to_plain(train)})
     )

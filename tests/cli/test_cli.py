@@ -123,7 +123,7 @@ def test_a_config_file_lists_corpora_and_settings(world, tmp_path, capsys):
     for wrong, line in (
         ({"corpora": [corpus | {"license": "x"}]}, "corpora[0]: unknown key license: did you mean licence?"),
         ({"packings": "split"}, "unknown key packings: did you mean packing?"),
-        ({"corpora": 3}, "corpora is a list"),
+        ({"corpora": 3}, "corpora: expected a list of"),
     ):
         file.write_text(yaml.safe_dump(config | wrong))
         assert run("data", "cpt", "--config", file, "--overwrite") == 2
