@@ -19,7 +19,8 @@ from medllm_jax.errors import UserError
 from medllm_jax.evaluation.sampling import SamplingParams
 from medllm_jax.preferences.make_pairs import PairOptions
 from medllm_jax.recipes.commands import Runner, heading
-from medllm_jax.storage.remote import write_whole
+from medllm_jax.storage import lease
+from medllm_jax.storage.remote import names_in, write_whole
 from medllm_jax.storage.run_folder import recorded_config
 from medllm_jax.terminal.tables import markdown
 
@@ -102,6 +103,11 @@ def run_rounds(config: RoundsConfig, medllm: Runner) -> epath.Path:
     train = load_run_config(config.train)
     if train.objective.name != "rpo":
         raise UserError(f"{config.train}: objective.name is {train.objective.name}: rounds are of rpo")
+    with lease.Lease(folder):
+        return _make_rounds(folder, config, train, medllm)
+
+
+def _make_rounds(folder: epath.Path, config: RoundsConfig, train: RunConfig, medllm: Runner) -> epath.Path:
     _open_folder(folder, config, train)
     results = [_examine(medllm, config, folder / "round-0", config.start)]
     for number in range(1, config.rounds + 1):
@@ -128,7 +134,7 @@ def _open_folder(folder: epath.Path, config: RoundsConfig, train: RunConfig) -> 
         del settings["rounds"][name]
     marker = folder / "rounds.json"
     if not marker.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if names_in(folder) - {lease.FILE}:
             raise UserError(f"{folder} is not empty and holds no rounds: choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(marker, json.dumps(settings, indent=2))

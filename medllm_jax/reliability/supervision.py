@@ -18,9 +18,9 @@ from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.distributed.processes import run_on_all
 from medllm_jax.errors import Preempted, RunError, UserError
 from medllm_jax.reliability import crash_report
-from medllm_jax.reliability.lease import Lease
 from medllm_jax.reliability.preemption import PreemptionHandler
 from medllm_jax.reliability.watchdog import Watchdog
+from medllm_jax.storage.lease import Lease
 from medllm_jax.storage.remote import storage_problem
 
 _log = logging.getLogger(__name__)
