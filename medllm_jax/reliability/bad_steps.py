@@ -12,6 +12,7 @@ from etils import epath
 from medllm_jax.config.schema import GuardConfig
 from medllm_jax.errors import RunError
 from medllm_jax.storage.append import AppendedFile
+from medllm_jax.storage.best_effort import BestEffort
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class BadStepGuard:
 
     def __init__(self, config: GuardConfig, skipped: int, run: epath.Path):
         self.skipped = skipped
-        self._config, self._file = config, AppendedFile(run / FILE)
+        self._config, self._file, self._attempt = config, AppendedFile(run / FILE), BestEffort()
 
     def check(self, rows: list[dict[str, Any]], row_ids: Mapping[int, np.ndarray]) -> None:
         """Takes the metrics of steps, and the ids of the rows that each had.
@@ -59,5 +60,5 @@ class BadStepGuard:
     def _note(self, line: dict[str, Any]) -> None:
         if jax.process_index() != 0:
             return
-        self._file.add(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        self._attempt(FILE, lambda: self._file.add(json.dumps(line).encode() + b"\n"))
+        self._attempt(FILE, self._file.flush)

@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -60,6 +61,7 @@ class Lease:
             "started": _started(os.getpid()),
         }
         self._lost: str | None = None
+        self._renewed = math.inf  # until it is taken
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._go_on, name="lease", daemon=True)
 
@@ -80,7 +82,6 @@ class Lease:
         self._made = [path for path in local if not path.exists()]
         epath.Path(self._folder).mkdir(parents=True, exist_ok=True)
         self._store = ts.KvStore.open(store).result()
-        self._renewed = now()
         self._version = self._take()
         self._thread.start()
         return self

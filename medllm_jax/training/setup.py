@@ -1,6 +1,6 @@
 """The parts of the story that `train` tells."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -155,8 +155,12 @@ def open_progress(
     seen: Seen,
     guard: BadStepGuard,
     sequence_length: int,
+    check: Callable[[], None],
 ) -> Progress:
-    """Where the metrics of this start go; started: when the run was first started, in seconds since the epoch."""
+    """Where the metrics of this start go; started: when the run was first started, in seconds since the epoch.
+
+    check: raises RunError where the folder is another program's by now.
+    """
     return Progress(
         folder,
         config.logging,
@@ -169,6 +173,7 @@ def open_progress(
         step_flops=train_flops(config.model, config.data.batch_size, sequence_length, config.adapter),
         mixed=config.data.mix is not None,
         settings=to_plain(config),
+        check=check,
     )
 
 
