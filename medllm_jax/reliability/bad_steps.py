@@ -54,7 +54,9 @@ class BadStepGuard:
         if np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]):
             if self._config.loss and row["loss"] > self._config.loss:
                 return f"the loss {row['loss']:.4g} is above guard.loss {self._config.loss:g}"
-            return f"the gradient's norm {row['grad_norm']:.4g} is above guard.grad_norm {self._config.grad_norm:g}"
+            if self._config.grad_norm and row["grad_norm"] > self._config.grad_norm:
+                return f"the gradient's norm {row['grad_norm']:.4g} is above guard.grad_norm {self._config.grad_norm:g}"
+            return "the update made numbers that are not finite, of a loss and a gradient that are (see optimizer.eps)"
         return f"loss {row['loss']} and gradient norm {row['grad_norm']}: not finite numbers"
 
     def _note(self, line: dict[str, Any]) -> None:
