@@ -3,6 +3,7 @@
 Exit codes: 0 done; 1 failure; 2 the input or the config is wrong; 42 told to end (SIGTERM), and saved: start it again.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from medllm_jax.cli import convert, data, exams, launch, training
 from medllm_jax.errors import PREEMPTED, Preempted, RunError, UserError
 from medllm_jax.terminal.log import show_messages
 from medllm_jax.terminal.parser import Parser, parse
+
+_INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None, *, group: str | None = None) -> int:
@@ -24,6 +27,8 @@ def main(arguments: Sequence[str] | None = None, *, group: str | None = None) ->
             raise
         traceback.print_exc()
         code = 1
+    if code == _INTERRUPTED and arguments is None:
+        _end(code)
     if code and _one_of_several():
         sys.modules["medllm_jax.distributed.processes"].leave(code)
     return code
@@ -45,7 +50,14 @@ def _run(arguments: Sequence[str], *, from_terminal: bool) -> int:
         return PREEMPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
+
+
+def _end(code: int) -> None:
+    """Ends this process at once: threads that compile or read would meet an interpreter that is taken apart."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _one_of_several() -> bool:

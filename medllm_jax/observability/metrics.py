@@ -45,10 +45,10 @@ class MetricsLog:
         self.seconds_before = 0.0
         self._file = self._attempt(METRICS, lambda: self._open(after_step)) or AppendedFile(run / METRICS)
         self._pending: list[dict[str, Any]] = []
-        self._wandb = self._attempt("W&B", lambda: _join_wandb(wandb, run, config)) if wandb else None
+        self._wandb: Any = self._attempt("W&B", lambda: _join_wandb(wandb, run, config)) if wandb else None
         self._local = tempfile.TemporaryDirectory() if is_remote(run) else None
         place = Path(run / "tensorboard" if self._local is None else self._local.name)
-        self._events = self._attempt("tensorboard", lambda: _open_events(place, after_step))
+        self._events: Any = self._attempt("tensorboard", lambda: _open_events(place, after_step))
         self._thread = ThreadPoolExecutor(1, "metrics")
         self._writing = self._thread.submit(lambda: None)
 

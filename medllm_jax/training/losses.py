@@ -3,6 +3,8 @@
 Everything after the LM head is float32. Shapes as in data/batch.py.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,10 +37,11 @@ class LossSum(NamedTuple):
     counts: dict[str, Float32[Array, ""]]
 
 
-def averages(sums: LossSum) -> dict[str, Float32[Array, ""]]:
-    """Name -> what is reported of sums over all rows; 0 where nothing has weight."""
+def averages(sums: LossSum) -> dict[str, Any]:
+    """Name -> float32 scalar that is reported of sums over all rows, on the device or fetched; 0 without weight."""
     return {
-        name: sum(total / jnp.maximum(weight, 1e-8) for total, weight in parts) for name, parts in sums.means.items()
+        name: functools.reduce(operator.add, (total / weight.clip(1e-8) for total, weight in parts))
+        for name, parts in sums.means.items()
     }
 
 
@@ -110,7 +113,7 @@ def rpo(config: ObjectiveConfig) -> Loss:
         # Of tokens that count alike the mean needs no length of the whole batch, of which measuring has none.
         of_tokens = (-jnp.sum(log_probs[..., 0]), jnp.sum(lengths[..., 0]))
         nll_mean = mean(nll, exists) if by_sequence else of_tokens
-        means = {
+        means: dict[str, tuple[Mean, ...]] = {
             "loss": (mean(is_pair * preference, exists), (config.alpha * nll_mean[0], nll_mean[1])),
             config.pair_loss: (mean(preference, is_pair),),
             "nll": (nll_mean,),

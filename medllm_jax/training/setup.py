@@ -86,6 +86,12 @@ def open_rows(config: ResolvedConfig, stores: Sequence[str]) -> Rows:
             vocab_size=config.model.vocab_size,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None,
         )
+        longest = config.model.max_position_embeddings
+        if store.metadata.sequence_length > longest:
+            raise UserError(
+                f"store {store.path} has rows of {store.metadata.sequence_length} tokens, and the model was made for "
+                f"{longest} (max_position_embeddings): prepare shorter rows, or set model.max_position_embeddings"
+            )
     if config.objective.name == "rpo" and rows.kind != "pairs":
         raise UserError(f"{rows} holds no pairs, which an RPO run needs: add a store of pairs, or choose objective sft")
     return rows
