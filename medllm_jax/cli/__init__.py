@@ -17,6 +17,8 @@ from medllm_jax.errors import PREEMPTED, Preempted, RunError, UserError
 from medllm_jax.terminal.log import show_messages
 from medllm_jax.terminal.parser import Parser, parse
 
+_INTERRUPTED = 130  # as shells have it for Ctrl-C
+
 
 def main(arguments: Sequence[str] | None = None, *, group: str | None = None) -> int:
     """Runs a verb, of a group if one is named; returns the exit code. Arguments None are those of the command line."""
@@ -32,6 +34,8 @@ def main(arguments: Sequence[str] | None = None, *, group: str | None = None) ->
             code = 1
         else:
             raise
+    if code == _INTERRUPTED and arguments is None:
+        _end(code)
     if code and _one_of_several():
         sys.modules["medllm_jax.distributed.processes"].leave(code)
     return code
@@ -49,7 +53,7 @@ def _run(arguments: Sequence[str], *, from_terminal: bool) -> int:
         return PREEMPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 1
@@ -99,6 +103,13 @@ def _report(error: Exception) -> int:
 def _crash_folder() -> Path:
     """Where reports lie of what was not a run."""
     return Path(tempfile.gettempdir()) / f"medllm-{os.getuid()}"
+
+
+def _end(code: int) -> None:
+    """Ends this process at once: threads that compile or read would meet an interpreter that is taken apart."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _one_of_several() -> bool:

@@ -207,6 +207,11 @@ def _report_store(output: str, metadata: Any, what: str) -> None:
         f"{output}: {metadata.examples:,} {what} in {metadata.rows:,} rows of {metadata.sequence_length}, "
         f"{metadata.tokens:,} tokens, {metadata.fill:.1%} full"
     )
+    for corpus in metadata.corpora:
+        found = corpus.manifest.get("personal_data", {"flagged": 0})
+        if found["flagged"]:
+            done = "masked" if metadata.recipe.get("pii") == "mask" else "left as it is"
+            print(f"personal data, {done}: in {found['flagged']:,} of {found['documents']:,} {what} of {corpus.name}")
     for reason, entry in metadata.dropped.items():
         places = ", ".join(entry["first"])
         print(f"left out: {entry['count']} ({reason}), first at {places}")

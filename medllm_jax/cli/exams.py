@@ -1,7 +1,9 @@
 """`medllm pairs | evaluate | score | likelihood | contamination | report`: what asks models, and what came of it."""
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from medllm_jax.cli import arguments
@@ -13,7 +15,7 @@ from medllm_jax.terminal.parser import number, verb
 def add(verbs: Any) -> None:
     """The verbs."""
     about = "sample a model on an exam with known answers, grade the samples, make preference rows (see docs/pairs.md)"
-    make = verb(verbs, "pairs", _pairs, about)
+    make = verb(verbs, "pairs", _alone(_pairs), about)
     arguments.add_model(make)
     arguments.add_exam(make)
     arguments.add_samples(make, samples=8)
@@ -59,6 +61,18 @@ def add(verbs: Any) -> None:
     arguments.add_machine(look)
     arguments.add_questions(look)
     look.add_argument("--output", help="folder for likelihood.json (default: in the run folder)")
+
+
+def _alone(act: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """A verb that no other program may write the --output of at the same time."""
+
+    def run(options: argparse.Namespace) -> None:
+        from medllm_jax.storage.lease import Lease
+
+        with Lease.beside(options.output):
+            act(options)
+
+    return run
 
 
 def _pairs(options: argparse.Namespace) -> None:
@@ -119,6 +133,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
     from medllm_jax.evaluation.sampling import SamplingParams
+    from medllm_jax.storage.lease import Lease
     from medllm_jax.terminal.progress import Console
 
     choice = {"text_only": options.text_only, "prepend_stems": options.prepend_stems, "limit": options.limit}
@@ -127,8 +142,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     params = SamplingParams(n=options.samples, temperature=temperature, top_p=options.top_p, seed=options.seed)
     checkpoint = _opened(options)
     output = options.output or _results_folder(options, checkpoint, exam.name, template.name)
-    sampler = _sampler(options, checkpoint)
-    with Console(f"exam {exam.name}", len(exam.questions) * len(options.conditions), unit="question") as console:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Lease(output))  # before a model is loaded for nothing
+        sampler = _sampler(options, checkpoint)
+        total = len(exam.questions) * len(options.conditions)
+        console = stack.enter_context(Console(f"exam {exam.name}", total, unit="question"))
         show = lambda done: console.update(done, every_seconds=10)  # noqa: E731
         summaries = evaluate(
             exam, template, options.conditions, sampler, output, params, anew=options.resample, progress=show

@@ -116,7 +116,8 @@ class PrecisionConfig:
     """Number formats. Norms, softmax, losses and reductions are float32 whatever is set here.
 
     Attributes:
-        params: stored weights, or adapters, and their optimizer state
+        params: stored weights, or adapters, that are trained; bfloat16 loses steps below 1/512 of a weight in
+            rounding, so that it needs a learning rate of at least 8e-5
         compute: matrix products
     """
 

@@ -34,6 +34,7 @@ from medllm_jax.distributed.sharding import parts_of
 from medllm_jax.errors import UserError
 from medllm_jax.model.quantize import BLOCK, Storage, quantize
 from medllm_jax.storage import run_folder
+from medllm_jax.storage.lease import sole_writer
 from medllm_jax.storage.remote import remove_folder
 from medllm_jax.terminal.progress import Console, size_in_words
 
@@ -43,6 +44,7 @@ _WORKERS = 2
 _RANGE_BYTES = 16 << 20  # a worker takes at least so many, where a weight has them
 
 
+@sole_writer("target", beside=True, unit=lambda part, **_: f"part-{part[0] + 1}" if part[1] > 1 else "")
 def from_hf(
     source: str,
     target: str,
@@ -108,6 +110,7 @@ def from_hf(
     )
 
 
+@sole_writer("target", beside=True)
 def from_peft(
     source: str, target: str, *, base: str, storage: str | None = None, double_quantization: bool = False
 ) -> None:

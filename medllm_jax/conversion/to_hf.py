@@ -34,6 +34,7 @@ from medllm_jax.conversion.shards import Shard, holds_shard, index_of, shards_of
 from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.errors import UserError, quoted
 from medllm_jax.storage import run_folder
+from medllm_jax.storage.lease import sole_writer
 from medllm_jax.storage.remote import is_folder, is_remote, names_in, remove_folder
 from medllm_jax.terminal.progress import Console, size_in_words
 
@@ -49,6 +50,7 @@ _READERS = 1
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+@sole_writer("target", beside=True)
 def to_hf(
     source: str,
     target: str,

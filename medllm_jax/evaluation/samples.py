@@ -19,6 +19,7 @@ from medllm_jax.evaluation.prompts import Prompt, PromptTemplate
 from medllm_jax.evaluation.sampling import Completion, Sampler, SamplingParams
 from medllm_jax.storage.append import AppendedFile
 from medllm_jax.storage.json_lines import Row, parse_row
+from medllm_jax.storage.lease import sole_writer
 
 Key = tuple[str, str]  # question id, condition
 
@@ -31,6 +32,7 @@ def prompt_of(question: Question, template: PromptTemplate, condition: str, *, c
     return (template.render_messages if chat else template.render)(question, condition)
 
 
+@sole_writer("file", beside=True)
 def sample_exam(
     exam: Exam,
     template: PromptTemplate,

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from medllm_jax.errors import PREEMPTED, Preempted, UserError
+from medllm_jax.errors import PREEMPTED, Preempted, RunError, UserError
 
 Main = Callable[[Sequence[str]], int]
 
@@ -20,15 +20,17 @@ class Runner:
         self._main = main
 
     def __call__(self, *arguments: Any) -> None:
-        """Prints `medllm ARGUMENTS` and runs it; UserError where it does not end well."""
+        """Prints `medllm ARGUMENTS` and runs it; what ends it is raised here as the error of that kind."""
         words = [str(argument) for argument in arguments]
         line = f"medllm {shlex.join(words)}"
         print(f"\n$ {line}", flush=True)
         code = self._main(words)
         if code == PREEMPTED:
             raise Preempted(f"in: {line}")
-        if code:
+        if code == 2:
             raise UserError(f"stopped at: {line}")
+        if code:  # which may pass, so that whoever starts it again is right to
+            raise RunError(f"stopped at: {line}")
 
 
 def heading(text: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,9 +15,10 @@ from medllm_jax.evaluation.grading import Grade, read_grades
 from medllm_jax.evaluation.prompts import CONDITIONS
 from medllm_jax.evaluation.samples import Samples
 from medllm_jax.evaluation.sampling import Completion
-from medllm_jax.storage.json_lines import read_appended_rows
 from medllm_jax.storage.remote import names_in
-from medllm_jax.storage.run_folder import recorded_config
+from medllm_jax.storage.run_folder import METRICS, read_metrics, recorded_config
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +82,15 @@ def collect(paths: Iterable[str]) -> tuple[list[RecordedRun], list[Results]]:
     names |= {
         f: run_names[run] if of_run[run] == 1 else f"{run_names[run]}/{f.name}" for f, run in results.items() if run
     }
-    read = [RecordedRun(run_names[f], config, read_appended_rows(f / "metrics.jsonl")) for f, config in runs.items()]
+    read = [RecordedRun(run_names[f], config, _metrics(f)) for f, config in runs.items()]
     return read, [_results(folder, names[folder]) for folder in results]
+
+
+def _metrics(run: epath.Path) -> list[dict[str, Any]]:
+    rows, damaged = read_metrics(run)
+    if damaged:
+        _log.warning(f"warning: {len(damaged)} lines of {run / METRICS} can't be read, the first is line {damaged[0]}")
+    return rows
 
 
 def _is_results(names: set[str]) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import medllm_jax.cli
 from medllm_jax.cli import main
 from tests.tiny import write_json_lines
 from tests.world import SEQUENCE_LENGTH
@@ -60,6 +61,21 @@ def test_mistakes_exit_2_with_one_line(arguments, line, capsys, monkeypatch, tmp
     errors = capsys.readouterr().err
     assert line in errors and errors.startswith("error: ") and errors.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_ends_the_process_at_once(monkeypatch, capsys):
+    """Without taking the interpreter apart under threads that compile, which ends in a segmentation fault."""
+    ended = []
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(medllm_jax.cli, "parse", stop)
+    monkeypatch.setattr(medllm_jax.cli.os, "_exit", ended.append)
+    monkeypatch.setattr(sys, "argv", ["medllm", "train"])
+    assert main(["train"]) == 130 and not ended, "a caller's process is not ended"
+    main()
+    assert ended == [130] and capsys.readouterr().err == "interrupted\n" * 2
 
 
 def test_a_misspelt_setting_names_the_likely_one(world, tmp_path, capsys):

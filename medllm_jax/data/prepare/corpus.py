@@ -48,6 +48,7 @@ from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter, check_repl
 from medllm_jax.data.tokenizer import eos_of, fingerprint, load_tokenizer
 from medllm_jax.errors import UserError, quoted
 from medllm_jax.ranges import Characters, MaxBytes, Ranged, SequenceLength, Share, SimilarityThreshold
+from medllm_jax.storage.lease import sole_writer
 from medllm_jax.storage.remote import remove_folder
 
 Packing = Literal["best_fit", "split"]
@@ -121,6 +122,7 @@ class Recipe(Ranged):
     pii_patterns: tuple[str, ...] = ()
 
 
+@sole_writer("output", beside=True)
 def prepare_corpus(
     corpora: Sequence[Corpus],
     tokenizer_dir: str | epath.PathLike,
@@ -137,6 +139,7 @@ def prepare_corpus(
     a row is cut (counted as ``split_documents``); each piece is a segment that sees only itself. Rows hold one corpus
     each, in the order given. The same input and recipe give the same rows, whatever the executor.
 
+    One program at a time prepares an output (`lease.sole_writer`); on how many machines is the executor's affair.
     Work in progress is kept beside the output, in ``.NAME.preparing``: the same call after an interruption or an error
     resumes the preparation. executor: where the tasks run (see ``jobs.py``).
 

@@ -8,10 +8,14 @@ import shutil
 import time
 from pathlib import Path
 
+from etils import epath
+
 from medllm_jax.errors import UserError
 from medllm_jax.recipes.commands import Runner, heading
 from medllm_jax.recipes.demo.tokenizer import train_tokenizer
 from medllm_jax.recipes.demo.world import TEMPLATE, tokenizer_texts, write_world
+from medllm_jax.storage import lease
+from medllm_jax.storage.remote import names_in
 from medllm_jax.terminal.tables import markdown
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -21,6 +25,7 @@ CONDITIONS = ("answer_only", "explain")
 SAMPLES = ("--samples", "8", "--temperature", "1.0", "--max-pairs-per-prompt", "4", "--strategy", "both")
 
 
+@lease.sole_writer("workdir")
 def run_demo(workdir: str, seed: int, medllm: Runner) -> Path:
     """Runs the recipe in a folder and prints the table; returns the table's file.
 
@@ -106,7 +111,7 @@ def _open_workdir(work: Path, seed: int) -> None:
         if json.loads(marker.read_text()) != {"seed": seed}:
             raise UserError(f"{work} holds a demo of another seed: give another --workdir, or remove it")
         print(f"{work} holds an earlier demo: what is there is kept; remove the folder to begin anew")
-    elif work.exists() and any(work.iterdir()):
+    elif names_in(epath.Path(work)) - {lease.FILE}:
         raise UserError(f"{work} is not empty and holds no demo: give another --workdir")
     else:
         work.mkdir(parents=True, exist_ok=True)
@@ -127,8 +132,6 @@ def _write_tokenizer(folder: Path) -> None:
 
 def _make_random_model(work: Path, seed: int, medllm: Runner) -> None:
     """A random model, exported to the folder `hf`: what a checkpoint from a model hub is to a large run."""
-    from etils import epath
-
     from medllm_jax.checkpoint.write_model import write_model
     from medllm_jax.config.load import load_model_config, to_plain
     from medllm_jax.config.schema import MeshConfig, PrecisionConfig
