@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
     )
 )
+os.environ["MEDLLM_TRACEBACK"] = "1"  # an error that nobody foresaw fails its test, instead of being told in one line
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["OMP_NUM_THREADS"] = "1"  # of torch: several workers share few cores, and its threads wait by spinning
 # No cache of compiled programs: XLA for CPUs forgets the order of a program's collectives when it reads one back, and

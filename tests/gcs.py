@@ -101,6 +101,7 @@ class Faults(NamedTuple):
     unavailable: answered 503. Of these every fourth was carried out all the same, and only its answer is "lost".
     reset: the connection ends, for one half before anything was done, for the other after, with the answer "cut" in the
     middle. slow: answered after ``delay_seconds``. lost_writes: whether a write, too, may be carried out and yet fail.
+    status: every request is answered with it, if it is not 0, and nothing is done.
     """
 
     unavailable: float = 0.0
@@ -109,6 +110,7 @@ class Faults(NamedTuple):
     delay_seconds: float = 0.05
     seed: int = 0
     lost_writes: bool = True
+    status: int = 0
 
     def of(self, number: int, request: Request) -> Fault | None:
         lost, cut = (0.25, 0.5) if self.lost_writes or request.method == "GET" else (0.0, 0.0)
@@ -229,8 +231,7 @@ class Gcs:
             except _Refused as refusal:
                 if refusal.status == 304:
                     return Response(304)
-                error = {"code": refusal.status, "message": str(refusal), "errors": [{"message": str(refusal)}]}
-                return _json_response({"error": error}, refusal.status)
+                return _error(refusal.status, str(refusal))
 
     def _json(self, request: Request, parts: list[str], query: dict[str, str]) -> Response:
         match (request.method, *parts):
@@ -508,7 +509,12 @@ def _json_response(content: dict[str, Any], status: int = 200) -> Response:
     return Response(status, json.dumps(content).encode(), {"Content-Type": "application/json; charset=UTF-8"})
 
 
-_UNAVAILABLE = _json_response({"error": {"code": 503, "message": "try again later"}}, 503)
+def _error(status: int, message: str) -> Response:
+    error = {"code": status, "message": message, "errors": [{"message": message}]}
+    return _json_response({"error": error}, status)
+
+
+_UNAVAILABLE = _error(503, "try again later")
 
 
 def _split(uri: str) -> tuple[str, str]:
@@ -569,9 +575,12 @@ class _Handler(BaseHTTPRequestHandler):
         fault = gcs.faults.of(next(gcs.numbers), request)
         if fault == "slow":
             time.sleep(gcs.faults.delay_seconds)
-        response = _UNAVAILABLE if fault in ("unavailable", "reset") else gcs.answer(request)
+        asked = fault not in ("unavailable", "reset") and not gcs.faults.status
+        response = gcs.answer(request) if asked else _UNAVAILABLE
         if fault == "lost":
             response = _UNAVAILABLE
+        elif status := gcs.faults.status:
+            response = _error(status, f"status {status} is what everything is answered with")
         gone = fault in ("reset", "cut")
         gcs.log.append(Logged(request.method, request.path, 0 if gone else response.status, fault))
         if gone:

@@ -1,11 +1,15 @@
 """`medllm`: one verb a subcommand. What a verb needs is imported inside it, so that `--help` is quick.
 
 Exit codes: 0 done; 1 failure; 2 the input or the config is wrong; 42 told to end (SIGTERM), and saved: start it again.
+Each failure is one line. Where a traceback is wanted, MEDLLM_TRACEBACK=1 lets unforeseen errors through.
 """
 
+import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from medllm_jax.cli import convert, data, exams, launch, training
 from medllm_jax.errors import PREEMPTED, Preempted, RunError, UserError
@@ -19,11 +23,14 @@ def main(arguments: Sequence[str] | None = None, *, group: str | None = None) ->
     show_messages()
     try:
         code = _run(words, from_terminal=arguments is None)
-    except Exception:
-        if not _one_of_several():
+    except Exception as error:
+        if os.environ.get("MEDLLM_TRACEBACK") != "1":
+            code = _report(error)
+        elif _one_of_several():
+            traceback.print_exc()
+            code = 1
+        else:
             raise
-        traceback.print_exc()
-        code = 1
     if code and _one_of_several():
         sys.modules["medllm_jax.distributed.processes"].leave(code)
     return code
@@ -34,18 +41,61 @@ def _run(arguments: Sequence[str], *, from_terminal: bool) -> int:
         options = parse(make_parser(), arguments)
         options.from_terminal = from_terminal
         return options.verb(options) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (UserError, RunError) as error:
+        return _fail(error)
     except Preempted as ended:
         print(f"preempted: {ended}; run the same command to resume", file=sys.stderr)
         return PREEMPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 1
+        from medllm_jax.storage.faults import as_told
+
+        told = as_told(error)
+        if told is None:
+            raise
+        return _fail(told)
+
+
+def _fail(error: UserError | RunError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, UserError) else 1
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of what is printed, such as `head`, has left; then nothing more is printed."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain as it ends
+        return True
+    return False
+
+
+def _report(error: Exception) -> int:
+    """The last line of defence: an error that nobody foresaw is one line, and its traceback a file."""
+    kind = type(error).__name__
+    try:
+        from etils import epath
+
+        from medllm_jax.reliability.crash_report import redact, write_report
+
+        words = redact(" ".join(str(error).split()))[:200]
+        report = f"the crash report is {write_report(epath.Path(_crash_folder()), 'a verb of medllm', error)}"
+    except Exception as another:
+        words, report = "", f"no crash report could be written ({type(another).__name__})"
+    said = f"{kind}: {words}" if words else kind
+    told = f"error: this was not foreseen ({said}); {report}: please report it as a bug of medllm_jax, with that file"
+    print(told, file=sys.stderr)
+    return 1
+
+
+def _crash_folder() -> Path:
+    """Where reports lie of what was not a run."""
+    return Path(tempfile.gettempdir()) / f"medllm-{os.getuid()}"
 
 
 def _one_of_several() -> bool:

@@ -7,7 +7,6 @@ file for each of the processes that fill it.
 
 import collections
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -20,8 +19,9 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from medllm_jax.errors import UserError
-from medllm_jax.storage.remote import is_remote, names_in, remove_folder, storage_problem, write_whole
+from medllm_jax.errors import RunError, UserError
+from medllm_jax.storage.faults import fault_of
+from medllm_jax.storage.remote import is_remote, names_in, remove_folder, write_whole
 from medllm_jax.terminal.progress import size_in_words
 
 _PROGRESS = ".conversion-"
@@ -158,13 +158,14 @@ def check_room(target: str | os.PathLike, size: int) -> None:
 
 @contextlib.contextmanager
 def full_disk_is_reported(target: str | os.PathLike) -> Iterator[None]:
-    """UserError for a disk that runs full in the block."""
+    """RunError for a disk that runs full in the block."""
     try:
         yield
-    except (OSError, ValueError) as error:  # of TensorStore, ValueError
-        if storage_problem(error) not in [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]:
+    except Exception as error:
+        fault = fault_of(error)
+        if fault is None or fault.kind != "full":
             raise
-        raise UserError(
+        raise RunError(
             f"{target}: the disk is full: make room and go on with --resume, or remove {unfinished_folder(target)}"
         ) from error
 

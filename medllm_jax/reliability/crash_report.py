@@ -1,4 +1,7 @@
-"""What is known of a run that failed, in a file of its run folder: for people and for programs that watch many runs."""
+"""What is known of a program that failed, in a file of its run folder: for people and for watching programs.
+
+Importing this module does not import JAX, which a verb that fails may not have needed.
+"""
 
 import json
 import os
@@ -12,7 +15,6 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-import jax
 from etils import epath
 
 _PACKAGES = ("medllm_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain")
@@ -48,12 +50,11 @@ def write_report(run: epath.Path, stage: str, problem: BaseException | str) -> e
     environment, no arguments, nothing of the data.
     """
     error = problem if isinstance(problem, BaseException) else None
+    processes = _processes()
     report = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
-        "process": jax.process_index(),
-        "processes": jax.process_count(),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        **processes,
         "stage": stage,
         "error": None if error is None else type(error).__name__,
         "message": redact(str(problem)),
@@ -62,9 +63,24 @@ def write_report(run: epath.Path, stage: str, problem: BaseException | str) -> e
     }
     folder = run / "crashes"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-process-{jax.process_index()}.json"
+    path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-process-{processes.get('process', os.getpid())}.json"
     path.write_text(json.dumps(report, indent=1))
     return path
+
+
+def _processes() -> dict[str, Any]:
+    """Which of how many processes this is, and its devices; nothing where JAX was not used, or can't say."""
+    jax = sys.modules.get("jax")
+    if jax is None:
+        return {}
+    try:
+        return {
+            "process": jax.process_index(),
+            "processes": jax.process_count(),
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        }
+    except Exception as error:  # no backend can be had, which may be what failed
+        return {"devices": f"none ({type(error).__name__})"}
 
 
 def versions() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from medllm_jax.reliability import crash_report
 from medllm_jax.reliability.lease import Lease
 from medllm_jax.reliability.preemption import PreemptionHandler
 from medllm_jax.reliability.watchdog import Watchdog
-from medllm_jax.storage.remote import storage_problem
+from medllm_jax.storage.faults import as_told
 
 _log = logging.getLogger(__name__)
 
@@ -60,12 +60,9 @@ def supervised(folder: epath.Path, stage_seconds: float) -> Iterator[Supervision
                     f"in {watch.now} the processes of the run lost each other ({cause}): one has probably died, and "
                     "its log says why; started again, the run goes on from its last checkpoint"
                 ) from error
-            problem = storage_problem(error)
-            if problem is not None:
-                raise RunError(
-                    f"{folder} can't be written ({problem}): make it writable and start again; the run goes on from "
-                    "its last checkpoint"
-                ) from error
+            told = as_told(error)
+            if told is not None:
+                raise type(told)(f"{told}; the run goes on from its last checkpoint") from error
             raise
 
 

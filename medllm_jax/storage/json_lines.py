@@ -8,6 +8,7 @@ an object, ``read_appended_rows`` for those that a program appends to and may le
 import dataclasses
 import json
 import math
+import re
 import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -15,12 +16,14 @@ from typing import Any, NamedTuple, Protocol
 from etils import epath
 
 from medllm_jax.errors import UserError
+from medllm_jax.storage.json_files import is_deep, is_unicode
 from medllm_jax.storage.remote import open_buffered
 
 _REQUIRED = object()
 _WORDS = {str: "a string", list: "a list", bool: "true or false", int: "a whole number", float: "a number"}
 
 _BLOCK = 2**20  # bytes: how much of a line that is too long is read at a time
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape for half of a pair, which most lines lack
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors begin a file with it
 
 
@@ -84,6 +87,10 @@ def parse_object(line: bytes) -> dict[str, Any]:
         raise LineError("not UTF-8", f"byte {error.start} is not UTF-8; save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise LineError("not valid JSON", f"not JSON ({error}); one JSON object a line was expected") from error
+    if is_deep(content):
+        raise LineError("not valid JSON", "it nests too deep")
+    if _SURROGATE.search(line) and not is_unicode(content):
+        raise LineError("not valid JSON", "half of a surrogate pair is no text; write the character whole")
     if not isinstance(content, dict):
         raise LineError("not a JSON object", f"{_short(content)} is not a JSON object; one object a line was expected")
     return content

@@ -5,7 +5,6 @@ what is done in a bucket must bear that: writing and removing do; moving does no
 """
 
 import contextlib
-import errno
 import io
 import json
 import os
@@ -34,6 +33,14 @@ def kvstore_spec(folder: str | os.PathLike) -> dict[str, str]:
     if is_remote(text):
         raise UserError(f"{text}: a local folder, or one under gs://, is expected")
     return {"driver": "file", "path": f"{Path(text).resolve()}/"}
+
+
+def is_folder(path: "epath.Path") -> bool:
+    """Whether a folder is there. (`is_dir` says no, too, where a bucket does not answer or may not be read.)"""
+    try:
+        return path.stat().is_directory
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def names_in(folder: "epath.Path") -> set[str]:
@@ -79,19 +86,6 @@ def move_folder(path: "epath.Path", target: "epath.Path") -> None:
     for file in path.iterdir():
         file.copy(target / file.name, overwrite=True)
     remove_folder(path)
-
-
-def storage_problem(error: BaseException | None) -> str | None:
-    """What is wrong with the place that was written to, if that is behind an error: it is full, or may not be written.
-
-    Looks at an error and what it came of; TensorStore's have no number and say it in words.
-    """
-    while error is not None:
-        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
-            if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
-                return os.strerror(code)
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def turn_off_listing_cache() -> None:
