@@ -16,6 +16,8 @@ from medllm_jax.errors import UserError
 from medllm_jax.terminal.parser import group, verb
 
 DTYPES = ("float32", "bfloat16", "float16")
+_MOST_TOKENS = 100_000  # in one row, whose logits are held
+_MOST_PARTS = 10_000  # each process asks for the notes of all
 ADAPTER_BASES = ("float32", "bfloat16", "int8", "int4", "nf4")
 
 
@@ -47,6 +49,8 @@ def add(verbs: Any) -> None:
         "--base-storage", choices=ADAPTER_BASES, help="of --base in training (default: as it is stored, or bfloat16)"
     )
 
+    _add_allow_non_finite(sub)
+
     text = "export a checkpoint of a run folder as a Hugging Face checkpoint, or as a PEFT adapter"
     description = (
         "Writes a checkpoint of a run folder in Hugging Face's format, with config, tokenizer, model card, notice "
@@ -65,6 +69,7 @@ def add(verbs: Any) -> None:
     )
     sub.add_argument("--resume", action="store_true", help="resume an interrupted export")
     sub.add_argument("--overwrite", action="store_true", help="replace DST if it is a Hugging Face folder")
+    _add_allow_non_finite(sub)
 
     text = "compare two checkpoints of either format"
     description = (
@@ -79,6 +84,12 @@ def add(verbs: Any) -> None:
     sub.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="predict on this text; repeatable")
     sub.add_argument("--random-tokens", type=int, default=64, metavar="N", help="without a prompt: so many (64)")
     sub.add_argument("--tolerance", type=float, default=1e-3, help="largest difference of a logit (default: 0.001)")
+
+
+def _add_allow_non_finite(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--allow-non-finite", action="store_true", help="take NaN and infinite weights as they are, instead of failing"
+    )
 
 
 def _on_the_cpu(convert: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -116,6 +127,7 @@ def _from_hf(options: argparse.Namespace) -> int:
             base=options.base,
             storage=options.base_storage,
             double_quantization=options.double_quantization,
+            allow_non_finite=options.allow_non_finite,
         )
         return 0
     if options.base_storage is not None:
@@ -129,14 +141,18 @@ def _from_hf(options: argparse.Namespace) -> int:
         mesh=_mesh(options.mesh),
         part=part,
         resume=options.resume,
+        allow_non_finite=options.allow_non_finite,
     )
     return 0
 
 
 def _part(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"--part {text}: the number of a share and how many there are, such as 1/4, are expected")
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]) <= _MOST_PARTS:
+        raise UserError(
+            f"--part {text[:60]}: the number of a share and how many there are, such as 1/4, are expected, at most "
+            f"{_MOST_PARTS:,} of them"
+        )
     return int(match[1]) - 1, int(match[2])
 
 
@@ -166,6 +182,7 @@ def _to_hf(options: argparse.Namespace) -> int:
         evaluations=options.evaluation,
         resume=options.resume,
         overwrite=options.overwrite,
+        allow_non_finite=options.allow_non_finite,
     )
     return 0
 
@@ -173,8 +190,10 @@ def _to_hf(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from medllm_jax.conversion.verify import verify
 
-    if options.random_tokens < 1:
-        raise UserError(f"--random-tokens {options.random_tokens}: it must be positive")
+    if not 1 <= options.random_tokens <= _MOST_TOKENS:
+        raise UserError(f"--random-tokens {options.random_tokens}: a number from 1 to {_MOST_TOKENS:,} is expected")
+    if not options.tolerance >= 0:
+        raise UserError(f"--tolerance {options.tolerance}: it must be a number, and not negative")
     agreed = verify(
         options.first,
         options.second,

@@ -24,7 +24,7 @@ def anything(value: Any, beside: Mapping[str, Any]) -> bool:
 
 
 class Key(NamedTuple):
-    """A key that is understood. kind: `int`, `float`, `bool`, `str`, `list` or `dict`. nullable: null stands for None."""
+    """A key that is understood. kind: `int`, `float`, `bool`, `str`, `list` or `dict`. nullable: it may be null."""
 
     kind: type
     default: Any = REQUIRED

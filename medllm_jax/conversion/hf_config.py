@@ -10,6 +10,7 @@ from medllm_jax.config.foreign import ForeignSettings, Key, anything
 from medllm_jax.config.load import build, to_plain
 from medllm_jax.config.schema import ModelConfig
 from medllm_jax.errors import UserError
+from medllm_jax.storage.json_files import read_json
 
 _ARCHITECTURE = "Qwen2ForCausalLM"
 
@@ -178,17 +179,6 @@ def token_ids_of(tokenizer: Any, generation: dict[str, Any] | None) -> dict[str,
     first = (generation or {}).get("bos_token_id", tokenizer.bos_token_id)
     ids = {"bos_token_id": first, "eos_token_id": tokenizer.eos_token_id}
     return {name: value for name, value in ids.items() if value is not None}
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """The mapping in a JSON file; UserError if it holds anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a mapping is expected, found {type(content).__name__}")
-    return content
 
 
 def json_text(content: dict[str, Any]) -> str:

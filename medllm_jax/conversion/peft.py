@@ -11,10 +11,10 @@ from medllm_jax.checkpoint.handle import Checkpoint
 from medllm_jax.config.foreign import ForeignSettings, Key, anything
 from medllm_jax.config.load import build
 from medllm_jax.config.schema import AdapterConfig, ModelConfig, Projection
-from medllm_jax.conversion.hf_config import read_json
 from medllm_jax.conversion.hf_weights import Entry, listed, one_dtype, read_header, refuse_pickles
 from medllm_jax.conversion.names import Tensor, tensors_of
 from medllm_jax.errors import UserError
+from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.remote import names_in
 
 CONFIG = "adapter_config.json"
@@ -23,8 +23,8 @@ WEIGHTS = "adapter_model.safetensors"
 _NOTHING = (None, [], {})  # asks for nothing, where a list or a mapping would ask for something
 _LORA_ONLY = "adapters here are plain LoRA"
 
-# adapter_config.json of PEFT's LoRA, with the defaults of its LoraConfig. What is harmless leaves what PEFT merges as it
-# is: the base's weight plus scale B A.
+# adapter_config.json of PEFT's LoRA, with the defaults of its LoraConfig. What is harmless leaves what PEFT merges: the
+# base's weight plus scale B A.
 _LORA = ForeignSettings(
     understood={
         "r": Key(int, 8),

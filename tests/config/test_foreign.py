@@ -44,5 +44,5 @@ def test_what_is_refused(changes, message):
 
 
 def test_what_is_missing():
-    with pytest.raises(UserError, match="^f: size is missing: a whole number is expected"):
+    with pytest.raises(UserError, match=r"^f: size is missing: a whole number is expected"):
         TABLE.read({}, "f")

@@ -225,8 +225,15 @@ REFUSED = {
 
 
 NOTHING = {
-    **{"modules_to_save": [], "exclude_modules": [], "rank_pattern": {}, "r": 4.0, "init_lora_weights": "gaussian"},
-    **{"layers_to_transform": None, "eva_config": None, "peft_version": "9", "auto_mapping": {"unsloth_fixed": True}},
+    "r": 4.0,
+    "init_lora_weights": "gaussian",
+    "modules_to_save": [],
+    "exclude_modules": [],
+    "rank_pattern": {},
+    "layers_to_transform": None,
+    "eva_config": None,
+    "peft_version": "9",
+    "auto_mapping": {"unsloth_fixed": True},
 }
 
 
