@@ -107,11 +107,7 @@ def to_hf(
     _log.info(f"{source}: {size_in_words(size)} in {stored.name}; it takes at most {memory} of memory")
     try:
         with full_disk_is_reported(target):
-            odd = NonFinite()
-            sums = _write_weights(weights, shards, stored, filling, odd)
-            if not allow_non_finite:
-                odd.check(source, stored, stored=weights.dtype)
-            files = _fill(sums, first, last, filling)
+            files = _fill(weights, shards, first, last, stored, filling, allow_non_finite=allow_non_finite)
             filling.finish()
             filling.settle(replace=replace)
     except BaseException:
@@ -209,11 +205,24 @@ def _last(
     return files if index is None else files | {INDEX: json_text(index).encode()}
 
 
-def _fill(weights: dict[str, str], first: dict[str, bytes], last: dict[str, bytes], filling: ResumableFolder) -> int:
-    """Writes all the files beside the weights, of which it is given the sums; how many are there?"""
+def _fill(
+    weights: Weights,
+    shards: Sequence[Shard],
+    first: dict[str, bytes],
+    last: dict[str, bytes],
+    dtype: np.dtype,
+    filling: ResumableFolder,
+    *,
+    allow_non_finite: bool,
+) -> int:
+    """Writes all the files; how many?"""
     for name, content in first.items():
         (filling.folder / name).write_bytes(content)
-    sums = weights | {name: hashlib.sha256(content).hexdigest() for name, content in (first | last).items()}
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in (first | last).items()}
+    odd = NonFinite()
+    sums |= _write_weights(weights, shards, dtype, filling, odd)
+    if not allow_non_finite:
+        odd.check(weights.checkpoint.run, dtype, stored=weights.dtype)
     listed = "".join(f"{value}  {name}\n" for name, value in sorted(sums.items()))
     for name, content in ({SUMS: listed.encode()} | last).items():
         (filling.folder / name).write_bytes(content)

@@ -444,7 +444,7 @@ SECOND = "model-00002-of-00002.safetensors"
 BROKEN = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config cut short": (lambda folder: (folder / "config.json").write_text('{"vocab'), "is not JSON"),
-    "config a list": (lambda folder: (folder / "config.json").write_text("[]"), "a mapping is expected, found list"),
+    "config a list": (lambda folder: (folder / "config.json").write_text("[]"), "a JSON object is expected, found a list"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no .safetensors file"),
     "pickles only": (pickles_only, "only pytorch_model.bin: pickle files are refused"),
     "shards without index": (no_index, "no model.safetensors.index.json"),
@@ -452,8 +452,8 @@ BROKEN = {
     "missing tensor": (rewrite(lambda w: w.pop(Q_PROJ)), f"missing tensors: {Q_PROJ}"),
     "extra tensor": (rewrite(lambda w: w.update(extra=w[Q_PROJ])), "does not have: extra"),
     "head though tied": (
-        rewrite(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"]})),
-        "though config.json sets tie_word_embeddings",
+        rewrite(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1})),
+        "lm_head.weight differs from the embedding though config.json sets tie_word_embeddings",
     ),
     "transposed": (
         rewrite(lambda w: w.update({Q_PROJ: w[Q_PROJ][:, :16].copy()})),
@@ -475,7 +475,7 @@ BROKEN = {
         reindex(lambda _, names: names.update({k: SECOND for k in names if k == "model.embed_tokens.weight"})),
         "does not say where model.embed_tokens.weight is",
     ),
-    "index empty": (reindex(lambda _, names: names.clear()), "weight_map is missing"),
+    "index empty": (reindex(lambda _, names: names.clear()), "weight_map is empty"),
     "index and a single file": (
         reindex(lambda folder, _: save_file({"x": np.ones(1)}, folder / "model.safetensors")),
         "remove one of them",
