@@ -59,7 +59,7 @@ def be_impatient() -> None:
     retry_unary.time = types.SimpleNamespace(
         sleep=lambda seconds: time.sleep(seconds / 100), monotonic=time.monotonic, time=time.time
     )
-    retries = {"context": {"gcs_request_retries": {"initial_delay": "10ms"}}}
+    retries = {"context": {"gcs_request_retries": {"initial_delay": "10ms", "max_delay": "20ms"}}}
     for module in (tensorstore, tensorstore.KvStore):
         module.open = _with_spec(module.open, retries)
 
@@ -101,7 +101,6 @@ class Faults(NamedTuple):
     unavailable: answered 503. Of these every fourth was carried out all the same, and only its answer is "lost".
     reset: the connection ends, for one half before anything was done, for the other after, with the answer "cut" in the
     middle. slow: answered after ``delay_seconds``. lost_writes: whether a write, too, may be carried out and yet fail.
-    status: every request is answered with it, if it is not 0, and nothing is done.
     """
 
     unavailable: float = 0.0
@@ -110,7 +109,6 @@ class Faults(NamedTuple):
     delay_seconds: float = 0.05
     seed: int = 0
     lost_writes: bool = True
-    status: int = 0
 
     def of(self, number: int, request: Request) -> Fault | None:
         lost, cut = (0.25, 0.5) if self.lost_writes or request.method == "GET" else (0.0, 0.0)
@@ -164,9 +162,13 @@ class _Refused(Exception):  # noqa: N818 (an answer, not an error)
 
 
 class Gcs:
-    """The emulator; a context. What it holds can be read and written without HTTP."""
+    """The emulator; a context. What it holds can be read and written without HTTP.
 
-    def __init__(self, *buckets: str, faults: Faults | None = None):
+    broken: bucket -> status that all its requests are answered with, or the fault that they all suffer.
+    """
+
+    def __init__(self, *buckets: str, faults: Faults | None = None, broken: dict[str, int | Fault] | None = None):
+        self.broken = broken or {}
         self.buckets: dict[str, dict[str, Stored]] = {bucket: {} for bucket in buckets}
         self.faults = faults or Faults()  # may be set anew at any time
         self.numbers = itertools.count()  # of requests
@@ -572,15 +574,21 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         gcs: Gcs = self.server.gcs
         request = Request(self.command, self.path, self.headers, self._body())
-        fault = gcs.faults.of(next(gcs.numbers), request)
+        fault, status = gcs.faults.of(next(gcs.numbers), request), None
+        bucket = re.search(r"/b/([^/?]+)", request.path)
+        match gcs.broken.get(bucket[1]) if bucket else None:
+            case int() as status:
+                pass
+            case str() as fault:
+                pass
         if fault == "slow":
             time.sleep(gcs.faults.delay_seconds)
-        asked = fault not in ("unavailable", "reset") and not gcs.faults.status
+        asked = fault not in ("unavailable", "reset") and status is None
         response = gcs.answer(request) if asked else _UNAVAILABLE
         if fault == "lost":
             response = _UNAVAILABLE
-        elif status := gcs.faults.status:
-            response = _error(status, f"status {status} is what everything is answered with")
+        elif status is not None:
+            response = _error(status, f"status {status} is all that this bucket answers")
         gone = fault in ("reset", "cut")
         gcs.log.append(Logged(request.method, request.path, 0 if gone else response.status, fault))
         if gone:

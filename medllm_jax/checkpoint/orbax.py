@@ -26,6 +26,7 @@ from medllm_jax.checkpoint import arrays
 from medllm_jax.checkpoint.digests import seal
 from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.distributed.sharding import path_of
+from medllm_jax.storage.faults import passes
 from medllm_jax.storage.remote import is_remote
 
 COMMITTED = "commit_success.txt"  # marks a checkpoint as whole where nothing can be renamed, as in a bucket
@@ -176,9 +177,11 @@ def read_items(folder: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
     try:
         logging.getLogger("absl").addFilter(_not_of_key_value_store)
         return ocp.load_checkpointables(folder, wanted)
-    except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+    except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # Orbax has no error of its own, and raises the cause inside another one
+        if passes(error):
+            raise
         raise UnreadableError(first_cause(error)) from error
 
 
@@ -194,8 +197,10 @@ def stored_shapes(folder: epath.Path) -> Any:
     try:
         logging.getLogger("absl").addFilter(_not_of_key_value_store)
         metadata = ocp.metadata(folder, "params").metadata
-    except (PermissionError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:
+        if passes(error):
+            raise
         raise UnreadableError(first_cause(error)) from error
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)

@@ -54,7 +54,7 @@ def _run(arguments: Sequence[str], *, from_terminal: bool) -> int:
             return 1
         from medllm_jax.storage.faults import as_told
 
-        told = as_told(error)
+        told = as_told(error, [word for word in arguments if "gs://" in word])
         if told is None:
             raise
         return _fail(told)

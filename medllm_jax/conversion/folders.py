@@ -21,7 +21,7 @@ from etils import epath
 
 from medllm_jax.errors import RunError, UserError
 from medllm_jax.storage.faults import fault_of
-from medllm_jax.storage.remote import is_remote, names_in, remove_folder, write_whole
+from medllm_jax.storage.remote import is_folder, is_remote, names_in, remove_folder, write_whole
 from medllm_jax.terminal.progress import size_in_words
 
 _PROGRESS = ".conversion-"
@@ -134,7 +134,7 @@ def clear_notes(folder: str | os.PathLike) -> bool:
 def holds_something(target: str | os.PathLike) -> bool:
     """Whether something stands at a target already that is not the beginning of a conversion; empty folders don't."""
     folder = epath.Path(target)
-    if folder.exists() and not folder.is_dir():
+    if folder.exists() and not is_folder(folder):
         return True
     names = names_in(folder)
     return bool(names) and not any(name.startswith(_PROGRESS) for name in names)

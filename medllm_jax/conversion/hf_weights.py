@@ -21,7 +21,7 @@ from medllm_jax.conversion.hf_config import read_config
 from medllm_jax.conversion.names import Tensor, tensors_of
 from medllm_jax.errors import UserError
 from medllm_jax.storage.json_files import parse_json, read_json
-from medllm_jax.storage.remote import is_remote, kvstore_spec, names_in
+from medllm_jax.storage.remote import is_folder, is_remote, kvstore_spec, names_in
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -82,7 +82,7 @@ def open_hf(folder: str | os.PathLike) -> HFFolder:
     Raises UserError for a folder that is not a whole Qwen2 checkpoint in safetensors.
     """
     folder = epath.Path(folder)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"no folder at {folder}: the folder of a Hugging Face checkpoint is expected")
     config = read_config(folder)
     indexed = _indexed_files(folder)

@@ -37,7 +37,7 @@ from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.errors import UserError
 from medllm_jax.storage import run_folder
 from medllm_jax.storage.json_files import read_bounded
-from medllm_jax.storage.remote import is_remote, names_in, remove_folder
+from medllm_jax.storage.remote import is_folder, is_remote, names_in, remove_folder
 from medllm_jax.terminal.progress import Console, size_in_words
 
 _log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def _make_way(target: str, *, overwrite: bool, resume: bool) -> bool:
     if not overwrite:
         raise UserError(f"{target} exists and is not empty: choose another folder, remove it, or give --overwrite")
     folder = epath.Path(target)
-    if not folder.is_dir() or not names_in(folder) & {"config.json", peft.CONFIG}:
+    if not is_folder(folder) or not names_in(folder) & {"config.json", peft.CONFIG}:
         raise UserError(f"{target} is not a Hugging Face folder: --overwrite replaces nothing else")
     if not is_remote(target):
         return True

@@ -25,7 +25,8 @@ from etils import epath
 
 from medllm_jax.data.batch import Kind
 from medllm_jax.errors import UserError
-from medllm_jax.storage.remote import kvstore_spec
+from medllm_jax.storage.faults import passes
+from medllm_jax.storage.remote import is_folder, kvstore_spec
 
 FORMAT_VERSION = 3
 METADATA_FILE = "store.json"
@@ -33,8 +34,6 @@ ARRAY = "rows"
 ARRAY_METADATA = "rows/zarr.json"
 TOKENS_PER_ROW = "tokens_per_row.npy"
 
-# TensorStore's errors when storage cannot be reached; they say nothing about the rows.
-_UNREACHABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "CANCELLED")
 _COPY_AGAIN = "copy the store again or prepare it again"
 
 
@@ -146,7 +145,7 @@ class RowStore:
         """Rows int32 [n, 3, S] at the given indices, in that order, repeats allowed.
 
         Raises IndexError out of range, UserError naming store, shard and row where stored data is missing or damaged,
-        and ConnectionError where storage cannot be reached.
+        and storage's own error where that cannot be reached.
         """
         indices = np.asarray(indices, np.int64)
         if indices.size == 0:
@@ -161,14 +160,14 @@ class RowStore:
             raise (error if problem is None else UserError(problem)) from error
 
     def problems(self, indices: Sequence[int] | np.ndarray) -> Iterator[str]:
-        """What is wrong with each row that cannot be read, read one by one; ConnectionError as for ``read``."""
+        """What is wrong with each row that cannot be read, read one by one; storage's own error as for ``read``."""
         for index in map(int, indices):
             try:
                 self._rows()[index].read().result()
             except ValueError as error:
+                if passes(error):  # it says nothing about the row
+                    raise
                 reason = _first_line(error)
-                if reason.startswith(_UNREACHABLE):
-                    raise ConnectionError(f"row {index} of store {self.path} cannot be read now: {reason}") from error
                 yield (
                     f"row {index} of store {self.path} is damaged or missing (shard {self.shard_of(index)}); "
                     f"{_COPY_AGAIN} ({reason})"
@@ -222,7 +221,7 @@ class RowStore:
 
 def _read_metadata(path: epath.Path) -> StoreMetadata:
     file = path / METADATA_FILE
-    if not path.is_dir():
+    if not is_folder(path):
         raise UserError(f"no store at {path}: make one with `medllm data`")
     if not file.exists():
         raise UserError(

@@ -23,7 +23,7 @@ from medllm_jax.data.store import (
     StoreMetadata,
 )
 from medllm_jax.errors import UserError
-from medllm_jax.storage.remote import is_remote, kvstore_spec, remove_folder
+from medllm_jax.storage.remote import is_folder, is_remote, kvstore_spec, remove_folder
 
 # Uncompressed rows of a shard. The writer holds two in memory: one is filled while the other is written.
 _SHARD_BYTES = 64 * 2**20
@@ -223,7 +223,7 @@ def check_replaceable(path: epath.Path, *, overwrite: bool) -> None:
     """UserError where there is something at an output that must not be replaced."""
     if not path.exists():
         return
-    if not path.is_dir():
+    if not is_folder(path):
         raise UserError(f"{path} exists and is a file: give a folder for the store")
     entries = {entry.name for entry in path.iterdir()}
     if METADATA_FILE in entries:

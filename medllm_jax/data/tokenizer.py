@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from medllm_jax.errors import UserError
-from medllm_jax.storage.remote import is_remote
+from medllm_jax.storage.remote import is_file, is_folder, is_remote
 
 _SENTENCEPIECE = "tokenizer.model"
 # A folder with any of these holds a tokenizer; they are hashed in this order.
@@ -264,9 +264,9 @@ def _is_part_of_a_character(token: str) -> bool:
 
 def _require_tokenizer(path: str | epath.PathLike) -> epath.Path:
     path = epath.Path(path)
-    if path.name.endswith(".model") and path.is_file():
+    if path.name.endswith(".model") and is_file(path):
         return path
-    if not path.is_dir():
+    if not is_folder(path):
         raise UserError(
             f"no tokenizer folder at {path}: give the folder that holds tokenizer.json, or a SentencePiece file *.model"
         )
@@ -279,7 +279,7 @@ def _require_tokenizer(path: str | epath.PathLike) -> epath.Path:
 
 def _lone_model(path: epath.Path) -> epath.Path | None:
     """The SentencePiece model, where the tokenizer consists of nothing else."""
-    if not path.is_dir():
+    if not is_folder(path):
         return path
     alone = not any((path / name).exists() for name in _MORE_THAN_A_MODEL)
     return path / _SENTENCEPIECE if alone and (path / _SENTENCEPIECE).exists() else None

@@ -13,7 +13,7 @@ from etils import epath
 
 from medllm_jax.errors import UserError
 from medllm_jax.storage.json_lines import Row, read_rows
-from medllm_jax.storage.remote import names_in
+from medllm_jax.storage.remote import is_file, is_folder, names_in
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _YEAR_OF_EXAM_ZERO = 1906  # the 112th exam was held in 2018, and there is one a year
@@ -110,7 +110,7 @@ def load_exam(
     """
     root = epath.Path(path)
     years = None if years is None else set(years)
-    files = [root] if root.is_file() else _exam_files(root, years)
+    files = [root] if is_file(root) else _exam_files(root, years)
     questions: list[Question] = []
     seen: dict[str, str] = {}
     for file in files:
@@ -154,11 +154,11 @@ def _sections_of(year: epath.Path) -> list[epath.Path]:
 
 
 def _exam_files(root: epath.Path, years: set[int] | None) -> list[epath.Path]:
-    if not root.is_dir():
+    if not is_folder(root):
         raise UserError(f"{root}: no such file or folder; an exam is a .jsonl file or a folder of them")
     data = root / "data"
     for folder in (data, root):
-        if folder.is_dir() and (year_folders := [p for p in folder.iterdir() if re.fullmatch(r"\d{4}", p.name)]):
+        if is_folder(folder) and (year_folders := [p for p in folder.iterdir() if re.fullmatch(r"\d{4}", p.name)]):
             held = {int(y.name): y for y in year_folders}
             chosen = sorted(held if years is None or not years <= held.keys() else years)
             found = [f for year in chosen for f in _sections_of(held[year])]

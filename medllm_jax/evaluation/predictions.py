@@ -13,6 +13,7 @@ from etils import epath
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam
 from medllm_jax.storage.json_lines import Row, read_rows
+from medllm_jax.storage.remote import is_file, is_folder
 
 _SECTION_FILE = re.compile(r"\d{2,3}-[A-Z]_(.+)")
 _LISTED = 3
@@ -60,11 +61,11 @@ def _files(path: str) -> list[epath.Path]:
     root = epath.Path(path)
     if any(mark in root.name for mark in "*?["):
         found = sorted(root.parent.glob(root.name))
-    elif root.is_dir():
-        folders = [root, *sorted(entry for entry in root.iterdir() if entry.is_dir())]
+    elif is_folder(root):
+        folders = [root, *sorted(entry for entry in root.iterdir() if is_folder(entry))]
         found = [file for folder in folders for file in sorted(folder.glob("*.jsonl"))]
     else:
-        found = [root] if root.is_file() else []
+        found = [root] if is_file(root) else []
     if not found:
         raise UserError(f"{path}: no predictions; a .jsonl file, a folder of them, or a pattern was expected")
     return found

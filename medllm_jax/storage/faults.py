@@ -8,7 +8,7 @@ import builtins
 import errno
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from medllm_jax.errors import RunError, UserError
@@ -31,9 +31,10 @@ _BY_STATUS: dict[str, Kind] = {
     "NOT_FOUND": "absent",
     "PERMISSION_DENIED": "forbidden",
     "UNAUTHENTICATED": "forbidden",
-    "RESOURCE_EXHAUSTED": "full",
     "DATA_LOSS": "damaged",
     "UNAVAILABLE": "unreachable",
+    "RESOURCE_EXHAUSTED": "unreachable",  # a quota of requests; of a full disk it gives the system's number
+    "CANCELLED": "unreachable",
     "DEADLINE_EXCEEDED": "unreachable",
     "ABORTED": "unreachable",
 }
@@ -75,15 +76,19 @@ def passes(error: BaseException | None) -> bool:
     return fault is not None and fault.kind in ("forbidden", "unreachable", "full")
 
 
-def as_told(error: BaseException) -> UserError | RunError | None:
+def as_told(error: BaseException, paths: Sequence[str] = ()) -> UserError | RunError | None:
     """The error to show for a fault of storage, in one line; None where an error is none.
 
     Only what is absent is for the user to change; all else may pass.
+
+    paths: what is in use: some clients don't say which of it failed.
     """
     fault = fault_of(error)
     if fault is None:
         return None
-    return (UserError if fault.kind == "absent" else RunError)(_TEXTS[fault.kind].format(fault.words))
+    unnamed = [path for path in paths if path.partition("://")[2].partition("/")[0] not in fault.words]
+    words = fault.words + "".join(f"; in use: {path}" for path in unnamed[:2])
+    return (UserError if fault.kind == "absent" else RunError)(_TEXTS[fault.kind].format(words))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

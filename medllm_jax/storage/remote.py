@@ -43,6 +43,14 @@ def is_folder(path: "epath.Path") -> bool:
         return False
 
 
+def is_file(path: "epath.Path") -> bool:
+    """Whether a file is there; like `is_folder`, it fails where that can't be known."""
+    try:
+        return not path.stat().is_directory
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def names_in(folder: "epath.Path") -> set[str]:
     """Names of what a folder holds; none where it is not there: a bucket has no empty folders."""
     try:

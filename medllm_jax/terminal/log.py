@@ -24,3 +24,4 @@ def show_messages() -> None:
         logger.addHandler(_TerminalHandler())
         logger.setLevel(logging.INFO)
         logger.propagate = False
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of errors that it raises as well
