@@ -444,7 +444,10 @@ SECOND = "model-00002-of-00002.safetensors"
 BROKEN = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config cut short": (lambda folder: (folder / "config.json").write_text('{"vocab'), "is not JSON"),
-    "config a list": (lambda folder: (folder / "config.json").write_text("[]"), "a JSON object is expected, found a list"),
+    "config a list": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        "a JSON object is expected, found a list",
+    ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no .safetensors file"),
     "pickles only": (pickles_only, "only pytorch_model.bin: pickle files are refused"),
     "shards without index": (no_index, "no model.safetensors.index.json"),

@@ -18,7 +18,7 @@ from medllm_jax.checkpoint.orbax import steps
 from medllm_jax.cli.convert import main
 from medllm_jax.conversion import folders, run_weights, shards
 from medllm_jax.conversion.hf_weights import HFFolder, open_hf
-from medllm_jax.errors import UserError
+from medllm_jax.errors import RunError, UserError
 from tests.gcs import Faults, Gcs, be_impatient
 from tests.gcs_programs import Python, faults_crash_python, run
 from tests.tiny_hf import make_hf_folder
@@ -101,7 +101,7 @@ def steps_in(root, source=None):
 
 def assert_not_loadable(folder):
     for open_it in (open_hf, open_checkpoint):
-        with pytest.raises(UserError):
+        with pytest.raises((UserError, RunError)):
             open_it(folder)
 
 
