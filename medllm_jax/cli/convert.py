@@ -48,6 +48,8 @@ def add(verbs: Any) -> None:
         "--base-storage", choices=ADAPTER_BASES, help="of --base in training (default: as it is stored, or bfloat16)"
     )
 
+    _add_allow_non_finite(sub)
+
     text = "export a checkpoint of a run folder as a Hugging Face checkpoint, or as a PEFT adapter"
     description = (
         "Writes a checkpoint of a run folder in Hugging Face's format, with config, tokenizer, model card, notice "
@@ -67,6 +69,7 @@ def add(verbs: Any) -> None:
     )
     sub.add_argument("--resume", action="store_true", help="resume an interrupted export")
     sub.add_argument("--overwrite", action="store_true", help="replace DST if it is a Hugging Face folder")
+    _add_allow_non_finite(sub)
 
     text = "compare two checkpoints of either format"
     description = (
@@ -82,6 +85,12 @@ def add(verbs: Any) -> None:
     tokens, logits = number(Annotated[int, Range(1, 100_000)]), number(Annotated[float, Range(0, 1000)])
     sub.add_argument("--random-tokens", type=tokens, default=64, metavar="N", help="without a prompt: so many (64)")
     sub.add_argument("--tolerance", type=logits, default=1e-3, help="largest difference of a logit (default: 0.001)")
+
+
+def _add_allow_non_finite(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--allow-non-finite", action="store_true", help="take NaN and infinite weights as they are, instead of failing"
+    )
 
 
 def _on_the_cpu(convert: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -119,6 +128,7 @@ def _from_hf(options: argparse.Namespace) -> int:
             base=options.base,
             storage=options.base_storage,
             double_quantization=options.double_quantization,
+            allow_non_finite=options.allow_non_finite,
         )
         return 0
     if options.base_storage is not None:
@@ -132,6 +142,7 @@ def _from_hf(options: argparse.Namespace) -> int:
         mesh=_mesh(options.mesh),
         part=part,
         resume=options.resume,
+        allow_non_finite=options.allow_non_finite,
     )
     return 0
 
@@ -172,6 +183,7 @@ def _to_hf(options: argparse.Namespace) -> int:
         evaluations=options.evaluation,
         resume=options.resume,
         overwrite=options.overwrite,
+        allow_non_finite=options.allow_non_finite,
     )
     return 0
 

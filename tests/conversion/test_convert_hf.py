@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -322,10 +323,26 @@ def test_config_of_a_run_without_head_dim_names_none():
     [
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "only Qwen2ForCausalLM"),
         ({"architectures": ["Qwen2ForSequenceClassification"]}, "only Qwen2ForCausalLM"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope scaling 'dynamic'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling: type is 'yarn': rope scaling changes"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling: factor is 4.0: this key is not known here"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_parameters: rope_type is 'dynamic'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_parameters: full_attention is {"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"rope_type": "yarn"}},
+            "rope_scaling: rope_type is 'yarn'",
+        ),
+        ({"rope_parameters": {"rope_theta": 2e4}}, "rope_theta 10000.0 and 20000.0, rope_parameters: readers differ"),
+        ({"rope_parameters": "yarn"}, "rope_parameters is 'yarn': a mapping is expected"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"use_sliding_window": True}, "sliding-window attention"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu': only 'silu'"),
+        ({"use_sliding_window": True, "sliding_window": 64}, "sliding-window attention"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window attention"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1: only 0 can be converted"),
+        ({"per_layer_config": {"0": {"rms_norm_eps": 1e-3}}}, "per_layer_config is {'0': "),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "a model with code of its own"),
+        ({"something_new": "x" * 10_000}, "something_new is 'xxx"),
+        ({"k" * 10_000: None}, "kkk... is None: this key is not known here"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu': only 'silu' can be converted"),
         ({"quantization_config": {"bits": 4}}, "quantised weights"),
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"hidden_size": "32"}, "hidden_size"),
@@ -346,7 +363,27 @@ def assert_refused(source, tmp_path, capsys, message) -> None:
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
+    assert len(error) < 500
     assert names_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": None, "num_attention_heads": 2, "head_dim": 16},
+        {"use_sliding_window": True, "sliding_window": None},
+        {"sliding_window": 16, "max_window_layers": 0, "layer_types": ["full_attention"] * 2},
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000}},
+        {"rope_scaling": {"type": "default"}},
+        {"use_mrope": False, "quantization_config": None, "architectures": None, "vocab_size": 288.0},
+        {"dtype": "float16", "_name_or_path": "/home/me", "transformers_version": "9.0", "id2label": {"0": "A"}},
+    ],
+)
+def test_configs_that_ask_for_nothing_more(source, tmp_path, changes):
+    content = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | changes))
+    expected = {key: changes[key] for key in ("num_attention_heads", "head_dim") if key in changes}
+    assert read_config(tmp_path) == dataclasses.replace(read_config(source), **expected)
 
 
 # --- folders that are refused --------------------------------------------------------------------------------------
@@ -407,7 +444,10 @@ SECOND = "model-00002-of-00002.safetensors"
 BROKEN = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config cut short": (lambda folder: (folder / "config.json").write_text('{"vocab'), "is not JSON"),
-    "config a list": (lambda folder: (folder / "config.json").write_text("[]"), "a mapping is expected, found list"),
+    "config a list": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        "a JSON object is expected, found a list",
+    ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no .safetensors file"),
     "pickles only": (pickles_only, "only pytorch_model.bin: pickle files are refused"),
     "shards without index": (no_index, "no model.safetensors.index.json"),
@@ -415,8 +455,8 @@ BROKEN = {
     "missing tensor": (rewrite(lambda w: w.pop(Q_PROJ)), f"missing tensors: {Q_PROJ}"),
     "extra tensor": (rewrite(lambda w: w.update(extra=w[Q_PROJ])), "does not have: extra"),
     "head though tied": (
-        rewrite(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"]})),
-        "though config.json sets tie_word_embeddings",
+        rewrite(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1})),
+        "lm_head.weight differs from the embedding though config.json sets tie_word_embeddings",
     ),
     "transposed": (
         rewrite(lambda w: w.update({Q_PROJ: w[Q_PROJ][:, :16].copy()})),
@@ -438,7 +478,7 @@ BROKEN = {
         reindex(lambda _, names: names.update({k: SECOND for k in names if k == "model.embed_tokens.weight"})),
         "does not say where model.embed_tokens.weight is",
     ),
-    "index empty": (reindex(lambda _, names: names.clear()), "weight_map is missing"),
+    "index empty": (reindex(lambda _, names: names.clear()), "weight_map is empty"),
     "index and a single file": (
         reindex(lambda folder, _: save_file({"x": np.ones(1)}, folder / "model.safetensors")),
         "remove one of them",
