@@ -88,7 +88,8 @@ def _report(error: Exception) -> int:
     """The last line of defence: an error that nobody foresaw is one line, and its traceback a file."""
     from etils import epath
 
-    from medllm_jax.reliability.crash_report import redact, write_report
+    from medllm_jax.reliability.crash_report import write_report
+    from medllm_jax.terminal.secrets import redact
 
     said = f"{type(error).__name__}: {redact(' '.join(str(error).split()))[:200]}"
     try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from medllm_jax.cli import arguments
-from medllm_jax.errors import UserError
+from medllm_jax.errors import RunError, UserError
 from medllm_jax.ranges import Characters, PairsPerPrompt, Range, SimilarityThreshold
 from medllm_jax.terminal.parser import number, verb
 
@@ -153,6 +153,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
     print(format_table(summaries))
     print(f"outputs, grades and scores: {output}")
+    if unanswered := sum(summary.problems.get("unanswered", 0) for summary in summaries.values()):
+        raise RunError(
+            f"{unanswered} answers are missing, and count as wrong: run the same command to ask for them alone"
+        )
 
 
 def _opened(options: argparse.Namespace) -> Any:

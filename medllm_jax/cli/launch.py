@@ -9,7 +9,7 @@ from typing import Any
 
 from medllm_jax.launching import backends
 from medllm_jax.launching.commands import Command, run
-from medllm_jax.launching.workload import make_workload
+from medllm_jax.launching.workload import check_text, make_workload
 from medllm_jax.ranges import GraceSeconds, Restarts, Slices
 from medllm_jax.terminal.parser import Parser, group, number, verb
 
@@ -61,6 +61,9 @@ def _launch(options: argparse.Namespace) -> int:
 def prepare(options: argparse.Namespace) -> list[Command]:
     """The commands that options ask for; UserError where they are wrong."""
     values = vars(options)
+    for name, value in values.items():
+        if isinstance(value, str):
+            check_text(f"--{name.replace('_', '-')}", value)
     limit = 28 if options.backend is backends.gcluster else 40
     work = make_workload(options.config, options.settings, name_limit=limit, **{name: values[name] for name in _SHARED})
     return options.backend(work, **{name: values[name] for name in options.own})

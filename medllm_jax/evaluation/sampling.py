@@ -31,11 +31,27 @@ class SamplingParams(Ranged):
             raise UserError(f"temperature is {self.temperature}: {self.n} samples would all be the same")
 
 
+UNANSWERED = "unanswered"  # why a completion ended that a server, whatever was tried, did not give
+
+# What engines and services call the two ways in which a completion ends.
+_STOP = ("stop", "eos", "eos_token", "stop_token", "stop_sequence", "stop_string", "end_turn", "end_of_turn", "end")
+_STOP += ("complete", "completed", "finish", "finished", "done", "none", "null", "")
+_LENGTH = ("length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length", "token_limit")
+_FINISH_REASONS = dict.fromkeys(_STOP, "stop") | dict.fromkeys(_LENGTH, "length")
+
+
+def finish_reason_of(said: str | None) -> str:
+    """ "stop" or "length", whatever a program calls it; another word as it is, cut short. None is stop."""
+    word = "" if said is None else said.strip()
+    return _FINISH_REASONS.get(word.lower(), word[:40])
+
+
 class Completion(NamedTuple):
     """What followed a prompt.
 
     text: without the stop string or token that ended it. finish_reason: "length" where it ended at the limit, "stop"
-    otherwise, or a word of a server's. tokens: its ids, with the one that ended it; () where only the text is known.
+    otherwise, a word of a server's that stands for neither, or UNANSWERED where nothing came. tokens: its ids, with the
+    one that ended it; () where only the text is known.
     """
 
     text: str

@@ -22,12 +22,13 @@ from medllm_jax.evaluation.extraction.extract import extract
 from medllm_jax.evaluation.grading import grade
 from medllm_jax.evaluation.prompts import PromptTemplate
 from medllm_jax.evaluation.samples import Samples, prompt_of
-from medllm_jax.evaluation.sampling import Completion
+from medllm_jax.evaluation.sampling import UNANSWERED, Completion
 from medllm_jax.ranges import Characters, PairsPerPrompt, Ranged
 
 Strategy = Literal["gold", "onpolicy", "both"]
 
 _CONTROL = re.compile(r"<\|\w+\|>")
+_CUT = {"length": "cut at the length limit", UNANSWERED: "not answered by the server"}
 _RIGHT, _WRONG, _NO_ANSWER = "right", "wrong", "wrong: no answer to read"
 _MAX_PLACES = 20  # first cases that the report names for each reason
 
@@ -182,7 +183,7 @@ def _sides(
 def _verdict(question: Question, condition: str, sample: Completion, options: PairOptions, seen: set[str]) -> str:
     """One of the three verdicts that a sample is used by, or why it is in no pair."""
     if sample.finish_reason != "stop":
-        return "cut at the length limit" if sample.finish_reason == "length" else "cut by the server"
+        return _CUT.get(sample.finish_reason, "cut by the server")
     text = sample.text.strip()
     if not text:
         return "empty"

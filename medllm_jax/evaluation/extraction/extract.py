@@ -11,6 +11,7 @@ prompt asked for nothing else) at the very start. Nothing is collected from pros
     conflict      two answers that exclude each other, without a word between them
     wrong_count   an answer, but not of as many letters as were asked for (its letters are kept)
     unparseable   anything else
+    unanswered    there is no output: the server gave none
 
 Every rule looks at a bounded stretch of the output with expressions that take linear time.
 """
@@ -26,8 +27,9 @@ from medllm_jax.evaluation.exam import Question
 from medllm_jax.evaluation.extraction.letters import QUOTES, LetterReader, Reading
 from medllm_jax.evaluation.extraction.normalize import clean, normalize
 from medllm_jax.evaluation.extraction.numbers import read_number
+from medllm_jax.evaluation.sampling import UNANSWERED
 
-PROBLEMS = ("empty", "refusal", "placeholder", "truncated", "conflict", "wrong_count", "unparseable")
+PROBLEMS = ("empty", "refusal", "placeholder", "truncated", "conflict", "wrong_count", "unparseable", "unanswered")
 
 _QUOTE = f"[{re.escape(QUOTES)}]"
 # As the questions themselves ask (最も考えられるのはどれか).
@@ -85,9 +87,11 @@ def extract(question: Question, text: str, finish_reason: str = "stop", conditio
     Args:
       question: what was asked.
       text: the output as generated, which follows the last characters of the prompt directly.
-      finish_reason: "length" where the output reached its limit, "stop" otherwise.
+      finish_reason: "length" where the output reached its limit, UNANSWERED where there is none, "stop" otherwise.
       condition: "answer_only" (the output starts with its answer) or "explain" (the answer follows an explanation).
     """
+    if finish_reason == UNANSWERED:
+        return Extraction(problem="unanswered")
     cleaned = clean(text, keep_circled=question.kind == "number")
     truncated = finish_reason == "length" and not cleaned.cut
     leading = condition == "answer_only"
