@@ -652,6 +652,7 @@ class Worker:
     """A process that makes trials one after the other, begun anew when one has hung it, filled it or ended it."""
 
     def __init__(self, inputs: Path, scratch: Path):
+        scratch.mkdir(parents=True, exist_ok=True)
         self._inputs, self._scratch = inputs, scratch
         self._process: WarmPython | None = None
         self._count = 0
@@ -678,7 +679,8 @@ class Worker:
             listening.listen()
             code = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); "
             code += "from benchmarks.trials import serve; serve(s)"
-            self._process = WarmPython("-c", code, name, environment=ENVIRONMENT)
+            with (self._scratch / "native.log").open("ab") as log:  # what libraries print past Python's streams
+                self._process = WarmPython("-c", code, name, stdout=log, stderr=log, environment=ENVIRONMENT)
             self._to, _ = listening.accept()
         Path(name).unlink()
         self._count = 0
