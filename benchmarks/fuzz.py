@@ -33,6 +33,7 @@ import copy
 import dataclasses
 import functools
 import gzip
+import itertools
 import json
 import math
 import os
@@ -44,7 +45,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -533,64 +533,32 @@ def trial(worker: Worker, given: Input) -> Outcome:
 
 
 class Fuzzing:
-    """A row of inputs, tried by several processes, and what was found."""
+    """What came of inputs, and what was found."""
 
-    def __init__(self, inputs: Path, scratch: Path, choose: Chooser, readings: list[Reading], seed: int):
-        self._inputs, self._scratch, self._choose, self._seed = inputs, scratch, choose, seed
-        self._readings = readings
+    def __init__(self, seed: int, show: Callable[[str], None]):
+        self._seed, self._show, self._lock = seed, show, threading.Lock()
         self.counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
         self.found: dict[tuple[str, ...], dict[str, Any]] = {}
-        self._usual: dict[str, Outcome] = {}
-        self._lock, self._next = threading.Lock(), iter(range(sys.maxsize))
 
-    def run(self, count: int, jobs: int, until: float, show: Callable[[str], None]) -> None:
-        with ThreadPoolExecutor(jobs) as pool:
-            for done in [pool.submit(self._work, number, count, until, show) for number in range(jobs)]:
-                done.result()
-
-    def usual(self, worker: Worker, reading: Reading) -> Outcome:
-        """What comes of the files as they are; it must be the same twice."""
-        if reading.name not in self._usual:
-            first, again = (worker.attempt(reading, trials.unchanged) for _ in range(2))
-            if first.code is None or (first.code, first.result) != (again.code, again.result):
-                raise SystemExit(f"{reading.name} does not come out the same twice: {first} {again}")
-            self._usual[reading.name] = again
-        return self._usual[reading.name]
-
-    def _work(self, number: int, count: int, until: float, show: Callable[[str], None]) -> None:
-        worker = Worker(self._inputs, self._scratch / str(number))
-        try:
-            while time.monotonic() < until:
-                with self._lock:
-                    index = next(self._next)
-                if index >= count:
-                    return
-                given = self._choose(index)
-                usual = self.usual(worker, given.reading)
-                outcome = trial(worker, given)
-                self._note(worker, given, outcome, usual, show)
-        finally:
-            worker.close()
-
-    def _note(
-        self, worker: Worker, given: Input, outcome: Outcome, usual: Outcome, show: Callable[[str], None]
-    ) -> None:
+    def try_one(self, worker: Worker, given: Input) -> None:
+        usual = trials.usual(worker, given.reading)
+        outcome = trial(worker, given)
         finding = finding_of(given, outcome, usual)
         with self._lock:
             counts = self.counts[kind_of(given.path)[0]]
             counts["inputs"] += 1
-            counts[f"exit {outcome.code}" if outcome.code in (0, 1, 2) else "other"] += 1
-            counts["findings"] += finding is not None
-            new = finding is not None and finding.key not in self.found
-            if finding is not None and not new:
+            counts[f"exit {outcome.code}"] += 1
+            if finding is None:
+                return
+            counts["findings"] += 1
+            if finding.key in self.found:
                 self.found[finding.key]["times"] += 1
-            if new:
-                self.found[finding.key] = {"times": 1} | record(self._seed, given, outcome, finding)
-        if new:
-            worker.close()
-            again = finding_of(given, trial(worker, given), usual)
-            self.found[finding.key]["again"] = again is not None and again.key == finding.key
-            show(line_of(self.found[finding.key]))
+                return
+            row = self.found[finding.key] = {"times": 1} | record(self._seed, given, outcome, finding)
+        worker.close()  # again, with nothing that another input may have left
+        again = finding_of(given, trial(worker, given), usual)
+        row["again"] = again is not None and again.key == finding.key
+        self._show(line_of(row))
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -622,9 +590,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     os.environ |= trials.ENVIRONMENT
-    # In memory, if there is such a folder: copies are made and removed all the time.
-    fast = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=fast if fast.is_dir() else None) as scratch:
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=trials.fast_folder()) as scratch:
         inputs = (options.folder or Path(scratch) / "inputs").absolute()
         if not inputs.exists():
             make_inputs(inputs)
@@ -632,11 +598,14 @@ def main() -> int:
         if not readings:
             parser.error(f"--only {options.only}: there are {', '.join(each.name for each in trials.READINGS)}")
         seed, index = map(int, options.replay.split(":")) if options.replay else (options.seed, 0)
-        fuzzing = Fuzzing(inputs, Path(scratch), Chooser(inputs, readings, seed), readings, seed)
+        choose = Chooser(inputs, readings, seed)
         if options.replay:
-            return replay(fuzzing, Worker(inputs, Path(scratch)), Chooser(inputs, readings, seed)(index), seed)
+            return replay(Worker(inputs, Path(scratch)), choose(index))
         began = time.monotonic()
-        fuzzing.run(options.inputs, options.jobs, began + options.seconds, lambda line: print(line, flush=True))
+        until = began + options.seconds
+        given = itertools.takewhile(lambda _: time.monotonic() < until, map(choose, range(options.inputs)))
+        fuzzing = Fuzzing(seed, lambda line: print(line, flush=True))
+        trials.in_workers(inputs, Path(scratch), given, options.jobs, fuzzing.try_one)
     rows = sorted(fuzzing.found.values(), key=lambda row: (row["room"], row["at"], row["reading"]))
     options.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
     total = sum(row["inputs"] for row in fuzzing.counts.values())
@@ -645,10 +614,10 @@ def main() -> int:
     return 1 if rows else 0
 
 
-def replay(fuzzing: Fuzzing, worker: Worker, given: Input, seed: int) -> int:
+def replay(worker: Worker, given: Input) -> int:
     """Shows all of one trial."""
     try:
-        usual = fuzzing.usual(worker, given.reading)
+        usual = trials.usual(worker, given.reading)
         outcome = trial(worker, given)
     finally:
         worker.close()

@@ -26,6 +26,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +210,11 @@ def _server(answer: bytes) -> Iterator[int]:
             with contextlib.suppress(OSError):
                 while True:
                     connection, _ = listening.accept()
-                    with connection, contextlib.suppress(OSError, ValueError, http.client.HTTPException):
-                        reading = connection.makefile("rb")
+                    with (
+                        contextlib.suppress(OSError, ValueError, http.client.HTTPException),
+                        connection,
+                        connection.makefile("rb") as reading,
+                    ):
                         reading.readline()
                         length = int(http.client.parse_headers(reading).get("content-length", 0))
                         reading.read(length)
@@ -533,6 +537,21 @@ class Replaced:
         (place / self.path).write_bytes(self.content)
 
 
+@dataclasses.dataclass(frozen=True)
+class Lost:
+    """A file that is gone; instead: what stands in its place, nothing, a "folder", or a "link" to nothing."""
+
+    path: str
+    instead: str = ""
+
+    def __call__(self, place: Path) -> None:
+        (place / self.path).unlink()
+        if self.instead == "folder":
+            (place / self.path).mkdir()
+        elif self.instead == "link":
+            (place / self.path).symlink_to("nowhere")
+
+
 def copy_inputs(inputs: Path, reading: Reading, place: Path) -> None:
     """A new folder with what a reading needs."""
     place.mkdir(parents=True)
@@ -790,3 +809,46 @@ def is_told(outcome: Outcome, usual: Outcome) -> bool:
     lines = {line for text in (usual.said, usual.errors) for line in text.splitlines()}
     new = [line for text in (outcome.said, outcome.errors) for line in text.splitlines() if line not in lines]
     return any(word in line.lower() for line in new for word in WORDS)
+
+
+# --- many trials ----------------------------------------------------------------------------------------------------
+
+_USUAL: dict[str, Outcome] = {}
+
+
+def usual(worker: Worker, reading: Reading) -> Outcome:
+    """What comes of the files as they are; SystemExit where that is not the same twice."""
+    if reading.name not in _USUAL:
+        first, again = (worker.attempt(reading, unchanged) for _ in range(2))
+        if first.code is None or (first.code, first.result) != (again.code, again.result):
+            raise SystemExit(f"{reading.name} does not come out the same twice: {first} {again}")
+        _USUAL[reading.name] = again
+    return _USUAL[reading.name]
+
+
+def in_workers(
+    inputs: Path, scratch: Path, jobs: Iterator[Any], workers: int, work: Callable[[Worker, Any], None]
+) -> None:
+    """Hands jobs to a function, with a worker of its own for each of some threads."""
+    lock = threading.Lock()
+
+    def serve_jobs(number: int) -> None:
+        worker = Worker(inputs, scratch / str(number))
+        try:
+            while True:
+                with lock:
+                    job = next(jobs, None)
+                if job is None:
+                    return
+                work(worker, job)
+        finally:
+            worker.close()
+
+    with ThreadPoolExecutor(workers) as pool:
+        for done in [pool.submit(serve_jobs, number) for number in range(workers)]:
+            done.result()
+
+
+def fast_folder() -> str | None:
+    """Where copies are made and removed all the time: in memory, if there is such a folder."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
