@@ -109,7 +109,7 @@ def _chosen(value: Any, rng: random.Random) -> tuple:
     return rng.choice(by_depth[rng.choice(sorted(by_depth))])
 
 
-def changed_value(value: Any, rng: random.Random, *, strict: bool) -> tuple[str, str, Any, str]:
+def changed_value(value: Any, rng: random.Random, *, strict: bool) -> tuple[str, str, Any, str | None]:
     """What was done, its kind, the changed value, and a text to put in the place of `_MARK` in what is written of it.
 
     strict: whether keys that are not known must be refused.
@@ -125,15 +125,15 @@ def changed_value(value: Any, rng: random.Random, *, strict: bool) -> tuple[str,
         if mappings:
             at = mappings[0] if strict else rng.choice(mappings)
             functools.reduce(lambda part, key: part[key], at, value)["no_such_key"] = rng.choice((1, "x", [1], True))
-            return f"unknown key in {'.'.join(map(str, at)) or 'all'}", REFUSED if strict else CONTENT, value, ""
+            return f"unknown key in {'.'.join(map(str, at)) or 'all'}", REFUSED if strict else CONTENT, value, None
         action = "value"
     if action in ("drop", "rename") and path:
         if action == "drop":
             del holder[path[-1]]
-            return f"{where} dropped", CONTENT, value, ""
+            return f"{where} dropped", CONTENT, value, None
         if isinstance(holder, dict):
             holder[f"{path[-1]}_"] = holder.pop(path[-1])
-            return f"{where} renamed", REFUSED if strict and len(path) == 1 else CONTENT, value, ""
+            return f"{where} renamed", REFUSED if strict and len(path) == 1 else CONTENT, value, None
     if action == "near" and isinstance(old, int | float) and not isinstance(old, bool):
         new: Any = rng.choice((old + 1, old - 1, -old, old * 1000, old / 3, float(old), str(old)))
     elif action == "near" and isinstance(old, str) and old:
@@ -145,7 +145,7 @@ def changed_value(value: Any, rng: random.Random, *, strict: bool) -> tuple[str,
     else:
         new = rng.choice(VALUES)
     other = _type(new) != _type(old) and new is not None and old is not None
-    return f"{where} = {str(new)[:30]!r}", CORRUPTING if other else CONTENT, _with(value, path, new), ""
+    return f"{where} = {str(new)[:30]!r}", CORRUPTING if other else CONTENT, _with(value, path, new), None
 
 
 def _with(value: Any, path: tuple, new: Any) -> Any:
@@ -155,8 +155,10 @@ def _with(value: Any, path: tuple, new: Any) -> Any:
     return value
 
 
-def _dumped(value: Any, raw: str) -> bytes:
-    text = json.dumps(value, ensure_ascii=False).replace(f'"{_MARK}"', raw or '"raw"')
+def _dumped(value: Any, raw: str | None) -> bytes:
+    text = json.dumps(value, ensure_ascii=False)
+    if raw is not None:
+        text = text.replace(f'"{_MARK}"', raw)
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -211,8 +213,10 @@ def changed_yaml(content: bytes, rng: random.Random) -> Change:
         more = f"{_ALIASES}{nested}" if rng.random() < 0.7 else f"{key}: 1\n"
         return Change(what if "*" in more else f"{key} twice", CONTENT, f"{text}\n{more}".encode())
     name, kind, value, raw = changed_value(yaml.safe_load(text), rng, strict=True)
+    kind = CONTENT if raw == "" else kind  # which is null
     dumped = yaml.safe_dump(value, allow_unicode=False, width=10**9) if _is_plain(value) else json.dumps(value)
-    dumped = dumped.replace(f'"{_MARK}"', raw).replace(_MARK, raw)
+    if raw is not None:
+        dumped = dumped.replace(f'"{_MARK}"', raw).replace(_MARK, raw)
     return Change(name, kind, dumped.encode("utf-8", "backslashreplace"))
 
 
@@ -495,11 +499,11 @@ class Finding:
 def finding_of(given: Input, outcome: Outcome, usual: Outcome) -> Finding | None:
     """usual: the outcome of the reading with its files as they are."""
     change = given.change
-    about = (given.reading.name, kind_of(given.path)[0], re.sub(r"[\d,]+", "N", change.name))
+    about = (given.reading.name, kind_of(given.path)[0])
     if problem := trials.refusal_problem(outcome):
         if outcome.code is None:
             return Finding((problem, outcome.at), problem)
-        return Finding((re.sub(r"\d+", "N", problem), *about[:2]), problem)
+        return Finding((re.sub(r"\d+", "N", problem), *about), problem)
     if outcome.code != 0 or usual.code != 0:
         return None
     if change.kind == REFUSED:

@@ -8,6 +8,7 @@ with limits of time and memory.
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import http.client
 import inspect
@@ -590,6 +591,7 @@ def _run(reading: Reading) -> Outcome:
         except (Exception, HangError, GrowthError) as problem:
             error, at = f"{type(problem).__name__}: {problem}"[:300], _frame(problem)
             trace = "".join(traceback.format_exception(problem, limit=-12))[-4000:]
+        gc.collect()  # what is left behind may complain when it is removed: now, not in another trial
     seconds = time.monotonic() - started
     return Outcome(code, result, said.getvalue(), errors.getvalue(), error, at, trace, seconds)
 
