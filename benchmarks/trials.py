@@ -591,7 +591,8 @@ def _run(reading: Reading) -> Outcome:
         except (Exception, HangError, GrowthError) as problem:
             error, at = f"{type(problem).__name__}: {problem}"[:300], _frame(problem)
             trace = "".join(traceback.format_exception(problem, limit=-12))[-4000:]
-        gc.collect()  # what is left behind may complain when it is removed: now, not in another trial
+        if gc.get_freeze_count():  # a worker, where this is quick
+            gc.collect()  # what is left behind may complain when it is removed: now, not in another trial
     seconds = time.monotonic() - started
     return Outcome(code, result, said.getvalue(), errors.getvalue(), error, at, trace, seconds)
 
