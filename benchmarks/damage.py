@@ -11,7 +11,7 @@ train have few cases, and all others of a kind are preferred to them. The outcom
 - same: exit code 0, and what came out is what comes out of the whole file, bit for bit: the fault did no harm;
 - told: exit code 0, and a line of the output says what was lost, repaired or left out;
 - other content: exit code 0 and another result, where no reader could know: a bit or the end of a file that no checksum
-  covers, and that reads as content of its kind, such as a text;
+  covers, and that reads as content of its kind, such as a text; or a file that need not be there;
 - silently wrong: exit code 0, another result, and no word of it;
 - badly told: an error of many lines or characters, or another exit code;
 - traceback; hang (20 s, 60 where a run is trained); memory (500 MB more than before).
@@ -40,6 +40,8 @@ from benchmarks.trials import Lost, Outcome, Reading, Replaced, Worker
 GOOD = ("refused", "same", "told", "other content")
 BAD = ("silently wrong", "badly told", "traceback", "hang", "memory")
 FAULTS = ("flipped", "cut", "emptied", "lost", "folder", "link")
+# Without such a file, what it belongs to is whole and another: that it is gone can't be known.
+OPTIONAL = ("generation_config.json", "chat_template.jinja", "contamination.json", "likelihood.json")
 
 
 class Case(NamedTuple):
@@ -78,6 +80,8 @@ def cases(inputs: Path, readings: list[Reading], seed: int) -> Iterator[Case]:
             weights = {each.name: each.weight for each, _ in by_kind[kind]}
             (name,) = rng.choices(list(weights), list(weights.values()))
             reading, path = rng.choice([pair for pair in by_kind[kind] if pair[0].name == name])
+            if reading.room == "inference" and fault in ("lost", "folder", "link"):
+                continue  # what a server answers is no file
             yield Case(reading, path, kind, fault, fault_of(inputs, path, fault, rng))
 
 
@@ -94,8 +98,13 @@ def class_of(case: Case, outcome: Outcome, usual: Outcome) -> str:
         return "same"
     if trials.is_told(outcome, usual):
         return "told"
-    unknowable = case.fault in ("flipped", "cut") and not kind_of(case.path)[1]
+    sealed = kind_of(case.path)[1]
+    unknowable = not sealed and (case.fault in ("flipped", "cut") or case.fault == "lost" and absent_is_fine(case.path))
     return "other content" if unknowable else "silently wrong"
+
+
+def absent_is_fine(path: str) -> bool:
+    return Path(path).name in OPTIONAL
 
 
 def markdown(counts: dict[str, collections.Counter]) -> str:
