@@ -99,7 +99,9 @@ def class_of(case: Case, outcome: Outcome, usual: Outcome) -> str:
     if trials.is_told(outcome, usual):
         return "told"
     sealed = kind_of(case.path)[1]
-    unknowable = not sealed and (case.fault in ("flipped", "cut") or case.fault == "lost" and absent_is_fine(case.path))
+    unknowable = not sealed and (
+        case.fault in ("flipped", "cut") or (case.fault == "lost" and absent_is_fine(case.path))
+    )
     return "other content" if unknowable else "silently wrong"
 
 
