@@ -601,7 +601,9 @@ def _code_and_result(reading: Reading) -> tuple[int, str]:
     """As the command line ends: what a function raises becomes the code and the line that a verb would give."""
     from medllm_jax import errors
     from medllm_jax.cli import main
+    from medllm_jax.storage.faults import as_told
 
+    os.environ["MEDLLM_TRACEBACK"] = "1"  # the command line's last line of defence would hide what was not foreseen
     if isinstance(reading.run, str):
         try:
             code = main(reading.run.split())
@@ -612,20 +614,12 @@ def _code_and_result(reading: Reading) -> tuple[int, str]:
         return 0, reading.run()
     except _EndedError as ended:
         return ended.args[0], ""
-    except (errors.UserError, errors.RunError, OSError) as problem:
-        if isinstance(problem, OSError) and not _storage_is_told(problem):
+    except Exception as problem:
+        told = problem if isinstance(problem, errors.UserError | errors.RunError) else as_told(problem)
+        if told is None:
             raise
-        print(f"error: {problem}", file=sys.stderr)
-        return (2 if isinstance(problem, errors.UserError) else 1), ""
-
-
-def _storage_is_told(problem: OSError) -> bool:
-    """Whether the command line makes one line of this error of storage."""
-    try:
-        from medllm_jax.storage import faults
-    except ImportError:
-        return False
-    return bool(getattr(faults, "told", lambda _: False)(problem))
+        print(f"error: {told}", file=sys.stderr)
+        return (2 if isinstance(told, errors.UserError) else 1), ""
 
 
 def _frame(problem: BaseException) -> str:
@@ -802,7 +796,7 @@ def refusal_problem(outcome: Outcome) -> str | None:
         return outcome.error.partition(":")[0]
     if "Traceback (most recent call last)" in outcome.errors:
         return "traceback printed"
-    if "crash report" in outcome.errors or "unforeseen" in outcome.errors:
+    if "not foreseen" in outcome.errors:
         return "unforeseen error"
     if outcome.code == 0:
         return None
