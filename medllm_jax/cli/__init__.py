@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None, *, group: str | None = None) ->
             code = 1
         else:
             raise
-    if code == _INTERRUPTED and arguments is None:
+    if code in (_INTERRUPTED, PREEMPTED) and arguments is None:
         _end(code)
     if code and _one_of_several():
         sys.modules["medllm_jax.distributed.processes"].leave(code)
@@ -107,7 +107,9 @@ def _crash_folder() -> Path:
 
 
 def _end(code: int) -> None:
-    """Ends this process at once: threads that compile or read would meet an interpreter that is taken apart."""
+    """Ends this process at once: it was stopped wherever it was, and threads that still compile would bring down an
+    interpreter that is taken apart around them, so that a segmentation fault were its exit code.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

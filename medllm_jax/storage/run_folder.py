@@ -7,6 +7,7 @@ sessions.jsonl  each start of the run        skipped.jsonl   steps that changed 
 logs/           what each process did        crashes/        how it failed, if it did
 profile/        traces for xprof             damaged/        checkpoints that did not hold what was written
 writer.json     which program writes now
+*.damaged-N     what could not be read of metrics.jsonl or sessions.jsonl, as it was
 """
 
 import math

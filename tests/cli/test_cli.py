@@ -12,6 +12,7 @@ import yaml
 
 import medllm_jax.cli
 from medllm_jax.cli import main
+from medllm_jax.errors import Preempted
 from tests.tiny import write_json_lines
 from tests.world import SEQUENCE_LENGTH
 
@@ -63,19 +64,20 @@ def test_mistakes_exit_2_with_one_line(arguments, line, capsys, monkeypatch, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_ends_the_process_at_once(monkeypatch, capsys):
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (Preempted("before its first step"), 42)])
+def test_what_is_stopped_ends_at_once(monkeypatch, capsys, error, code):
     """Without taking the interpreter apart under threads that compile, which ends in a segmentation fault."""
     ended = []
 
     def stop(*_):
-        raise KeyboardInterrupt
+        raise error
 
     monkeypatch.setattr(medllm_jax.cli, "parse", stop)
     monkeypatch.setattr(medllm_jax.cli.os, "_exit", ended.append)
     monkeypatch.setattr(sys, "argv", ["medllm", "train"])
-    assert main(["train"]) == 130 and not ended, "a caller's process is not ended"
+    assert main(["train"]) == code and not ended, "a caller's process is not ended"
     main()
-    assert ended == [130] and capsys.readouterr().err == "interrupted\n" * 2
+    assert ended == [code] and len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_a_misspelt_setting_names_the_likely_one(world, tmp_path, capsys):
