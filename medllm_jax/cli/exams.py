@@ -209,6 +209,7 @@ def _score(options: argparse.Namespace) -> None:
     from etils import epath
 
     from medllm_jax.evaluation.exam import load_exam
+    from medllm_jax.evaluation.grading import has_official
     from medllm_jax.evaluation.predictions import read_predictions
     from medllm_jax.evaluation.score_predictions import SystemScore, as_json, comparison_text, text_of
     from medllm_jax.evaluation.significance import compare
@@ -217,6 +218,8 @@ def _score(options: argparse.Namespace) -> None:
     exam = load_exam(options.data, options.years, name=options.exam, text_only=options.text_only)
     if options.exam == "igakuqa" and any(question.year is None for question in exam.questions):
         raise UserError(f"{options.data} holds other questions than IgakuQA's: give --exam questions")
+    if options.tier == "official" and not has_official(exam.questions):
+        raise UserError(f"--tier official: {options.data} has none, only IgakuQA has; give strict or lenient")
     predictions = read_predictions(options.predictions, exam, whole, allow_missing=options.allow_missing)
     systems = [SystemScore.of(name, found, exam, options.condition) for name, found in predictions.items()]
     by_name = {system.name: system for system in systems}

@@ -46,7 +46,10 @@ def read_predictions(
     for file in [file for path in paths for file in _files(path)]:
         stem = file.name.removesuffix(".jsonl")
         match = _SECTION_FILE.fullmatch(stem)
-        found = systems.setdefault(match[1] if match else stem, {})
+        system = match[1] if match else stem
+        if system in (".", ".."):
+            raise UserError(f"{file}: a system's results become a folder of its name, which {system!r} can't be")
+        found = systems.setdefault(system, {})
         for row in read_rows(file):
             key, prediction = _prediction(row)
             if key in found:

@@ -1,10 +1,9 @@
 """Collects the parts of a report: runs and exam results, read from the folders that the user names."""
 
 import dataclasses
-import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -15,6 +14,8 @@ from medllm_jax.evaluation.grading import Grade, read_grades
 from medllm_jax.evaluation.prompts import CONDITIONS
 from medllm_jax.evaluation.samples import Samples
 from medllm_jax.evaluation.sampling import Completion
+from medllm_jax.storage.json_files import read_json
+from medllm_jax.storage.json_lines import Row
 from medllm_jax.storage.remote import names_in
 from medllm_jax.storage.run_folder import METRICS, read_metrics, recorded_config
 
@@ -108,7 +109,8 @@ def _distinct(folders: Sequence[epath.Path]) -> list[str]:
 
 
 def _results(folder: epath.Path, name: str) -> Results:
-    scores, likelihood = _json(folder / "scores.json"), _json(folder / "likelihood.json")
+    scores = _json(folder / "scores.json", {})
+    likelihood = _json(folder / "likelihood.json", _LIKELIHOOD)
     found = (likelihood if scores is None else scores) or {}
     if not all(isinstance(found.get(key), str) for key in ("exam", "model")):
         raise UserError(f"{folder}: scores.json is not what `medllm evaluate` or `medllm score` writes")
@@ -116,18 +118,40 @@ def _results(folder: epath.Path, name: str) -> Results:
     grades = {condition: read_grades(file) for condition, file in files.items() if file.exists()}
     if scores and not grades:
         raise UserError(f"{folder} holds scores.json and no grades-*.jsonl: evaluate again, which asks no model twice")
-    return Results(
-        name, folder, found["exam"], found["model"], grades, likelihood, _json(folder / "contamination.json")
-    )
+    for condition, graded in grades.items():
+        if not graded:
+            raise UserError(f"{files[condition]} holds no grade: evaluate again, which asks no model twice")
+        told = ((scores or {}).get("conditions") or {}).get(condition)
+        if isinstance(told, dict) and told.get("n") != len(graded):
+            raise UserError(
+                f"{files[condition]} holds {len(graded)} grades, and scores.json tells of {_short(told.get('n'))}: "
+                "evaluate again, which asks no model twice"
+            )
+    contamination = _json(folder / "contamination.json", _CONTAMINATION)
+    return Results(name, folder, found["exam"], found["model"], grades, likelihood, contamination)
 
 
-def _json(file: epath.Path) -> dict[str, Any] | None:
+# What is read of files that programs wrote beside the grades.
+_LIKELIHOOD = {"n": int, "accuracy": int | float, "weighted_accuracy": int | float}
+_CONTAMINATION = {"overlapping": int, "questions": int, "share": int | float, "threshold": int | float, "n": int}
+_CONTAMINATION |= {"corpora": list}
+
+
+def _json(file: epath.Path, fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The object in a file, whose fields have the given types; None where there is no file."""
     if not file.exists():
         return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}): remove it, and make it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: not a JSON object: remove it, and make it again")
+    content = read_json(file)
+    row = Row(content, str(file))
+    for name, kind in fields.items():
+        if not isinstance(row.get(name, kind), list) and not _is_number(content[name]):
+            raise row.error(f"the field {name!r} is no number that can be shown")
     return content
+
+
+def _short(value: Any) -> str:
+    return str(value)[:20]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
