@@ -18,7 +18,7 @@ from medllm_jax.config.shipped import find_config
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.sampling import SamplingParams
 from medllm_jax.ranges import BatchSize, PairsPerPrompt, Range, Ranged, Samples, Seed, SequenceLength, Temperature, TopP
-from medllm_jax.recipes.commands import Runner, heading
+from medllm_jax.recipes.commands import Runner, Score, heading, read_scores
 from medllm_jax.storage import lease
 from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.remote import names_in, write_whole
@@ -172,7 +172,7 @@ def _make_pairs(medllm: Runner, config: RoundsConfig, place: epath.Path, model: 
                 *("--seed", config.seed + number, "--output", rows),
             )
         except UserError:
-            if report.exists() and not json.loads(report.read_text())["prompts"].get("with pairs"):
+            if report.exists() and _has_no_pairs(report):
                 return False
             raise
     if not (place / "store" / "store.json").exists():
@@ -184,6 +184,13 @@ def _make_pairs(medllm: Runner, config: RoundsConfig, place: epath.Path, model: 
     return True
 
 
+def _has_no_pairs(report: epath.Path) -> bool:
+    prompts = read_json(report).get("prompts")
+    if not isinstance(prompts, dict):
+        raise UserError(f"{report} does not count prompts: it is damaged; remove it, and the pairs are made again")
+    return not prompts.get("with pairs")
+
+
 def _train(medllm: Runner, config: RoundsConfig, place: epath.Path, before: str) -> None:
     paths = ("--run", place / "run", "--init.checkpoint", before, "--data.store", place / "store")
     run = ("--config", config.train, *paths)
@@ -193,12 +200,12 @@ def _train(medllm: Runner, config: RoundsConfig, place: epath.Path, before: str)
     medllm("train", *run)
 
 
-def _examine(medllm: Runner, config: RoundsConfig, place: epath.Path, model: str) -> dict[str, Any]:
+def _examine(medllm: Runner, config: RoundsConfig, place: epath.Path, model: str) -> dict[str, Score]:
     """The held-out scores of a model, by condition."""
     output = place / "evaluation"
     if not (output / "scores.json").exists():
         medllm("evaluate", "--run", model, "--exam", config.held_out, *_prompts(config), "--output", output)
-    return json.loads((output / "scores.json").read_text())["conditions"]
+    return read_scores(output, config.conditions)
 
 
 def _prompts(config: RoundsConfig) -> tuple[Any, ...]:
@@ -208,18 +215,18 @@ def _prompts(config: RoundsConfig) -> tuple[Any, ...]:
 # --- what came of it -------------------------------------------------------------------------------------------------
 
 
-def _mean(result: dict[str, Any]) -> float:
-    return sum(scores["accuracy"] for scores in result.values()) / len(result)
+def _mean(result: dict[str, Score]) -> float:
+    return sum(score.accuracy for score in result.values()) / len(result)
 
 
-def _best(results: Sequence[dict[str, Any]]) -> int:
+def _best(results: Sequence[dict[str, Score]]) -> int:
     return max(range(len(results)), key=lambda number: _mean(results[number]))
 
 
-def _write_table(folder: epath.Path, conditions: Sequence[str], results: Sequence[dict[str, Any]]) -> epath.Path:
+def _write_table(folder: epath.Path, conditions: Sequence[str], results: Sequence[dict[str, Score]]) -> epath.Path:
     rows = [["round", *conditions, "mean", ""]]
     for number, result in enumerate(results):
-        scores = [f"{result[condition]['accuracy']:.3f}" for condition in conditions]
+        scores = [f"{result[condition].accuracy:.3f}" for condition in conditions]
         mark = "best" if number == _best(results) else ""
         rows.append([str(number or "start"), *scores, f"{_mean(result):.3f}", mark])
     write_whole(folder / "table.md", markdown(rows, numbers=False))

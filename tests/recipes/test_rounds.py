@@ -14,7 +14,7 @@ from medllm_jax.config.schema import MeshConfig, PrecisionConfig
 from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import Preempted, RunError, UserError
 from medllm_jax.recipes import rounds as rounds_module
-from medllm_jax.recipes.commands import Runner
+from medllm_jax.recipes.commands import Runner, Score
 from medllm_jax.recipes.rounds import load_rounds_config, run_rounds
 from tests.tiny import write_json_lines
 from tests.world import SEQUENCE_LENGTH
@@ -66,7 +66,7 @@ def test_rounds_follow_each_other_go_on_and_end(file, tmp_path, monkeypatch, wor
     monkeypatch.setattr(
         rounds_module,
         "_examine",
-        lambda run, config, place, model: {"answer_only": {"accuracy": accuracies[place.name]}},
+        lambda run, config, place, model: {"answer_only": Score(accuracies[place.name], 10)},
     )
     commands, run = [], Runner(main)
 
