@@ -41,8 +41,10 @@ _CUE = re.compile(
     rf"|(?<![a-z])(?:final )?answers?|{_LIKELIEST})"
     r"(?:の?(?:選択肢|番号|記号)|(?: choices?| options?| letters?)\b)?"
     r"[ \]】」』)\"']{0,4}(?:は|が|:|=|->|→|is\b|are\b|\n|(?<=[】\]]))"
-    rf"(?:{_QUOTE}|[、,:=]|選択肢の?|番号|記号|(?:次|以下)の(?:通り|とおり)?(?=[^a-z])|[2-5二三四五]つ(?=[、:])|options?\b|choices?\b){{0,12}}"
+    rf"(?:{_QUOTE}|[、,:=]|選択肢の?|番号|記号"
+    r"|(?:次|以下)の(?:通り|とおり)?(?=[^a-z])|[2-5二三四五]つ(?=[、:])|options?\b|choices?\b){0,12}"
 )
+_LIKELY, _HEDGED = re.compile(_LIKELIEST), re.compile(r"だ(?:が|けど)")  # 最も考えられるのはaだが、bも否定できない
 # After its answer: bが正解です。 Neither asked, nor denied, nor supposed.
 _CUE_BEHIND = re.compile(
     r"が(?P<answer_is>(?:最も適切な|最終的な)?(?:正解|正答|答え|解答|回答))"
@@ -228,7 +230,7 @@ def _after_last_cue(
             continue
         else:
             reading = read(cue.end())
-        if reading is None:
+        if reading is None or (_LIKELY.match(cue[0]) and _HEDGED.match(text, reading.end)):
             continue
         if found and found.letters != reading.letters and not _CUE_WORDS.sub("", text[end:begin]):
             return Extraction(rule="cue", problem="conflict")
