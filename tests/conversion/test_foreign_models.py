@@ -121,7 +121,7 @@ QUICK = (
 
 
 def mark(field, *case):
-    """What is taken runs a model there, which takes time: of what only describes a model, `make test` leaves that out."""
+    """What is taken runs a model there, which takes time: where that only describes one, `make test` leaves it out."""
     slow = case[-1] and field not in QUICK
     return pytest.param(*case, marks=pytest.mark.slow) if slow else case
 
