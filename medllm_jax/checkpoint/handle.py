@@ -138,7 +138,7 @@ class Checkpoint:
         """A hash that tells this save of the step from another."""
         try:
             return orbax.identity_of(self._folder)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, IsADirectoryError) as error:
             raise self.unreadable(error) from error
 
     # --- its arrays ---

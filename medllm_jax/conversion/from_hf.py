@@ -158,6 +158,7 @@ def from_peft(
     meta = {
         "base": Base(checkpoint.run_folder, checkpoint.step, fingerprint)._asdict(),
         "config": {"adapter": to_plain(adapter.settings)},
+        "source": {"name": adapter.path.name},
     }
     remove_folder(unfinished_folder(target))  # of an adapter nothing is worth going on with
     filling = ResumableFolder(target, {"adapter": str(source)})
@@ -295,5 +296,5 @@ def _quantizer(storage: Storage) -> Callable[[np.ndarray], dict[str, jax.Array]]
 
 def _name(model: HFFolder) -> str:
     """What the model is called: by its config, if that is no path, or as its folder."""
-    name = read_json(model.path / "config.json").get("_name_or_path") or ""
-    return name if name and not name.startswith(("/", ".", "~")) else model.path.name
+    name = read_json(model.path / "config.json").get("_name_or_path")
+    return name if isinstance(name, str) and name and not name.startswith(("/", ".", "~")) else model.path.name

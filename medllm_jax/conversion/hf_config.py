@@ -101,7 +101,7 @@ _QWEN2 = ForeignSettings(
         # What a call returns, and what heads of other tasks are called.
         "output_attentions": anything,
         "output_hidden_states": anything,
-        "return_dict": anything,
+        "return_dict": (True, None),
         "id2label": anything,
         "label2id": anything,
         "num_labels": anything,

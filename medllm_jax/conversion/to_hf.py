@@ -15,7 +15,7 @@ from etils import epath
 
 from medllm_jax.checkpoint.handle import open_checkpoint
 from medllm_jax.conversion import peft
-from medllm_jax.conversion.card import documents
+from medllm_jax.conversion.card import check_base_name, documents
 from medllm_jax.conversion.companions import GENERATION, SUMS, read_generation
 from medllm_jax.conversion.finite import NonFinite
 from medllm_jax.conversion.folders import (
@@ -78,6 +78,8 @@ def to_hf(
     """
     start = time.monotonic()
     max_bytes = parse_size(max_shard_size)
+    if base_name is not None:
+        check_base_name(base_name)
     if resume and not is_remote(target) and clear_notes(target):
         _log.info(f"{target} is whole already")  # it was stopped before the last of its steps
         return

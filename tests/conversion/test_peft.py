@@ -156,6 +156,10 @@ def test_adapters_trained_by_peft_work_here(place, theirs, tmp_path, capsys):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert convert("to-hf", tmp_path / "run", tmp_path / "merged") == 0
     np.testing.assert_allclose(logits_of_torch(torch_model(tmp_path / "merged")), theirs, atol=1e-4)
+    text = (tmp_path / "merged" / "README.md").read_text()
+    assert "nothing was trained" not in text
+    assert "Adapters of hf were trained with PEFT, outside medllm_jax (theirs)" in text
+    assert "rank 3, scale 2.33333" in text and "exported merged into the base" in text
 
 
 def test_adapters_of_peft_are_trained_on(world, place, theirs, tmp_path, metrics_of):

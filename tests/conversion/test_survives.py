@@ -255,6 +255,25 @@ def test_a_replacement_that_was_stopped_between_its_renames_is_gone_on_with(plac
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
+NOTES = [
+    "",
+    "[]",
+    '{"what": 1}',
+    '{"what": {}, "finished": 0, "done": {}}',
+    '{"done": {"x": 5}, "what": {}, "finished": true}',
+]
+
+
+@pytest.mark.parametrize("text", NOTES)
+def test_damaged_notes_are_one_line(place, tmp_path, capsys, text):
+    unfinished = folders.unfinished_folder(tmp_path / "out")
+    unfinished.mkdir()
+    (unfinished / ".conversion-0.json").write_text(text)
+    assert main([*steps_in(tmp_path, place)[1], "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert f"these notes are damaged: remove {unfinished} and begin anew" in error and error.count("\n") == 1
+
+
 def counting(read, reads):
     def counted(*arguments):
         reads.append(arguments[1])
