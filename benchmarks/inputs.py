@@ -284,7 +284,7 @@ def _make_runs() -> None:
         _medllm(command)
     # As a run leaves them that was killed, and had bad steps before.
     Path("runs/cpt/skipped.jsonl").write_text(json.dumps({"step": 1, "rows": [0, 1], "loss": 9.0}) + "\n")
-    from medllm_jax.reliability.lease import Lease
+    from medllm_jax.storage.lease import Lease
 
     with Lease("runs/cpt"):
         holder = json.loads(Path("runs/cpt/writer.json").read_text())

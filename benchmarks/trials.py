@@ -146,7 +146,7 @@ def _converted(run: str) -> str:
 
 def _go_on_training() -> str:
     """Trains to the end; what another process seems to write is waited for, for seconds instead of a minute."""
-    from medllm_jax.reliability.lease import Lease
+    from medllm_jax.storage.lease import Lease
 
     from medllm_jax.checkpoint.handle import open_checkpoint
 
