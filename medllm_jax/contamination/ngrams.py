@@ -7,10 +7,13 @@ white space and punctuation, so that another layout hides nothing.
 
 import re
 import unicodedata
+from collections.abc import Iterator
 
 import numpy as np
 
 GRAM = 13
+_PIECE = 1024
+_ALONE = re.compile(r"[\x00-\x7f、。\u4e00-\u9fff]")
 _NO_LETTERS = re.compile(r"[\W_]+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no place of a gram is lost
 _MIX = np.uint64(0xD6E8FEB86659FD93)
@@ -18,7 +21,18 @@ _MIX = np.uint64(0xD6E8FEB86659FD93)
 
 def plain(text: str) -> str:
     """The text that is compared: in NFKC and lower case, letters and digits alone."""
-    return _NO_LETTERS.sub("", unicodedata.normalize("NFKC", text)).casefold()
+    return _NO_LETTERS.sub("", "".join(unicodedata.normalize("NFKC", piece) for piece in _pieces(text))).casefold()
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces, since a long run of combining marks takes quadratic time; cut before what joins nothing."""
+    start = 0
+    while start < len(text):
+        end = start + _PIECE
+        while end < min(len(text), start + 2 * _PIECE) and not _ALONE.match(text, end):
+            end += 1
+        yield text[start:end]
+        start = end
 
 
 def grams(text: str, n: int = GRAM) -> np.ndarray:

@@ -324,7 +324,8 @@ def _with_stems(questions: list[Question]) -> list[Question]:
 
 
 def _without_task(text: str) -> str:
-    sentences = re.split(r"(?<=。)", _CASE_SET.sub("", text, count=1))
+    lead = _CASE_SET.match(text)
+    sentences = re.split(r"(?<=。)", text[lead.end() if lead else 0 :])
     sentences = [s for s in sentences if s.strip()]
     while sentences and re.search(r"どれか|選べ|求めよ|計算せよ", sentences[-1]):
         sentences.pop()

@@ -5,13 +5,16 @@ import re
 
 import pytest
 
+from medllm_jax.cli import main
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.evaluate import evaluate, format_table
 from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.extraction.extract import Extraction, vote
 from medllm_jax.evaluation.grading import read_grades
 from medllm_jax.evaluation.prompts import load_template
-from medllm_jax.evaluation.sampling import Completion, Sampler, SamplingParams
+from medllm_jax.evaluation.sampling import UNANSWERED, Completion, Sampler, SamplingParams
+from medllm_jax.inference import samplers
+from tests.tiny import write_json_lines
 
 BOTH = ("answer_only", "explain")
 TEMPLATE = load_template("plain")
@@ -142,6 +145,21 @@ def test_a_longer_exam_asks_only_what_is_new(tmp_path):
     more = Model()
     assert evaluate(EXAM, TEMPLATE, ["answer_only"], asked_of(more), tmp_path)["answer_only"].n == 6
     assert len(more.asked) == 4
+
+
+def test_answers_that_a_server_left_out_count_as_wrong_and_are_told(tmp_path, capsys, monkeypatch):
+    def lost(prompts, seeds, params):
+        yield from ([Completion("", UNANSWERED) if n == 0 else Completion("a", "stop")] for n, _ in enumerate(prompts))
+
+    monkeypatch.setattr(samplers, "server_sampler", lambda *_, **__: Sampler("m", "here", lost))
+    rows = [{"id": f"q{n}", "question": "?", "choices": ["x", "y"], "answer": "a"} for n in range(3)]
+    exam = write_json_lines(tmp_path / "exam.jsonl", rows)
+    arguments = ["evaluate", "--exam", str(exam), "--server", "http://host", "--model", "m", "--output", str(tmp_path)]
+    assert main([*arguments, "--conditions", "answer_only"]) == 1
+    err = capsys.readouterr().err
+    assert "1 of 3 prompts were not answered" in err and "error: 1 answers are missing" in err
+    scores = json.loads((tmp_path / "scores.json").read_text())["conditions"]["answer_only"]
+    assert (scores["n"], scores["correct"], scores["problems"]) == (3, 2, {"unanswered": 1})
 
 
 def test_of_several_outputs_the_majority_counts(tmp_path):
