@@ -19,6 +19,7 @@ from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam
 from medllm_jax.evaluation.grading import Group, read_grades
 from medllm_jax.evaluation.prompts import CONDITIONS
+from medllm_jax.storage.remote import write_whole
 
 _ROWS = 64  # of a store, decoded at a time
 
@@ -130,7 +131,7 @@ def write_contamination(folder: epath.PathLike, found: Mapping[str, Any]) -> epa
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "contamination.json"
-    file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return file
 
 

@@ -35,6 +35,7 @@ from medllm_jax.errors import UserError
 from medllm_jax.model.quantize import BLOCK, Storage, quantize
 from medllm_jax.storage import run_folder
 from medllm_jax.storage.json_files import read_json
+from medllm_jax.storage.lease import sole_writer
 from medllm_jax.storage.remote import remove_folder
 from medllm_jax.terminal.progress import Console, size_in_words
 
@@ -44,6 +45,7 @@ _WORKERS = 2
 _RANGE_BYTES = 16 << 20  # a worker takes at least so many, where a weight has them
 
 
+@sole_writer("target", beside=True, unit=lambda part, **_: f"part-{part[0] + 1}" if part[1] > 1 else "")
 def from_hf(
     source: str,
     target: str,
@@ -115,6 +117,7 @@ def from_hf(
     )
 
 
+@sole_writer("target", beside=True)
 def from_peft(
     source: str,
     target: str,

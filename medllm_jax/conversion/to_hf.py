@@ -14,7 +14,6 @@ import numpy as np
 from etils import epath
 
 from medllm_jax.checkpoint.handle import open_checkpoint
-from medllm_jax.config.foreign import shown
 from medllm_jax.conversion import peft
 from medllm_jax.conversion.card import check_base_name, documents
 from medllm_jax.conversion.companions import GENERATION, SUMS, read_generation
@@ -34,9 +33,10 @@ from medllm_jax.conversion.names import RowRange, row_ranges
 from medllm_jax.conversion.run_weights import RunWeights
 from medllm_jax.conversion.shards import Shard, holds_shard, index_of, shards_of, tensor_bytes, write_shard
 from medllm_jax.data.tokenizer import load_tokenizer
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 from medllm_jax.storage import run_folder
 from medllm_jax.storage.json_files import read_bounded
+from medllm_jax.storage.lease import sole_writer
 from medllm_jax.storage.remote import is_folder, is_remote, names_in, remove_folder
 from medllm_jax.terminal.progress import Console, size_in_words
 
@@ -51,6 +51,7 @@ _READERS = 1
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+@sole_writer("target", beside=True)
 def to_hf(
     source: str,
     target: str,
@@ -137,10 +138,10 @@ def memory_needed(weights: Weights, dtype: np.dtype) -> int:
 
 def parse_size(text: str) -> int:
     """Bytes of `5GB`, `500MB`, `1GiB` or a plain number."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([KMG]I?B)?", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMG]I?B)?", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size <= 0:
-        raise UserError(f"--max-shard-size {shown(text)}: a size such as 5GB or 500MB is expected")
+        raise UserError(f"--max-shard-size {quoted(text)}: a size such as 5GB or 500MB is expected")
     return size
 
 

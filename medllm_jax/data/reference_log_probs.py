@@ -52,7 +52,7 @@ def write_reference(store: RowStore, model_fingerprint: str, values: np.ndarray)
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(values, "<f4"))
     data = buffer.getvalue()
-    folder = _reference_folder(store, model_fingerprint)
+    folder = reference_folder(store, model_fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
     description = _reference_description(store, model_fingerprint) | {"sha256": hashlib.sha256(data).hexdigest()}
     # The description comes last, and its digest binds the values: a half-written pair of files is refused.
@@ -66,7 +66,7 @@ def read_reference(store: RowStore, model_fingerprint: str) -> np.ndarray:
 
     Raises UserError, saying what to run, where there are none or they are damaged.
     """
-    folder = _reference_folder(store, model_fingerprint)
+    folder = reference_folder(store, model_fingerprint)
     remedy = "run `medllm reference` with the model that training starts from"
     if not (folder / "reference.json").exists():
         raise UserError(
@@ -101,7 +101,8 @@ def _reference_description(store: RowStore, model_fingerprint: str) -> dict[str,
     }
 
 
-def _reference_folder(store: RowStore, model_fingerprint: str) -> epath.Path:
+def reference_folder(store: RowStore, model_fingerprint: str) -> epath.Path:
+    """Where the reference log-probabilities of a model are kept; it need not be there."""
     # Both hashes are in the name: references of several models, and of pairs since replaced, never meet.
     key = hashlib.sha256(json.dumps([model_fingerprint, store.metadata.digest]).encode()).hexdigest()[:16]
     return store.path / "reference" / key

@@ -25,7 +25,7 @@ from etils import epath
 
 from medllm_jax.data.batch import Kind
 from medllm_jax.errors import UserError
-from medllm_jax.storage.faults import passes
+from medllm_jax.storage.faults import passes, words_of
 from medllm_jax.storage.remote import is_folder, kvstore_spec
 
 FORMAT_VERSION = 3
@@ -299,4 +299,4 @@ def check_compatible(
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return words_of(error) or type(error).__name__

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 from etils import epath
 
-from medllm_jax.errors import UserError
+from medllm_jax.errors import RunError, UserError
+from medllm_jax.storage.lease import sole_writer
 
 _RETRIES = 6
 _BACKOFF = 1.0  # seconds before the second repetition; each further wait is twice as long
 _PASSING = (408, 429, 500, 502, 503, 504)
+_MAX_WAIT = 60  # seconds that are waited at a server's word, at most
 _TOGETHER = 8  # files at a time
 _COMMIT = "2bc4c3d159cf5505f6253d24a909fbd53237e239"
 
@@ -47,6 +49,7 @@ def igakuqa_files(years: Sequence[int] | None = None, *, baselines: bool = False
     }
 
 
+@sole_writer("output")
 def fetch(
     files: Mapping[str, str],
     source: str,
@@ -70,8 +73,8 @@ def fetch(
       progress: called with the number of files done.
 
     Raises:
-      UserError: the source can't be reached, lacks a file or has another content; or a file with another content is
-        there.
+      UserError: the source lacks a file or has another content; or a file with another content is there.
+      RunError: the source can't be reached.
     """
     import urllib3
 
@@ -85,6 +88,7 @@ def fetch(
         backoff_factor=_BACKOFF,
         backoff_jitter=_BACKOFF,
         raise_on_status=False,
+        retry_after_max=_MAX_WAIT,
     )
     http = urllib3.PoolManager(maxsize=_TOGETHER, retries=retries, timeout=urllib3.Timeout(connect=10, read=60))
 
@@ -94,9 +98,11 @@ def fetch(
             response = http.request("GET", url)
         except urllib3.exceptions.HTTPError as error:
             reason = getattr(error, "reason", None) or error
-            raise UserError(
+            raise RunError(
                 f"{url}: no answer ({type(reason).__name__}); see that it can be reached, then go on"
             ) from error
+        if response.status in _PASSING:
+            raise RunError(f"{url}: status {response.status} after {_RETRIES} repetitions; go on later")
         if response.status != 200:
             raise UserError(f"{url}: status {response.status}; is --source the right folder?")
         if hashlib.sha256(response.data).hexdigest() != wanted[path]:

@@ -16,6 +16,7 @@ from medllm_jax.evaluation.grading import Grade, Summary, grade, summarize, writ
 from medllm_jax.evaluation.prompts import CONDITIONS, PromptTemplate
 from medllm_jax.evaluation.samples import sample_exam
 from medllm_jax.evaluation.sampling import Completion, Sampler, SamplingParams
+from medllm_jax.storage.remote import write_whole
 from medllm_jax.terminal.tables import aligned, markdown
 
 
@@ -69,8 +70,8 @@ def evaluate(
         "settings": samples.settings,
         "conditions": {condition: summary.as_dict() for condition, summary in summaries.items()},
     }
-    (output_dir / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (output_dir / "table.md").write_text(format_markdown(summaries), encoding="utf-8")
+    write_whole(output_dir / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+    write_whole(output_dir / "table.md", format_markdown(summaries))
     return summaries
 
 

@@ -5,6 +5,7 @@ nothing of it is part of this project.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable
 from itertools import product
@@ -19,9 +20,12 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _YEAR_OF_EXAM_ZERO = 1906  # the 112th exam was held in 2018, and there is one a year
 _EXAM_FILE = re.compile(r"(\d{2,3})-([A-Z])\.jsonl")
 _COMPANION_FILE = re.compile(r".*_(metadata|translate)\.jsonl")
-_CASE_SET = re.compile(r"\s*次の文を読み、(?:\d+\s*[〜～~、,・-]\s*(\d+)|以下)の問いに答えよ。")
+_CASE_SET = re.compile(r"\s*次の文を読み、(?:\d{1,4}\s*[〜～~、,・-]\s*(\d{1,4})|以下)の問いに答えよ。")
 # Where the lead item does not say how many questions its case has (2020 on), the section decides.
 _CASE_SET_SIZE = {"B": 2, "E": 2, "C": 3, "F": 3}
+_MAX_CASE = 20  # questions about one case: each later one repeats what the earlier ones told
+_MAX_ALTERNATIVES = 1_000  # accepted answers of a question
+_PICTURED = 5  # choices of a question that gives none of them, since they are pictures
 # Found to be faulty after the exam: credited to everyone. Its file has the answer of the faulty key.
 _CREDITED = {"116A71"}
 _SECTIONS = "ABCDEF"
@@ -31,7 +35,7 @@ _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,30})(?:\.[0-9]{1
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question. `kind` is "choice" (answers are letters) or "number" (no choices).
+    """One question. `kind` is "choice" (answers are letters) or "number" (no choices). Pictures as choices are "".
 
     `gold` holds every accepted set of letters; it is empty for a number. `numbers` holds the golds of a number: first
     as the file has it, then as read through `boxes`, the answer form printed in the question ("①②.③" makes 100 mean
@@ -91,7 +95,8 @@ def load_exam(
     """Reads an exam from a JSON lines file or a folder of them.
 
     Folders: IgakuQA's repository, its `data` folder, one of its year folders, or any folder of `*.jsonl`. Rows: those
-    of IgakuQA (`problem_id`, `problem_text`, ...), or `id`, `question`, `choices` (a list; empty for a number),
+    of IgakuQA (`problem_id`, `problem_text`, ...), or `id`, `question`, `choices` (a list; empty for a number, and for
+    an answer of letters where the choices are pictures: five, or as many as the answer has need of),
     `answer` (a letter, a list of letters, a number as a string, or "any" if everyone is credited), and optionally
     `points` (default 1), `explanation`, `category`, `year`, `exam`, `section`, `text_only`, `case` (equal for questions
     about one case), `contraindicated` (letters).
@@ -117,7 +122,7 @@ def load_exam(
         for question, where in _read_file(file):
             if question.id in seen:
                 raise UserError(
-                    f"{where}: the id {question.id!r} was used at {seen[question.id]}; ids must be distinct"
+                    f"{where}: the id {_short(question.id)} was used at {seen[question.id]}; ids must be distinct"
                 )
             seen[question.id] = where
             questions.append(question)
@@ -201,9 +206,9 @@ def _generic(row: Row) -> Question:
 
 
 def _contraindicated(row: Row) -> frozenset[str]:
-    letters, known = row.get("contraindicated", list, []), LETTERS[: len(row.get("choices", list))]
+    letters, known = row.get("contraindicated", list, []), LETTERS[: len(row.get("choices", list)) or None]
     if not all(isinstance(letter, str) and letter in tuple(known) for letter in letters):
-        raise row.error(f"'contraindicated' is {letters}; letters of its choices were expected")
+        raise row.error(f"'contraindicated' is {_short(letters)}; letters of its choices were expected")
     return frozenset(letters)
 
 
@@ -227,20 +232,26 @@ def _question(row: Row, *, text: str, boxed: bool, **fields) -> Question:
         raise row.error(f"'choices' must be a list of at most {len(LETTERS)} strings")
     answer = row.get("answer", str | list | int | float)
     items = [str(a) for a in (answer if isinstance(answer, list) else [answer])]
+    alternatives = _alternatives(items)
+    named = {letter for letters in alternatives for letter in letters}
+    if not choices and named and all(len(letter) == 1 and letter in LETTERS for letter in named):
+        choices = ("",) * max(_PICTURED, LETTERS.index(max(named)) + 1)
+        fields["text_only"] = row.get("text_only", bool, False)
     fields |= {"text": text, "choices": choices, "points": _points(row)}
     if choices:
         if items == ["any"]:
             letters = frozenset(map(frozenset, LETTERS[: len(choices)]))
             return Question(gold=letters, **fields | {"credited": True})
-        gold = _accepted_sets(items, LETTERS[: len(choices)])
+        gold = _accepted_sets(alternatives, LETTERS[: len(choices)])
         if gold is None:
             raise row.error(
-                f"the answer {answer!r} is not made of distinct letters of its choices a-{LETTERS[len(choices) - 1]}"
+                f"the answer {_short(answer)} is not made of distinct letters of its choices "
+                f"a-{LETTERS[len(choices) - 1]}, with {_MAX_ALTERNATIVES} alternatives at most"
             )
         return Question(gold=gold, k=len(next(iter(gold))), **fields)
     number = items[0].strip() if len(items) == 1 else ""
     if not _NUMBER.fullmatch(number):
-        raise row.error(f"the answer {answer!r} of a question without choices is not a number")
+        raise row.error(f"the answer {_short(answer)} of a question without choices is not a number")
     boxes = None
     if boxed:
         form = _BOXES.search(text)
@@ -252,19 +263,30 @@ def _question(row: Row, *, text: str, boxed: bool, **fields) -> Question:
 def _points(row: Row) -> int:
     points = row.get("points", str | int, 1)
     if not re.fullmatch(r"[0-9]{1,6}", str(points)):
-        raise row.error(f"'points' is {points!r}; a whole number of at least 0 was expected")
+        raise row.error(f"'points' is {_short(points)}; a whole number of at least 0 was expected")
     return int(points)
 
 
-def _accepted_sets(items: list[str], letters: str) -> frozenset[frozenset[str]] | None:
-    """The accepted sets of letters: each item is a letter or alternatives ("a or d"); None where it is neither."""
+def _alternatives(items: list[str]) -> list[list[str]]:
+    """What each item of an answer may be: "a or d"; one item may stand for several ("a,c")."""
     if len(items) == 1 and "," in items[0]:
         items = items[0].split(",")
-    alternatives = [[part.strip().lower() for part in item.split(" or ")] for item in items]
+    return [[part.strip().lower() for part in item.split(" or ")] for item in items]
+
+
+def _accepted_sets(alternatives: list[list[str]], letters: str) -> frozenset[frozenset[str]] | None:
+    """The accepted sets of letters; None where something is no letter, or there are too many."""
+    if len(alternatives) > len(letters) or math.prod(map(len, alternatives)) > _MAX_ALTERNATIVES:
+        return None
     sets = {frozenset(choice) for choice in product(*alternatives)}
-    sizes_agree = all(len(s) == len(items) for s in sets)
+    sizes_agree = all(len(s) == len(alternatives) for s in sets)
     known = all(len(part) == 1 and part in letters for parts in alternatives for part in parts)
-    return frozenset(sets) if items and sizes_agree and known else None
+    return frozenset(sets) if alternatives and sizes_agree and known else None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_boxes(boxes: str, digits: str) -> str | None:
@@ -290,6 +312,7 @@ def _with_stems(questions: list[Question]) -> list[Question]:
         lead = _CASE_SET.match(question.text)
         if lead:
             last = int(lead[1]) if lead[1] else number + _CASE_SET_SIZE.get(question.section, 1) - 1
+            last = min(last, number + _MAX_CASE - 1)
             case, stem = question.id, ""
         elif number > last:
             case, stem = "", ""
@@ -309,7 +332,7 @@ def _without_task(text: str) -> str:
 
 
 def _number(question_id: str) -> int:
-    match = re.search(r"(\d+)$", question_id)
+    match = re.search(r"(\d{1,6})$", question_id)
     return int(match[1]) if match else 0
 
 

@@ -16,6 +16,7 @@ from medllm_jax.evaluation.exam import Question
 from medllm_jax.evaluation.extraction.extract import PROBLEMS, Extraction, extract
 from medllm_jax.evaluation.extraction.numbers import same_number
 from medllm_jax.storage.json_lines import read_rows
+from medllm_jax.storage.remote import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +148,7 @@ _PASS = {
 }
 _REQUIRED_SECTIONS, _SECTIONS = ("B", "E"), ("A", "B", "C", "D", "E", "F")
 _MAX_CONTRAINDICATED = 3
+_MOST_POINTS = 10**6  # of a question
 
 
 def grade(question: Question, extraction: Extraction) -> Grade:
@@ -187,13 +189,19 @@ def grade(question: Question, extraction: Extraction) -> Grade:
 def write_grades(file: epath.PathLike, grades: Iterable[Grade]) -> None:
     """One JSON object a line, with the fields of `Grade`."""
     rows = (json.dumps(dataclasses.asdict(g), ensure_ascii=False) for g in grades)
-    epath.Path(file).write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    write_whole(epath.Path(file), "".join(f"{row}\n" for row in rows))
 
 
 def read_grades(file: epath.PathLike) -> list[Grade]:
     """What `write_grades` wrote; UserError names the line that is none."""
     types = get_type_hints(Grade)
-    return [Grade(**{name: row.get(name, kind) for name, kind in types.items()}) for row in read_rows(file)]
+    grades = []
+    for row in read_rows(file):
+        grade = Grade(**{name: row.get(name, kind) for name, kind in types.items()})
+        if not 0 <= grade.max_points < _MOST_POINTS:
+            raise row.error("'max_points' is no number of points that a question has")
+        grades.append(grade)
+    return grades
 
 
 def summarize(grades: Sequence[Grade]) -> Summary:
@@ -276,6 +284,11 @@ def _is_exact(question: Question, prediction: str) -> bool:
 # --- tiers -----------------------------------------------------------------------------------------------------------
 
 TIERS = ("official", "strict", "lenient")
+
+
+def has_official(questions: Iterable[Question]) -> bool:
+    """Whether results of these questions were published: those of IgakuQA, and no other exam's."""
+    return all(q.year in _PASS and q.section in _SECTIONS for q in questions)
 
 
 def grade_by_tier(

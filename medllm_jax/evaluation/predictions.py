@@ -12,6 +12,7 @@ from etils import epath
 
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam
+from medllm_jax.evaluation.sampling import finish_reason_of
 from medllm_jax.storage.json_lines import Row, read_rows
 from medllm_jax.storage.remote import is_file, is_folder
 
@@ -45,7 +46,10 @@ def read_predictions(
     for file in [file for path in paths for file in _files(path)]:
         stem = file.name.removesuffix(".jsonl")
         match = _SECTION_FILE.fullmatch(stem)
-        found = systems.setdefault(match[1] if match else stem, {})
+        system = match[1] if match else stem
+        if system in (".", ".."):
+            raise UserError(f"{file}: a system's results become a folder of its name, which {system!r} can't be")
+        found = systems.setdefault(system, {})
         for row in read_rows(file):
             key, prediction = _prediction(row)
             if key in found:
@@ -74,7 +78,7 @@ def _files(path: str) -> list[epath.Path]:
 def _prediction(row: Row) -> tuple[str, Prediction]:
     if "problem_id" in row.fields:
         return row.get("problem_id", str), Prediction(row.get("prediction", str), "stop", row.where)
-    text, reason = row.get("text", str), row.get("finish_reason", str, "stop")
+    text, reason = row.get("text", str), finish_reason_of(row.get("finish_reason", str | None, None))
     return row.get("id", str), Prediction(text, reason, row.where)
 
 

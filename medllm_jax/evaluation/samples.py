@@ -2,12 +2,15 @@
 
 The first line of the file says of which model the samples are and how they were drawn; each further one holds all
 samples of one question under one condition. What a question's samples are depends on that question, the model and the
-settings alone, so a file that was begun goes on to the same content, wherever it was interrupted.
+settings alone, so a file that was begun goes on to the same content, wherever it was interrupted. Prompts that a server
+left without an answer are not in the file: the next run asks for them again.
 """
 
 import dataclasses
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -16,9 +19,14 @@ from etils import epath
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.prompts import Prompt, PromptTemplate
-from medllm_jax.evaluation.sampling import Completion, Sampler, SamplingParams
+from medllm_jax.evaluation.sampling import UNANSWERED, Completion, Sampler, SamplingParams, finish_reason_of
 from medllm_jax.storage.append import AppendedFile
 from medllm_jax.storage.json_lines import Row, parse_row
+from medllm_jax.storage.lease import sole_writer
+
+_log = logging.getLogger(__name__)
+
+_HALF = re.compile(r"[\ud800-\udfff]")
 
 Key = tuple[str, str]  # question id, condition
 
@@ -31,6 +39,7 @@ def prompt_of(question: Question, template: PromptTemplate, condition: str, *, c
     return (template.render_messages if chat else template.render)(question, condition)
 
 
+@sole_writer("file", beside=True)
 def sample_exam(
     exam: Exam,
     template: PromptTemplate,
@@ -88,6 +97,11 @@ def sample_exam(
                 add(question, its, completions)
                 missing -= 1
                 progress(total - missing)
+    if samples.unanswered:
+        _log.warning(
+            f"{samples.unanswered} of {total} prompts were not answered by the server: they are counted apart; run the "
+            "same command again to ask for them"
+        )
     return samples
 
 
@@ -134,6 +148,7 @@ class Samples:
         self._lines = [_line({"settings": settings, "where": where})]
         self._by_key: dict[Key, tuple[Completion, ...]] = {}
         self._hashes: dict[Key, str] = {}
+        self.unanswered = 0  # prompts that lack a sample
 
     @property
     def chat(self) -> bool:
@@ -169,7 +184,9 @@ class Samples:
         if len(drawn) != self.settings["samples"]:
             raise row.error(f"{len(drawn)} samples where {self.settings['samples']} were drawn: remove this line")
         parts = [Row(each, row.where) if isinstance(each, dict) else row for each in drawn]
-        self._by_key[key] = tuple(Completion(part.get("text", str), part.get("finish_reason", str)) for part in parts)
+        self._by_key[key] = tuple(
+            Completion(part.get("text", str), finish_reason_of(part.get("finish_reason", str))) for part in parts
+        )
         self._hashes[key] = row.get("prompt_hash", str)
 
     def check_settings(self, settings: dict[str, Any]) -> None:
@@ -200,9 +217,14 @@ class Samples:
         return _Appending(self)
 
     def _add(self, question: str, asked: _Asked, drawn: Sequence[Completion]) -> bytes:
+        """The line of the file that holds the samples; b"" where the server did not give them all."""
         key = question, asked.condition
-        self._by_key[key] = tuple(Completion(each.text, each.finish_reason) for each in drawn)
+        # A server can send half of a surrogate pair, which is no text.
+        self._by_key[key] = tuple(Completion(_HALF.sub("\ufffd", each.text), each.finish_reason) for each in drawn)
         self._hashes[key] = asked.hashes[question]
+        if any(each.finish_reason == UNANSWERED for each in drawn):
+            self.unanswered += 1
+            return b""
         row = {"id": question, "condition": asked.condition, "prompt_hash": self._hashes[key]}
         texts = [{"text": each.text, "finish_reason": each.finish_reason} for each in self._by_key[key]]
         self._lines.append(_line(row | {"samples": texts}))
@@ -229,7 +251,10 @@ class _Appending:
             self._file.flush()
 
     def _add(self, question: str, asked: _Asked, drawn: Sequence[Completion]) -> None:
-        self._file.add(self._samples._add(question, asked, drawn))
+        line = self._samples._add(question, asked, drawn)
+        if not line:
+            return
+        self._file.add(line)
         self._unwritten += 1
         if self._unwritten >= max(10, len(self._samples._lines) // 50):
             self._file.flush()
@@ -237,11 +262,7 @@ class _Appending:
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:
-        # A model can produce half of a surrogate pair, which has no UTF-8.
-        return json.dumps(row).encode() + b"\n"
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
 def _short(value: Any) -> str:

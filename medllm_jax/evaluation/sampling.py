@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.prompts import Prompt
+from medllm_jax.ranges import NewTokens, Ranged, Samples, Seed, Temperature, TopP
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(Ranged):
     """How completions are drawn; the names are vLLM's, but for `max_new_tokens`.
 
     n: completions of each prompt. temperature: 0 takes the likeliest token. top_p: draws from the smallest set of
@@ -17,31 +18,40 @@ class SamplingParams:
     most (default as vLLM's). stop: strings that end a completion and are cut off.
     """
 
-    n: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    max_new_tokens: int = 16
+    n: Samples = 1
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    seed: Seed = 0
+    max_new_tokens: NewTokens = 16
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.n < 1:
-            raise UserError(f"samples is {self.n}: it must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}: it must not be negative")
+        super().__post_init__()
         if not self.temperature and self.n > 1:
             raise UserError(f"temperature is {self.temperature}: {self.n} samples would all be the same")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
+
+
+UNANSWERED = "unanswered"  # why a completion ended that a server, whatever was tried, did not give
+
+# What engines and services call the two ways in which a completion ends.
+_STOP = ("stop", "eos", "eos_token", "stop_token", "stop_sequence", "stop_string", "end_turn", "end_of_turn", "end")
+_STOP += ("complete", "completed", "finish", "finished", "done", "none", "null", "")
+_LENGTH = ("length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length", "token_limit")
+_FINISH_REASONS = dict.fromkeys(_STOP, "stop") | dict.fromkeys(_LENGTH, "length")
+
+
+def finish_reason_of(said: str | None) -> str:
+    """ "stop" or "length", whatever a program calls it; another word as it is, cut short. None is stop."""
+    word = "" if said is None else said.strip()
+    return _FINISH_REASONS.get(word.lower(), word[:40])
 
 
 class Completion(NamedTuple):
     """What followed a prompt.
 
     text: without the stop string or token that ended it. finish_reason: "length" where it ended at the limit, "stop"
-    otherwise, or a word of a server's. tokens: its ids, with the one that ended it; () where only the text is known.
+    otherwise, a word of a server's that stands for neither, or UNANSWERED where nothing came. tokens: its ids, with the
+    one that ended it; () where only the text is known.
     """
 
     text: str

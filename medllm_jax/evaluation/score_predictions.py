@@ -8,15 +8,17 @@ from typing import Any
 from etils import epath
 
 from medllm_jax.evaluation.exam import Exam
-from medllm_jax.evaluation.grading import TIERS, Grade, Summary, grade_by_tier, summarize, write_grades
+from medllm_jax.evaluation.grading import TIERS, Grade, Summary, grade_by_tier, has_official, summarize, write_grades
 from medllm_jax.evaluation.predictions import Prediction
 from medllm_jax.evaluation.significance import Comparison, Estimate, accuracy, compare
+from medllm_jax.storage.lease import sole_writer
+from medllm_jax.storage.remote import write_whole
 from medllm_jax.terminal.tables import aligned
 
 
 @dataclasses.dataclass(frozen=True)
 class SystemScore:
-    """A system's grades and counts by tier."""
+    """A system's grades and counts by tier; without the official one for exams that have none."""
 
     name: str
     condition: str
@@ -28,9 +30,11 @@ class SystemScore:
         found = [
             grade_by_tier(q, predictions[q.id].text, predictions[q.id].finish_reason, condition) for q in exam.questions
         ]
-        grades = {tier: [by_tier[tier] for by_tier in found] for tier in TIERS}
+        tiers = [tier for tier in TIERS if tier != "official" or has_official(exam.questions)]
+        grades = {tier: [by_tier[tier] for by_tier in found] for tier in tiers}
         return cls(name, condition, grades, {tier: summarize(found) for tier, found in grades.items()})
 
+    @sole_writer("folder")
     def write(self, folder: epath.Path, exam: Exam) -> None:
         """A folder of results as `medllm evaluate` writes them, of the strict tier."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +47,7 @@ class SystemScore:
             "tiers": {tier: summary.as_dict() for tier, summary in self.summaries.items()},
         }
         text = json.dumps(scores, indent=2, ensure_ascii=False) + "\n"
-        (folder / "scores.json").write_text(text, encoding="utf-8")
+        write_whole(folder / "scores.json", text)
 
 
 def text_of(systems: Sequence[SystemScore], tier: str) -> str:
@@ -56,7 +60,8 @@ def text_of(systems: Sequence[SystemScore], tier: str) -> str:
         (f"what could not be read, or had a wrong number of letters ({tier})", list(_counts(chosen, "problems"))),
         (f"which rule read the answer ({tier})", list(_counts(chosen, "rules"))),
     ]
-    return "\n\n".join(f"{title}\n{aligned(rows)}" for title, rows in blocks if len(rows) > 1)
+    none = [] if "official" in systems[0].summaries else ["official: none; only results on IgakuQA were published"]
+    return "\n\n".join([*(f"{title}\n{aligned(rows)}" for title, rows in blocks if len(rows) > 1), *none])
 
 
 def _years(summary: Summary) -> dict[str, Summary]:

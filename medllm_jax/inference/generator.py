@@ -27,6 +27,7 @@ from medllm_jax.model.qwen2 import Cache, Qwen2, empty_cache
 from medllm_jax.storage import run_folder
 
 _CHUNK = 16  # tokens between two looks at the text on the host
+_LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 _BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 
 
@@ -244,14 +245,19 @@ def choose(
     """One token id (int32) a row of logits (float32): the likeliest, or drawn with the row's key."""
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / temperature
+    # The greatest is 0, whatever the temperature: divided by one near 0 it would be infinite.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / max(temperature, _LEAST_TEMPERATURE)
     if top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probs = jax.nn.softmax(ordered, axis=-1)
         # A token stays if the likelier ones do not reach top_p by themselves, so the likeliest always stays.
         kept = jnp.sum(jnp.cumsum(probs, axis=-1) - probs < top_p, axis=-1, keepdims=True)
         threshold = jnp.take_along_axis(ordered, kept - 1, axis=-1)
-        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+        # Of tokens that tie with the last one kept, the first ones stay.
+        ties = logits == threshold
+        room = kept - jnp.sum(logits > threshold, axis=-1, keepdims=True)
+        stays = (logits > threshold) | (ties & (jnp.cumsum(ties, axis=-1) <= room))
+        logits = jnp.where(stays, logits, -jnp.inf)
     return _draw(logits, jax.vmap(jax.random.uniform)(keys))
 
 

@@ -8,6 +8,7 @@ model sees its likelihoods, and scores are higher than those of what it writes.
 import dataclasses
 import functools
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -31,12 +32,13 @@ from medllm_jax.model.qwen2 import empty_cache
 from medllm_jax.storage import run_folder
 
 _CONDITION = "answer_only"
+_MAX_ANSWERS = 1_000  # possible ones of a question: 10 choices of 20 would be 184,756
 
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodScore:
     """Questions whose likeliest answer is right, and their points; `left_out` counts those that were not scored: of
-    numbers, which have no letters, and those without room in the model's context."""
+    numbers, which have no letters, those of too many answers, and those without room in the model's context."""
 
     n: int
     correct: int
@@ -166,7 +168,7 @@ class Likelihood:
 
 
 def _ask(exam: Exam, template: PromptTemplate, tokenizer: Any) -> Iterator[_Asked]:
-    questions = [question for question in exam.questions if question.kind == "choice"]
+    questions = [q for q in exam.questions if q.kind == "choice" and math.comb(len(q.choices), q.k) <= _MAX_ANSWERS]
     prompts = encode_plain(tokenizer, [template.render(question, _CONDITION) for question in questions])
     for question, prompt in zip(questions, prompts, strict=True):
         answers = [frozenset(letters) for letters in itertools.combinations(question.letters, question.k)]

@@ -12,6 +12,7 @@ from medllm_jax.evaluation.prompts import Prompt
 from medllm_jax.evaluation.sampling import Completion, SamplingParams, cut_at_stop
 
 _SLICE = 1 << 24  # bytes hashed at a time
+_LEAST_TEMPERATURE = 1e-30  # logits divided by less are infinite
 
 
 class TorchGenerator:
@@ -90,7 +91,12 @@ class TorchGenerator:
 
         torch.manual_seed(seed)
         (encoded,) = self._encode([prompt], params.max_new_tokens)
-        drawn = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": 0}
+        drawn = {
+            "do_sample": True,
+            "temperature": max(params.temperature, _LEAST_TEMPERATURE),
+            "top_p": params.top_p,
+            "top_k": 0,
+        }
         found: list[Completion] = []
         while len(found) < params.n:
             rows = min(self._batch_size, params.n - len(found))

@@ -131,14 +131,17 @@ _JOBSET_RULES = [
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as they are, and nothing by reference."""
+    """Every text in quotes, or as it is where it has several lines; nothing by reference.
+
+    kubectl reads YAML otherwise than Python: a bare y, 1e3 or 0o17 is no text there.
+    """
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else '"')
 
 
 _Dumper.add_representer(str, _text)

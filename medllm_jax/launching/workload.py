@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,18 +13,20 @@ from medllm_jax.distributed.chips import parse_topology
 from medllm_jax.distributed.mesh_sizes import mesh_sizes
 from medllm_jax.errors import UserError
 from medllm_jax.launching.slices import TpuSlices, slices_of
+from medllm_jax.ranges import GraceSeconds, Ranged, Restarts
+from medllm_jax.terminal.secrets import holds_secret, is_secret_name
 
 # What medllm's exit codes ask for (the table is in docs/launch.md).
 FAILED, WRONG_INPUT = 1, 2
 KILLED = range(128, 256)  # by signal n: 128 + n
 
+_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories of Unicode: control, format, half characters, separators
 # Without a TPU, JAX would train on the host's CPU; so it ends with an error.
 ENVIRONMENT = {"JAX_PLATFORMS": "tpu,cpu"}
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Workload:
+class Workload(Ranged):
     """A run to launch.
 
     program: verb of `medllm`, train or reference; restarts: at most so many after failures, preemptions not counted
@@ -35,8 +38,8 @@ class Workload:
     slices: TpuSlices
     image: str
     program: str = "train"
-    restarts: int = 10
-    grace: int = 300
+    restarts: Restarts = 10
+    grace: GraceSeconds = 300
     environment: tuple[tuple[str, str], ...] = ()
 
     def command(self, config_file: str) -> list[str]:
@@ -80,9 +83,14 @@ def make_workload(
         )
     _check_paths(config)
     _check_mesh(config, taken)
-    if more.get("restarts", 0) < 0 or more.get("grace", 1) < 1:
-        raise UserError("--max-restarts can't be negative, and --grace-seconds must be at least 1")
     return Workload(name, config, taken, environment=_environment(environment), **more)
+
+
+def check_text(option: str, value: str, allowed: str = "") -> None:
+    """UserError where an option's text has characters that stand for nothing to see: line ends, control characters."""
+    hidden = next((c for c in value if unicodedata.category(c) in _HIDDEN and c not in allowed), None)
+    if hidden is not None:
+        raise UserError(f"{option} holds the character {hidden!a}, which has no place in it: leave it out")
 
 
 def _environment(pairs: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -90,10 +98,12 @@ def _environment(pairs: Sequence[str]) -> tuple[tuple[str, str], ...]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-            raise UserError(f"--env {name}: NAME=VALUE is expected")
-        if _SECRET.search(name):
+            raise UserError(f"--env {name[:60]}: NAME=VALUE is expected")
+        check_text(f"--env {name}", value, allowed="\n\t")
+        if is_secret_name(name) or holds_secret(value):
             raise UserError(
-                f"--env {name}: it would stand in the manifest for all to read; use a Secret (docs/launch.md)"
+                f"--env {name}: this looks like a secret, and a manifest is there for all to read; use a Secret "
+                "(docs/launch.md)"
             )
         settings[name] = value
     return tuple(settings.items())

@@ -12,6 +12,7 @@ from etils import epath
 from medllm_jax.config.schema import GuardConfig
 from medllm_jax.errors import RunError
 from medllm_jax.storage.append import AppendedFile
+from medllm_jax.storage.best_effort import BestEffort
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class BadStepGuard:
 
     def __init__(self, config: GuardConfig, skipped: int, run: epath.Path):
         self.skipped = skipped
-        self._config, self._file = config, AppendedFile(run / FILE)
+        self._config, self._file, self._attempt = config, AppendedFile(run / FILE), BestEffort()
 
     def check(self, rows: list[dict[str, Any]], row_ids: Mapping[int, np.ndarray]) -> None:
         """Takes the metrics of steps, and the ids of the rows that each had.
@@ -53,11 +54,13 @@ class BadStepGuard:
         if np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]):
             if self._config.loss and row["loss"] > self._config.loss:
                 return f"the loss {row['loss']:.4g} is above guard.loss {self._config.loss:g}"
-            return f"the gradient's norm {row['grad_norm']:.4g} is above guard.grad_norm {self._config.grad_norm:g}"
+            if self._config.grad_norm and row["grad_norm"] > self._config.grad_norm:
+                return f"the gradient's norm {row['grad_norm']:.4g} is above guard.grad_norm {self._config.grad_norm:g}"
+            return "the update made numbers that are not finite, of a loss and a gradient that are (see optimizer.eps)"
         return f"loss {row['loss']} and gradient norm {row['grad_norm']}: not finite numbers"
 
     def _note(self, line: dict[str, Any]) -> None:
         if jax.process_index() != 0:
             return
-        self._file.add(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        self._attempt(FILE, lambda: self._file.add(json.dumps(line).encode() + b"\n"))
+        self._attempt(FILE, self._file.flush)

@@ -6,41 +6,18 @@ Importing this module does not import JAX, which a verb that fails may not have 
 import json
 import os
 import platform
-import re
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
 from etils import epath
 
+from medllm_jax.terminal.secrets import redact
+
 _PACKAGES = ("medllm_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain")
-_HIDDEN = "[hidden]"
-# Words after which a secret stands, and what secrets look like by themselves: tokens of Google, Hugging Face, W&B and
-# AWS, signatures of URLs, and the user's part of an address.
-_SECRETS = (
-    re.compile(
-        r"(?i)((?:authorization|bearer|token|api[_-]?key|password|secret|credential)s?\b['\"]?\s*[:=]?\s*['\"]?"
-        r"(?:bearer\s+)?)([\w.~+/=-]{8,})"
-    ),
-    re.compile(r"()\b(ya29\.[\w.-]+|AIza[\w-]{20,}|hf_\w{16,}|AKIA\w{12,}|[0-9a-f]{40})\b"),
-    re.compile(r"((?:X-Goog-Signature|X-Amz-Signature|Signature|access_token|upload_id)=)([^&\s]+)"),
-    re.compile(r"(://)([^/\s:@]+:[^/\s@]+)(?=@)"),
-)
-_SECRET_NAMES = re.compile(r"(?i)token|secret|password|api_?key|credential")
-
-
-def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """A text without secrets: what looks like one, and what the environment holds under a name that says so."""
-    for name, value in environment.items():
-        if _SECRET_NAMES.search(name) and len(value) >= 8:
-            text = text.replace(value, _HIDDEN)
-    for pattern in _SECRETS:
-        text = pattern.sub(rf"\1{_HIDDEN}", text)
-    return text
 
 
 def write_report(run: epath.Path, stage: str, problem: BaseException | str) -> epath.Path:

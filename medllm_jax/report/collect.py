@@ -1,9 +1,9 @@
 """Collects the parts of a report: runs and exam results, read from the folders that the user names."""
 
 import dataclasses
-import json
+import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -14,9 +14,12 @@ from medllm_jax.evaluation.grading import Grade, read_grades
 from medllm_jax.evaluation.prompts import CONDITIONS
 from medllm_jax.evaluation.samples import Samples
 from medllm_jax.evaluation.sampling import Completion
-from medllm_jax.storage.json_lines import read_appended_rows
+from medllm_jax.storage.json_files import read_json
+from medllm_jax.storage.json_lines import Row
 from medllm_jax.storage.remote import names_in
-from medllm_jax.storage.run_folder import recorded_config
+from medllm_jax.storage.run_folder import METRICS, read_metrics, recorded_config
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +83,15 @@ def collect(paths: Iterable[str]) -> tuple[list[RecordedRun], list[Results]]:
     names |= {
         f: run_names[run] if of_run[run] == 1 else f"{run_names[run]}/{f.name}" for f, run in results.items() if run
     }
-    read = [RecordedRun(run_names[f], config, read_appended_rows(f / "metrics.jsonl")) for f, config in runs.items()]
+    read = [RecordedRun(run_names[f], config, _metrics(f)) for f, config in runs.items()]
     return read, [_results(folder, names[folder]) for folder in results]
+
+
+def _metrics(run: epath.Path) -> list[dict[str, Any]]:
+    rows, damaged = read_metrics(run)
+    if damaged:
+        _log.warning(f"warning: {len(damaged)} lines of {run / METRICS} can't be read, the first is line {damaged[0]}")
+    return rows
 
 
 def _is_results(names: set[str]) -> bool:
@@ -99,7 +109,8 @@ def _distinct(folders: Sequence[epath.Path]) -> list[str]:
 
 
 def _results(folder: epath.Path, name: str) -> Results:
-    scores, likelihood = _json(folder / "scores.json"), _json(folder / "likelihood.json")
+    scores = _json(folder / "scores.json", {})
+    likelihood = _json(folder / "likelihood.json", _LIKELIHOOD)
     found = (likelihood if scores is None else scores) or {}
     if not all(isinstance(found.get(key), str) for key in ("exam", "model")):
         raise UserError(f"{folder}: scores.json is not what `medllm evaluate` or `medllm score` writes")
@@ -107,18 +118,40 @@ def _results(folder: epath.Path, name: str) -> Results:
     grades = {condition: read_grades(file) for condition, file in files.items() if file.exists()}
     if scores and not grades:
         raise UserError(f"{folder} holds scores.json and no grades-*.jsonl: evaluate again, which asks no model twice")
-    return Results(
-        name, folder, found["exam"], found["model"], grades, likelihood, _json(folder / "contamination.json")
-    )
+    for condition, graded in grades.items():
+        if not graded:
+            raise UserError(f"{files[condition]} holds no grade: evaluate again, which asks no model twice")
+        told = ((scores or {}).get("conditions") or {}).get(condition)
+        if isinstance(told, dict) and told.get("n") != len(graded):
+            raise UserError(
+                f"{files[condition]} holds {len(graded)} grades, and scores.json tells of {_short(told.get('n'))}: "
+                "evaluate again, which asks no model twice"
+            )
+    contamination = _json(folder / "contamination.json", _CONTAMINATION)
+    return Results(name, folder, found["exam"], found["model"], grades, likelihood, contamination)
 
 
-def _json(file: epath.Path) -> dict[str, Any] | None:
+# What is read of files that programs wrote beside the grades.
+_LIKELIHOOD = {"n": int, "accuracy": int | float, "weighted_accuracy": int | float}
+_CONTAMINATION = {"overlapping": int, "questions": int, "share": int | float, "threshold": int | float, "n": int}
+_CONTAMINATION |= {"corpora": list}
+
+
+def _json(file: epath.Path, fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The object in a file, whose fields have the given types; None where there is no file."""
     if not file.exists():
         return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}): remove it, and make it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: not a JSON object: remove it, and make it again")
+    content = read_json(file)
+    row = Row(content, str(file))
+    for name, kind in fields.items():
+        if not isinstance(row.get(name, kind), list) and not _is_number(content[name]):
+            raise row.error(f"the field {name!r} is no number that can be shown")
     return content
+
+
+def _short(value: Any) -> str:
+    return str(value)[:20]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)

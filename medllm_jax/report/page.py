@@ -16,10 +16,12 @@ from medllm_jax.evaluation.prompts import CONDITIONS
 from medllm_jax.evaluation.significance import Comparison, Estimate, accuracy, compare
 from medllm_jax.report import plots
 from medllm_jax.report.collect import RecordedRun, Results
+from medllm_jax.storage.lease import sole_writer
 from medllm_jax.storage.remote import write_whole
 
 _CONDITION_NAMES = {"answer_only": "answer only", "explain": "with explanation"}
 
+_SLUG = 60
 # Metric -> what it is called, and whether its axis is logarithmic.
 _METRICS = {
     "loss": ("loss", False),
@@ -60,6 +62,7 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
+@sole_writer("output", unit="report")  # a run may be written in the same folder
 def write_page(
     runs: Sequence[RecordedRun], results: Sequence[Results], output: epath.PathLike, examples: Sequence[str] = ()
 ) -> epath.Path:
@@ -76,7 +79,8 @@ def write_page(
     output = epath.Path(output)
     graded = [each for each in results if each.grades]
     pictures = list(_curves(runs))
-    exams = [_exam(name, [r for r in graded if r.exam == name]) for name in dict.fromkeys(r.exam for r in graded)]
+    names = dict.fromkeys(r.exam for r in graded)
+    exams = [_exam(name, n, [r for r in graded if r.exam == name]) for n, name in enumerate(names)]
     page = _environment().get_template("page.html.jinja")
     made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     html = page.render(
@@ -155,12 +159,13 @@ def _curves(runs: Sequence[RecordedRun]) -> Iterator[Picture]:
 # --- exams -----------------------------------------------------------------------------------------------------------
 
 
-def _exam(name: str, results: Sequence[Results]) -> dict[str, Any]:
-    """All about one exam."""
+def _exam(name: str, number: int, results: Sequence[Results]) -> dict[str, Any]:
+    """All about one exam, the nth of the page."""
     summaries = {r.name: {condition: summarize(found) for condition, found in r.grades.items()} for r in results}
     estimates = {r.name: {condition: accuracy(found) for condition, found in r.grades.items()} for r in results}
     compared = {r.name: _compared(r) for r in results if len(r.grades) == len(CONDITIONS)}
-    slug = "".join(c if c.isalnum() and c.isascii() else "-" for c in name)
+    # A name of a file: short, and of this exam alone, though another differs in its Japanese part.
+    slug = "".join(c if c.isalnum() and c.isascii() else "-" for c in name[:_SLUG]) + (f"-{number}" if number else "")
     spread = {
         model: {c: (e.value, e.interval.low, e.interval.high) for c, e in found.items()}
         for model, found in estimates.items()

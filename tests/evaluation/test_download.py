@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from medllm_jax.cli import main
-from medllm_jax.errors import UserError
+from medllm_jax.errors import RunError, UserError
 from medllm_jax.evaluation import download
 from medllm_jax.evaluation.download import fetch, igakuqa_files
 
@@ -91,7 +91,7 @@ def test_what_is_there_with_another_content_stays(tmp_path):
 def test_what_cannot_be_fetched_is_named(tmp_path):
     with Host({}) as host, pytest.raises(UserError, match=r"/commit/data/2018/112-.\.jsonl: status 404"):
         fetch(FILES, host.url, tmp_path, "")
-    with pytest.raises(UserError, match="no answer"):
+    with pytest.raises(RunError, match="no answer"):
         fetch(FILES, host.url, tmp_path, "")  # it is closed now
     with pytest.raises(UserError, match="must be a URL"):
         fetch(FILES, "ftp://host", tmp_path, "")

@@ -73,7 +73,7 @@ def test_scores_and_files(tmp_path):
 
     _, *raw = lines(tmp_path / "out/samples.jsonl")
     assert [(r["condition"], r["id"]) for r in raw] == [(c, q.id) for c in BOTH for q in EXAM.questions]
-    assert raw[1]["samples"] == [{"text": "\ud800乙", "finish_reason": "stop"}]
+    assert raw[1]["samples"] == [{"text": "\ufffd乙", "finish_reason": "stop"}]
     graded = {g.id: g for g in read_grades(tmp_path / "out/grades-answer_only.jsonl")}
     assert (graded["q1"].answer, graded["q1"].rule, graded["q1"].correct) == ("b", "words", True)
     assert (graded["q2"].answer, graded["q2"].problem, graded["q2"].correct) == ("a,b", "wrong_count", False)

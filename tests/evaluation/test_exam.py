@@ -152,6 +152,32 @@ def test_choosing(repository):
 # --- the generic form ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("answer", "letters", "k"), [("b", 5, 1), (["a", "C"], 5, 2), ("a,g", 7, 2), (["a or b"], 5, 1), ("e", 5, 1)]
+)
+def test_letters_without_choices_are_of_pictures(tmp_path, answer, letters, k):
+    rows = [plain_row(choices=[], answer=answer), plain_row(id="q2", choices=[], answer="12")]
+    pictured, number = load_exam(write(tmp_path / "x.jsonl", rows)).questions
+    assert (pictured.kind, len(pictured.letters), pictured.k, pictured.text_only) == ("choice", letters, k, False)
+    assert (number.kind, number.text_only) == ("number", True)
+
+
+@pytest.mark.parametrize(
+    "start", ["次の文を読み、1〜" + "9" * 5000 + "の問いに答えよ。", "次の文を読み、1〜9999の問いに答えよ。"]
+)
+def test_a_case_is_bounded_whatever_its_lead_says(tmp_path, start):
+    rows = [
+        igakuqa_row(f"112B{n}", ["a"], text=f"{start if n == 1 else ''}{n}。" + "長い" * 100) for n in range(1, 200)
+    ]
+    questions = load_exam(write(tmp_path / "112-B.jsonl", rows)).questions
+    assert sum(len(q.stem) for q in questions) < 50_000
+
+
+def test_long_ids_take_little_time(tmp_path):
+    (question,) = load_exam(write(tmp_path / "112-B.jsonl", [igakuqa_row("1" * 10**5 + "x", ["a"])])).questions
+    assert question.stem == ""
+
+
 def test_generic_rows(tmp_path):
     rows = [
         plain_row(id="one", answer="B", explanation="二だから。", category="循環器", points=3, year=2021),
@@ -199,6 +225,13 @@ def test_line_separators_inside_strings_do_not_end_a_line(tmp_path):
         (json.dumps(plain_row(id="q2", answer="2")), r"x\.jsonl:2: the answer '2' is not"),
         (json.dumps(plain_row(id="q2", answer=[])), r"x\.jsonl:2: the answer \[\] is not"),
         (json.dumps(plain_row(id="q2", answer=["a", "a"])), r"x\.jsonl:2: the answer .* distinct letters"),
+        (json.dumps(plain_row(id="q2", answer=["a or b"] * 40)), r"x\.jsonl:2: the answer .{,60} is not"),
+        (
+            json.dumps(plain_row(id="q2", choices=list("ab" * 13), answer=[" or ".join("abcdefghij")] * 26)),
+            r"x\.jsonl:2: the answer .{,60} is not .* 1000 alternatives at most",
+        ),
+        (json.dumps(plain_row(id="q2", answer="b" * 10**6)), r"x\.jsonl:2: the answer .{,60} is not"),
+        (json.dumps(plain_row(id="q2\ud800")), r"x\.jsonl:2: .*surrogate"),
         (json.dumps(plain_row(id="q2", answer=True)), r"x\.jsonl:2: the field 'answer' is true"),
         (json.dumps(plain_row(id="q2", choices=[], answer="+")), r"x\.jsonl:2: .* is not a number"),
         (json.dumps(plain_row(id="q2", choices=[], answer="many")), r"x\.jsonl:2: .* is not a number"),

@@ -106,6 +106,25 @@ def test_what_is_not_there(repository, tmp_path, capsys):  # noqa: F811
     assert "holds other questions than IgakuQA's" in capsys.readouterr().err
 
 
+def test_an_exam_without_an_official_tier_says_so(tmp_path, capsys):
+    file = write_json_lines(tmp_path / "one.jsonl", [{"id": "q", "text": "a", "finish_reason": "max_tokens"}])
+    exam = write_json_lines(tmp_path / "exam.jsonl", [{"id": "q", "question": "?", "choices": ["x"], "answer": "a"}])
+    assert score(exam, file, "--exam", "questions", "--output", str(tmp_path / "out")) == 0
+    out = capsys.readouterr().out
+    assert "official: none" in out and "0.000" not in out
+    assert json.loads((tmp_path / "out/one/scores.json").read_text())["tiers"].keys() == {"strict", "lenient"}
+    assert json.loads((tmp_path / "out/one/grades-answer_only.jsonl").read_text())["truncated"]
+    assert score(exam, file, "--exam", "questions", "--tier", "official") == 2
+    assert "--tier official" in capsys.readouterr().err
+
+
+def test_a_system_is_named_like_a_folder(tmp_path, capsys):
+    file = write_json_lines(tmp_path / "112-A_...jsonl", [{"id": "q", "text": "a"}])
+    exam = write_json_lines(tmp_path / "exam.jsonl", [{"id": "q", "question": "?", "choices": ["x"], "answer": "a"}])
+    assert score(exam, file, "--exam", "questions") == 2
+    assert "'..' can't be" in capsys.readouterr().err
+
+
 def test_missing_answers_can_be_counted_as_wrong(repository, tmp_path, capsys):  # noqa: F811
     file = write_json_lines(tmp_path / "one.jsonl", [{"problem_id": "112B2", "prediction": "c"}])
     assert score(repository, file, "--years", "2018", "--allow-missing", "--json") == 0

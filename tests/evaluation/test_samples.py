@@ -12,7 +12,7 @@ from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.prompts import load_template
 from medllm_jax.evaluation.samples import sample_exam
-from medllm_jax.evaluation.sampling import Completion, Sampler, SamplingParams, cut_at_stop
+from medllm_jax.evaluation.sampling import UNANSWERED, Completion, Sampler, SamplingParams, cut_at_stop
 from medllm_jax.storage import append
 from tests.tiny import write_json_lines
 
@@ -49,6 +49,22 @@ def whole(tmp_path_factory):
     file = tmp_path_factory.mktemp("samples") / "whole.jsonl"
     collect(file, Model())
     return file.read_bytes()
+
+
+def test_what_a_server_left_without_an_answer_is_asked_for_again(whole, tmp_path, capsys):
+    class Server(Model):
+        def __call__(self, prompts, seeds, params):
+            for number, drawn in enumerate(super().__call__(prompts, seeds, params)):
+                yield [*drawn[:2], Completion("", UNANSWERED)] if number == 1 else drawn
+
+    file = tmp_path / "samples.jsonl"
+    samples = collect(file, Server())
+    assert samples.unanswered == 2 and "2 of 10 prompts were not answered" in capsys.readouterr().err
+    assert [each.finish_reason for each in samples.of("問1", "explain")] == ["stop", "stop", UNANSWERED]
+    model = Model()
+    samples = collect(file, model)
+    assert len(model.asked) == 2 and not samples.unanswered
+    assert sorted(file.read_bytes().splitlines()) == sorted(whole.splitlines())
 
 
 @settings(max_examples=40, deadline=None)
@@ -134,7 +150,7 @@ def test_without_a_model_the_file_must_hold_all(whole, tmp_path):
         collect(file)
     file.write_bytes(whole)
     first = collect(file, params=SamplingParams(n=9, temperature=0.8, seed=5)).of("問0", "explain")
-    assert len(first) == 3 and first[0].text.endswith("\u2028\n\ud800")
+    assert len(first) == 3 and first[0].text.endswith("\u2028\n\ufffd")
     file.write_bytes(whole[:-300])
     with pytest.raises(UserError, match="lacks the samples of 1 of 10 prompts"):
         collect(file)
@@ -158,9 +174,12 @@ def test_other_files_are_refused(whole, tmp_path, lines, line):
 @pytest.mark.parametrize(
     ("wrong", "name"),
     [
-        ({"n": 0}, "samples"),
+        ({"n": 0}, "n is 0"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_p": float("nan")}, "top_p"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"top_p": 1.5}, "top_p"),

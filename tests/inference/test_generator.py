@@ -150,6 +150,27 @@ def test_top_p_draws_from_the_smallest_set_that_reaches_it():
     np.testing.assert_allclose(drawn[[1, 3]], [4 / 7, 3 / 7], atol=0.03)
 
 
+@pytest.mark.parametrize(("top_p", "least", "most"), [(0.1, 20, 21), (1e-6, 1, 1)])
+def test_top_p_keeps_no_more_of_tokens_that_tie_than_it_takes(top_p, least, most):
+    keys = jax.vmap(jax.random.key)(np.arange(500))
+    drawn = set(np.asarray(choose(jnp.zeros((500, 200)), keys, 1.0, top_p)).tolist())
+    assert len(drawn) >= 0.95 * least and drawn <= set(range(most))
+
+
+def test_top_p_keeps_the_likelier_ones_wherever_ties_stand():
+    logits = jnp.log(jnp.tile(jnp.array([0.2, 0.1, 0.2, 0.3, 0.2]), (500, 1)))
+    keys = jax.vmap(jax.random.key)(np.arange(500))
+    assert set(np.asarray(choose(logits, keys, 1.0, 0.6)).tolist()) == {0, 2, 3}
+
+
+@pytest.mark.parametrize("temperature", [1e-37, 1e-45])
+def test_a_temperature_near_0_takes_the_likeliest(temperature):
+    logits = jnp.array([[1.0, 2.0, 90.0, -5.0], [-900.0, -80.0, -90.0, -jnp.inf]])
+    keys = jax.vmap(jax.random.key)(np.arange(2))
+    for top_p in (1.0, 0.5):
+        assert np.asarray(choose(logits, keys, temperature, top_p)).tolist() == [2, 1]
+
+
 def test_temperature_sharpens():
     probs = np.array([0.2, 0.8])
     logits = jnp.tile(jnp.log(probs), (4000, 1))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import random
 import socket
 import struct
@@ -13,8 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from medllm_jax.errors import UserError
-from medllm_jax.evaluation.sampling import Completion, SamplingParams
+from medllm_jax.errors import RunError, UserError
+from medllm_jax.evaluation.sampling import UNANSWERED, Completion, SamplingParams
 from medllm_jax.inference import openai_client as server_module
 from medllm_jax.inference.openai_client import OpenAIClient
 
@@ -71,10 +72,12 @@ class _Handler(BaseHTTPRequestHandler):
         return {"choices": [{"text": body["prompt"].upper(), "finish_reason": "length"}]}
 
     def _send(self, fault, answer):
-        data = json.dumps(answer).encode()
-        self.send_response(fault if isinstance(fault, int) else 200)
-        if fault == 429:
-            self.send_header("Retry-After", "0")
+        """`fault` is a status, a status with headers, a body for once, or "cut"."""
+        data = fault if isinstance(fault, bytes) else json.dumps(answer).encode()
+        status, headers = fault if isinstance(fault, tuple) else (fault, {})
+        self.send_response(status if isinstance(status, int) else 200)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
@@ -123,12 +126,46 @@ def test_what_is_asked_is_what_was_said():
     assert body == {"model": "m", "messages": chat, "max_tokens": 3, "temperature": 0.8, "top_p": 0.9}
 
 
-@pytest.mark.parametrize("fault", [429, 500, 503, "reset", "cut"])
-def test_passing_faults_are_repeated(fault):
-    with Engine(faults=[fault] * 3) as engine:
-        answers = list(OpenAIClient(engine.url, "m", concurrency=2)(["a", "b", "c"], LIMITS))
-    assert [each.text for each in answers] == ["A", "B", "C"]
-    assert len(engine.requests) == 6
+_NO_COMPLETIONS = [
+    b'{"choices": []}',
+    b'{"error": {"message": "the engine is restarting"}}',
+    b"<html>502 Bad Gateway</html>",
+    b"",
+    b"[1]",
+    b'{"choices": null}',
+    b'{"choices": [{"text": 5, "finish_reason": "stop"}]}',
+    b'{"choices": [{"text": {"type": "text"}, "finish_reason": "stop"}]}',
+    b'{"choices": [{"text": "", "finish_reason": ["stop"]}]}',
+    b'{"choices": [{"text": [{"type": "image_url"}], "finish_reason": "stop"}]}',
+    b"[" * 100_000,
+    b"1" * 5_000,
+    b"\xff\xfe\xfd",
+    b" " * (2**23 + 1),
+]
+_STATUSES = [
+    408,
+    409,
+    425,
+    429,
+    500,
+    502,
+    503,
+    504,
+    520,
+    524,
+    529,
+    (429, {"Retry-After": "0"}),
+    (503, {"Retry-After": "x"}),
+]
+
+
+@pytest.mark.parametrize("faults", [_STATUSES, ["reset", "cut"] * 3, _NO_COMPLETIONS], ids=["status", "torn", "body"])
+def test_passing_faults_are_repeated(faults):
+    prompts = [str(number) for number in range(20)]
+    with Engine(faults=faults) as engine:
+        answers = list(OpenAIClient(engine.url, "m", concurrency=10)(prompts, LIMITS))
+    assert [each.text for each in answers] == prompts
+    assert len(engine.requests) == len(prompts) + len(faults)
 
 
 def test_a_stop_string_that_the_server_ignores_ends_the_text():
@@ -150,17 +187,116 @@ def test_a_refusal_is_told_once_and_without_the_prompt():
 
 
 def test_a_fault_that_stays_is_a_line_that_says_what_to_do():
-    with Engine(faults=[503] * 100) as engine, pytest.raises(UserError, match="status 503"):
+    with Engine(faults=[503] * 100) as engine, pytest.raises(RunError, match="status 503"):
         list(OpenAIClient(engine.url, "m")(["a"], LIMITS))
     assert len(engine.requests) == 1 + server_module._RETRIES
-    with pytest.raises(UserError, match=r"no answer after .* run this again"):
-        list(OpenAIClient(engine.url, "m")(["a"], LIMITS))  # nobody listens there any more
+    with pytest.raises(RunError, match=r"no answer after .* run this again"):
+        list(OpenAIClient(engine.url, "m")(["a"] * 20, LIMITS))  # nobody listens there any more
 
 
-@pytest.mark.parametrize("answer", [{}, {"choices": []}, {"choices": [{"text": "no reason"}]}, [1]])
-def test_an_answer_that_is_no_completion_is_refused(answer):
-    with Engine(answer=answer) as engine, pytest.raises(UserError, match="no completion"):
+@pytest.mark.parametrize("fault", [524, b"{}"])
+def test_a_prompt_without_an_answer_is_left_out_and_said(fault, caplog, monkeypatch):
+    monkeypatch.setattr(server_module, "_RETRIES", 1)
+    monkeypatch.setattr(logging.getLogger("medllm_jax"), "propagate", True)
+    with Engine(faults=[fault] * (1 + server_module._RETRIES)) as engine:
+        answers = list(OpenAIClient(engine.url, "m", concurrency=1)(["a", "b", "c"], LIMITS))
+    assert answers == [Completion("", UNANSWERED), Completion("B", "length"), Completion("C", "length")]
+    (said,) = set(caplog.messages)
+    assert "status 524" in said or "no completion" in said
+
+
+def test_a_server_that_answers_nothing_any_more_ends_the_run(monkeypatch):
+    monkeypatch.setattr(server_module, "_RETRIES", 1)
+    with Engine(answer={}) as engine:
+        answers = OpenAIClient(engine.url, "m", concurrency=1)([str(number) for number in range(50)], LIMITS)
+        with pytest.raises(RunError, match="no completion"):
+            list(answers)
+    assert len(engine.requests) <= server_module._MAX_LOST * (1 + server_module._RETRIES) + 1
+
+
+@pytest.mark.parametrize("wait", ["3600", "Thu, 01 Jan 2099 00:00:00 GMT"])
+def test_a_server_that_asks_for_a_long_wait_is_asked_again_before_and_that_is_said(wait, caplog, monkeypatch):
+    monkeypatch.setattr(server_module, "_MAX_WAIT", 0.01)
+    monkeypatch.setattr(logging.getLogger("medllm_jax"), "propagate", True)
+    with Engine(faults=[(429, {"Retry-After": wait})] * 3) as engine:
+        assert [each.text for each in OpenAIClient(engine.url, "m")(["a"], LIMITS)] == ["A"]
+    assert "asks to wait" in caplog.messages[0] and "status 429" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    "location", ["http://127.0.0.2:1/v1/completions?key=hidden", "//elsewhere/x", "https:/x", "http://["]
+)
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_prompts_go_to_no_other_host(location, status):
+    with (
+        Engine(faults=[(status, {"Location": location})]) as engine,
+        pytest.raises(UserError, match="redirects to") as e,
+    ):
         list(OpenAIClient(engine.url, "m")(["a"], LIMITS))
+    assert "hidden" not in str(e.value) and len(engine.requests) == 1
+
+
+def test_a_redirect_of_the_same_host_is_followed_but_not_for_ever():
+    moved = (307, {"Location": "/moved/v1/completions"})
+    with Engine(faults=[moved]) as engine:
+        assert [each.text for each in OpenAIClient(engine.url, "m")(["a"], LIMITS)] == ["A"]
+    assert [path for path, _ in engine.requests] == ["/v1/completions", "/moved/v1/completions"]
+    with Engine(faults=[moved] * 9) as engine, pytest.raises(UserError, match="again and again"):
+        list(OpenAIClient(engine.url, "m")(["a"], LIMITS))
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        *((word, "stop") for word in ("stop", "eos", "eos_token", "stop_sequence", "end_turn", "STOP", None)),
+        *((word, "length") for word in ("length", "max_tokens", "MAX_TOKENS", "model_length")),
+        ("content_filter", "content_filter"),
+        ("x" * 100, "x" * 40),
+    ],
+)
+def test_finish_reasons_of_all_kinds_of_servers(said, meant):
+    with Engine(answer={"choices": [{"text": "A", "finish_reason": said}]}) as engine:
+        assert list(OpenAIClient(engine.url, "m")(["a"], LIMITS)) == [Completion("A", meant)]
+
+
+@pytest.mark.parametrize(("used", "meant"), [(7, "length"), (6, "stop"), (None, "stop")])
+def test_without_a_finish_reason_the_count_of_tokens_tells(used, meant):
+    with Engine(answer={"choices": [{"text": "A"}], "usage": {"completion_tokens": used}}) as engine:
+        assert list(OpenAIClient(engine.url, "m")(["a"], LIMITS)) == [Completion("A", meant)]
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": [{"type": "text", "text": "one"}, {"type": "text", "text": " two"}]}, "one two"),
+        (
+            {"content": [{"type": "thinking", "thinking": [{"type": "text"}]}, {"type": "output_text", "text": "A"}]},
+            "A",
+        ),
+        ({"content": ["one", "two"]}, "onetwo"),
+        ({"content": []}, ""),
+        ({"content": None, "reasoning_content": "hm"}, ""),
+        ({"content": None, "refusal": "No."}, "No."),
+    ],
+)
+def test_the_content_of_a_message_in_all_its_forms(message, text):
+    with Engine(answer={"choices": [{"message": message, "finish_reason": "stop"}]}) as engine:
+        chat = [{"role": "user", "content": "hello"}]
+        assert list(OpenAIClient(engine.url, "m")([chat], LIMITS)) == [Completion(text, "stop")]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_will_not_pass_ends_the_run_at_once(status):
+    with Engine(faults=[status] * 9) as engine, pytest.raises(UserError, match=f"status {status}"):
+        list(OpenAIClient(engine.url, "m", concurrency=1)(["a"] * 9, LIMITS))
+    assert len(engine.requests) <= 2
+
+
+def test_a_key_that_is_none_is_refused_without_showing_it(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-hid\nden")
+    with pytest.raises(UserError, match="OPENAI_API_KEY") as error:
+        OpenAIClient("http://host", "m")
+    assert "hid" not in str(error.value).replace("OPENAI_API_KEY", "")
 
 
 def test_the_key_goes_with_requests_and_nowhere_else(monkeypatch, caplog):
@@ -189,6 +325,8 @@ def test_whoever_stops_listening_ends_the_asking(monkeypatch):
         ({"url": "http://user:word@host"}, "without a user name or password"),
         ({"model": ""}, "name is missing"),
         ({"concurrency": 0}, "at least 1"),
+        ({"url": "http://host:99999"}, "that is no URL"),
+        ({"url": "http://"}, "that is no URL"),
     ],
 )
 def test_senseless_arguments_are_refused(arguments, line):

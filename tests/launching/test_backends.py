@@ -202,10 +202,24 @@ WRONG = {
     "restarts": ({"options": ["--max-restarts", "-1"]}, "--max-restarts"),
     "environment": ({"options": ["--env", "A"]}, "--env A: NAME=VALUE"),
     "secret": ({"options": ["--env", "WANDB_API_KEY=x"]}, "--env WANDB_API_KEY: .*Secret"),
+    "secret by value": ({"options": ["--env", "A=ghp_0123456789abcdefghijABCDEFGHIJ012345"]}, "--env A: .*Secret"),
+    "secret in a URL": ({"options": ["--env", "PROXY=http://u:wxyz@proxy:80"]}, "--env PROXY: .*Secret"),
+    "line in the run": ({"run": "gs://bucket/a\nb"}, r"--run holds the character '\\n'"),
+    "line in a name": ({"options": ["--service-account", "a\nb"]}, r"--service-account holds the character '\\n'"),
+    "control character": ({"options": ["--env", "A=\x1b[0m"]}, r"--env A holds the character '\\x1b'"),
+    "half a character": ({"options": ["--env", "A=\udc80"]}, r"--env A holds the character '\\udc80'"),
     "option": ({"options": ["--dryrun"]}, "unknown argument --dryrun: did you mean --dry-run"),
     "setting": ({"overrides": ["--data.stor", "gs://bucket/a"]}, "data.stor"),
     "config": ({"config": "nowhere.yaml"}, "nowhere.yaml does not exist"),
 }
+
+
+@pytest.mark.parametrize("value", ["false", "3f2a0c1d", "--xla_tpu_enable_data_parallel_all_reduce_opt=true"])
+def test_an_environment_without_secrets_is_taken(arguments, value):
+    assert (
+        f"TOKENIZERS_PARALLELISM={value}"
+        in commands_of(arguments("xpk", "--env", f"TOKENIZERS_PARALLELISM={value}"))[0].words[-1]
+    )
 
 
 @pytest.mark.parametrize("case", WRONG)

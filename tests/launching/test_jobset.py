@@ -50,6 +50,43 @@ def test_kubernetes_takes_what_every_shipped_config_becomes(arguments, name):
     assert launched == load_run_config(config, overrides) and launched.distributed
 
 
+# Bare, kubectl's YAML reads them as true, numbers, nothing and a date.
+BARE = [
+    "y",
+    "N",
+    "on",
+    "1e3",
+    "1e-5",
+    "5e-1",
+    ".5e1",
+    "0o17",
+    "0x1f",
+    "1_000",
+    "null",
+    "~",
+    "",
+    "2026-11-26",
+    ".inf",
+    "=",
+    "<<",
+]
+
+
+def test_no_text_is_bare_in_a_manifest(arguments):
+    names = [
+        name for number, _ in enumerate(BARE) for name in ("--env", f"{'yNnofe'[number % 6]}{number}={BARE[number]}")
+    ]
+    (command,) = commands_of(arguments("gke", *names, "--env", "N=1", "--env", "y=a\nb", run="gs://bucket/y"))
+    texts = [event for event in yaml.parse(command.stdin) if isinstance(event, yaml.ScalarEvent)]
+    bare = {event.value for event in texts if not event.style}
+    assert all(re.fullmatch(r"\d+|true|false", value) for value in bare), bare
+    _, jobset = yaml.safe_load_all(command.stdin)
+    (container,) = job_of(jobset)["template"]["spec"]["containers"]
+    given = {each["name"]: each["value"] for each in container["env"]}
+    assert [given[f"{'yNnofe'[number % 6]}{number}"] for number, _ in enumerate(BARE)] == BARE
+    assert jobset["metadata"]["name"] == "y" and given["y"] == "a\nb"
+
+
 @pytest.mark.parametrize(
     ("kind", "where", "wrong"),
     [

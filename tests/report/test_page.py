@@ -57,6 +57,7 @@ def test_models_of_other_questions_are_not_compared(place, tmp_path):
     few = shutil.copytree(place / "exams/base", tmp_path / "few")
     for condition in ("answer_only", "explain"):
         _cut(few / f"grades-{condition}.jsonl")
+    (few / "scores.json").write_text((few / "scores.json").read_text("utf-8").replace('"n": 6', '"n": 5'), "utf-8")
     rows = cells(report(tmp_path, place / "rpo", few), "Against rpo, by points, with 95 % intervals")
     assert [row[2:] for row in rows[1:]] == [["of other questions", "-", "-", "-"]] * 2
 
@@ -87,6 +88,27 @@ def test_a_run_that_has_just_begun(place, tmp_path):
     assert "new has no metrics yet." in html and "No exam results were given" in html and "<img" not in html
 
 
+def test_damaged_metrics_are_left_out_with_a_word(place, tmp_path, capsys):
+    shutil.copytree(place / "cpt", tmp_path / "new")
+    with (tmp_path / "new/metrics.jsonl").open("a") as file:
+        file.write('{"loss": 1.0}\n{"step": "x", "loss": 1}\n{"step": true}\n{"step": 1' + "0" * 99 + "}\n")
+        file.write('{"step": 701, "loss": "NaN", "tokens": null, "mfu": [1], "grad_norm": 1' + "0" * 99 + "}\n")
+        file.write('{"step": 702, "loss": NaN, "tokens_per_second": Infinity}\n')
+    assert "702 of" in report(tmp_path, tmp_path / "new")
+    assert "metrics.jsonl: 4 of 706 lines have no step, and are left out" in capsys.readouterr().err
+
+
+def test_exams_of_long_and_alike_names_have_pictures_of_their_own(place, tmp_path):
+    folders = []
+    for number, name in enumerate(["医" * 300, "師" * 300, "../" * 100]):
+        folders.append(tmp_path / str(number))
+        shutil.copytree(place / "exams/base", folders[-1])
+        _change(folders[-1] / "scores.json", '"exam": "small"', json.dumps({"exam": name}, ensure_ascii=False)[1:-1])
+    report(tmp_path, *folders)
+    figures = sorted(file.name for file in (tmp_path / "out/figures").iterdir())
+    assert len([name for name in figures if name.startswith("accuracy")]) == 3 and max(map(len, figures)) < 100
+
+
 def test_names_tell_folders_apart(place, tmp_path):
     for name in ("one/cpt", "two/cpt"):
         shutil.copytree(place / "cpt", tmp_path / name)
@@ -108,11 +130,24 @@ def _without(place, tmp_path, change):
     ("change", "more", "line"),
     [
         (lambda f: (f / "scores.json").unlink(), [], "neither a run folder (no config.yaml in it) nor exam results"),
-        (lambda f: (f / "scores.json").write_text("{"), [], "scores.json: not JSON"),
-        (lambda f: (f / "scores.json").write_text("[]"), [], "scores.json: not a JSON object"),
+        (lambda f: (f / "scores.json").write_text("{"), [], "scores.json is not JSON"),
+        (lambda f: (f / "scores.json").write_text("[]"), [], "scores.json: a JSON object is expected, found a list"),
         (lambda f: (f / "scores.json").write_text("{}"), [], "is not what `medllm evaluate` or `medllm score` writes"),
         (lambda f: [(f / f"grades-{c}.jsonl").unlink() for c in ("answer_only", "explain")], [], "no grades-*.jsonl"),
-        (lambda f: _cut(f / "grades-explain.jsonl"), [], "different questions, 1 of them in one only (q5"),
+        (lambda f: _cut(f / "grades-explain.jsonl"), [], "holds 5 grades, and scores.json tells of 6"),
+        (lambda f: (f / "grades-explain.jsonl").write_text(""), [], "grades-explain.jsonl holds no grade"),
+        (
+            lambda f: _change(f / "grades-explain.jsonl", '"max_points": 1', '"max_points": 1' + "0" * 400),
+            [],
+            "'max_points'",
+        ),
+        (lambda f: _change(f / "grades-explain.jsonl", '"q0"', r'"q0\ud800"'), [], "surrogate"),
+        (lambda f: (f / "likelihood.json").write_text("{}"), [], "likelihood.json: the field 'n' is missing"),
+        (lambda f: (f / "likelihood.json").write_text('{"n": 1, "accuracy": "x"}'), [], "likelihood.json: the field"),
+        (lambda f: (f / "likelihood.json").write_text("[" * 10**5), [], "likelihood.json is not JSON"),
+        (lambda f: (f / "contamination.json").write_text('{"overlapping": null}'), [], "contamination.json: the field"),
+        (lambda f: (f / "likelihood.json").write_text('{"n": 1' + "0" * 400 + "}"), [], "'n' is no number"),
+        (lambda f: (f / "contamination.json").write_text('{"n": 1e999}'), [], "contamination.json is not JSON"),
         (lambda f: None, ["--example", "q77"], "--example q77: no question of these results has this id"),
         (lambda f: None, ["nowhere"], "nowhere: neither a run folder"),
     ],
@@ -121,6 +156,12 @@ def test_what_cannot_be_read_is_named(place, tmp_path, capsys, change, more, lin
     assert report(tmp_path, *_without(place, tmp_path, change), *more) == 2
     error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1
+
+
+def _change(file, before, after):
+    text = file.read_text("utf-8")
+    assert before in text
+    file.write_text(text.replace(before, after, 1), "utf-8")
 
 
 def _cut(file):

@@ -28,6 +28,7 @@ from medllm_jax.data.prepare.pii_gate import PiiGate
 from medllm_jax.data.prepare.readers import ReadOptions, read_all_records, text_problem
 from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, reject
 from medllm_jax.data.store import StoreMetadata
+from medllm_jax.storage.lease import sole_writer
 
 _FIELDS = ("prompt", "response", "messages")
 
@@ -67,6 +68,7 @@ def _problem(row: dict[str, Any]) -> str | None:
     return None
 
 
+@sole_writer("output", beside=True)
 def prepare_instructions(
     inputs: Inputs,
     tokenizer_dir: str | epath.PathLike,

@@ -30,6 +30,7 @@ from medllm_jax.data.prepare.readers import ReadOptions, read_all_records, text_
 from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, reject
 from medllm_jax.data.store import StoreMetadata
 from medllm_jax.errors import UserError
+from medllm_jax.storage.lease import sole_writer
 
 Prompts = Literal["shared", "repeated"]
 
@@ -75,6 +76,7 @@ def _side_problem(messages: list[Any], side: str) -> str | None:
     return None if roles == ["assistant"] else "not exactly one assistant message"
 
 
+@sole_writer("output", beside=True)
 def prepare_pairs(
     inputs: Inputs,
     tokenizer_dir: str | epath.PathLike,

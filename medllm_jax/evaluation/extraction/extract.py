@@ -11,6 +11,7 @@ prompt asked for nothing else) at the very start. Nothing is collected from pros
     conflict      two answers that exclude each other, without a word between them
     wrong_count   an answer, but not of as many letters as were asked for (its letters are kept)
     unparseable   anything else
+    unanswered    there is no output: the server gave none
 
 Every rule looks at a bounded stretch of the output with expressions that take linear time.
 """
@@ -20,14 +21,15 @@ import json
 import re
 from bisect import bisect, bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from medllm_jax.evaluation.exam import Question
 from medllm_jax.evaluation.extraction.letters import QUOTES, LetterReader, Reading
 from medllm_jax.evaluation.extraction.normalize import clean, normalize
 from medllm_jax.evaluation.extraction.numbers import read_number
+from medllm_jax.evaluation.sampling import UNANSWERED
 
-PROBLEMS = ("empty", "refusal", "placeholder", "truncated", "conflict", "wrong_count", "unparseable")
+PROBLEMS = ("empty", "refusal", "placeholder", "truncated", "conflict", "wrong_count", "unparseable", "unanswered")
 
 _QUOTE = f"[{re.escape(QUOTES)}]"
 # As the questions themselves ask (最も考えられるのはどれか).
@@ -35,12 +37,20 @@ _LIKELIEST = r"(?:最も|もっとも)(?:考えられる|疑われる|適切な|
 # What is called wrong is no answer (不正解, 誤答).
 _CUE = re.compile(
     r"(?<![不誤])(?<!不正)(?<!誤った)(?<!間違った)(?<!incorrect )(?<!wrong )"
-    r"(?:最終(?:的な?)?(?:答え|解答|回答|結論|判断|選択|診断)?|正解|正答|答え|答|解答|回答"
+    r"(?P<word>最終(?:的な?)?(?:答え|解答|回答|結論|判断|選択|診断)?|正解|正答|答え|答|解答|回答"
     rf"|(?<![a-z])(?:final )?answers?|{_LIKELIEST})"
     r"(?:の?(?:選択肢|番号|記号)|(?: choices?| options?| letters?)\b)?"
     r"[ \]】」』)\"']{0,4}(?:は|が|:|=|->|→|is\b|are\b|\n|(?<=[】\]]))"
-    rf"(?:{_QUOTE}|[、,:=]|選択肢の?|番号|記号|options?\b|choices?\b){{0,12}}"
+    rf"(?:{_QUOTE}|[、,:=]|選択肢の?|番号|記号"
+    r"|(?:次|以下)の(?:通り|とおり)?(?=[^a-z])|[2-5二三四五]つ(?=[、:])|options?\b|choices?\b){0,12}"
 )
+_LIKELY, _HEDGED = re.compile(_LIKELIEST), re.compile(r"だ(?:が|けど)")  # 最も考えられるのはaだが、bも否定できない
+# After its answer: bが正解です。 Neither asked, nor denied, nor supposed.
+_CUE_BEHIND = re.compile(
+    r"が(?P<answer_is>(?:最も適切な|最終的な)?(?:正解|正答|答え|解答|回答))"
+    r"(?:です|である|だ|となる|となります|と(?:考え|判断)(?:る|ます|られる|られます|する|します|できる|される))?(?:[。\n、!]|$)"
+)
+_MAX_BEHIND = 2
 _CUE_WORDS = re.compile(
     rf"{_LIKELIEST}|最終(?:的な?)?|結論|判断|選択|診断|正解|正答|答え?|解答|回答|final|answers?|is|are|です|である|{_QUOTE}|[。.、,:;=はが]"
 )
@@ -85,9 +95,11 @@ def extract(question: Question, text: str, finish_reason: str = "stop", conditio
     Args:
       question: what was asked.
       text: the output as generated, which follows the last characters of the prompt directly.
-      finish_reason: "length" where the output reached its limit, "stop" otherwise.
+      finish_reason: "length" where the output reached its limit, UNANSWERED where there is none, "stop" otherwise.
       condition: "answer_only" (the output starts with its answer) or "explain" (the answer follows an explanation).
     """
+    if finish_reason == UNANSWERED:
+        return Extraction(problem="unanswered")
     cleaned = clean(text, keep_circled=question.kind == "number")
     truncated = finish_reason == "length" and not cleaned.cut
     leading = condition == "answer_only"
@@ -97,6 +109,13 @@ def extract(question: Question, text: str, finish_reason: str = "stop", conditio
         return Extraction(problem="empty", truncated=truncated)
     read = _read_number if question.kind == "number" else _read_letters
     found = read(question, cleaned.text, leading, truncated)
+    if (found is None or found.lenient) and cleaned.longer != cleaned.text:
+        # Nothing was answered yet: what looks like a further question is the model's account of this one, unless the
+        # model has given up on this one.
+        later = finish_reason == "length" and not cleaned.longer_cut
+        again = None if _REFUSAL.search(cleaned.text) else read(question, cleaned.longer, leading, later)
+        if again and again.problem is None and not again.lenient:
+            found, truncated = again, later
     found = found or Extraction(problem=_nature(cleaned.text, truncated))
     return dataclasses.replace(found, truncated=truncated)
 
@@ -138,7 +157,8 @@ def _read_letters(question: Question, text: str, leading: bool, truncated: bool)
         return result(readings[-1], "json", "}") if agree else Extraction(rule="json", problem="conflict")
 
     first = reader.at(text, 0, after_cue=False) if leading else None
-    cued = _after_last_cue(text, first.end if first else 0, bool(first), lambda at: reader.at(text, at, after_cue=True))
+    start = first.end if first else 0
+    cued = _after_last_cue(text, start, bool(first), lambda at: reader.at(text, at, after_cue=True), reader)
     if isinstance(cued, Extraction) or (first and cued and first.letters != cued.letters):
         return Extraction(rule="cue", problem="conflict")
     if first:
@@ -185,8 +205,11 @@ def _read_number(question: Question, text: str, leading: bool, truncated: bool) 
     return result(cued, "cue") if cued else None
 
 
-def _after_last_cue(text: str, start: int, answered: bool, read) -> Reading | Extraction | None:
-    """The reading after the last cue that an answer follows; an Extraction where two stand side by side and differ.
+def _after_last_cue(
+    text: str, start: int, answered: bool, read: Callable[[int], Reading | None], reader: LetterReader | None = None
+) -> Reading | Extraction | None:
+    """The reading at the last cue that an answer follows, or, by `reader`, that stands after its answer (bが正解です);
+    an Extraction where two stand side by side and differ.
 
     Once there is an answer (`answered` says there was one before `start`), a question ends the search: it is one that
     the model asks itself.
@@ -195,15 +218,23 @@ def _after_last_cue(text: str, start: int, answered: bool, read) -> Reading | Ex
     found: Reading | None = None
     end = start
     # An output with more cues than this repeats itself.
-    for cue in list(_CUE.finditer(text, start))[-_MAX_CUES:]:
+    behind = {m.end("answer_is"): m for m in list(_CUE_BEHIND.finditer(text, start))[-_MAX_BEHIND:]} if reader else {}
+    cues = [cue for cue in list(_CUE.finditer(text, start))[-_MAX_CUES:] if cue.end("word") not in behind]
+    for cue in sorted([*cues, *behind.values()], key=lambda cue: cue.start()):
         if (found or answered) and bisect(questions, cue.end()) > bisect_left(questions, end):
             break
-        reading = read(cue.end())
-        if reading is None:
+        begin = cue.start()
+        if reader and cue.re is _CUE_BEHIND:
+            begin, reading = reader.before(text, max(start, end), cue.start())
+        elif reader and reader.marks_a_choice(text, cue):
             continue
-        if found and found.letters != reading.letters and not _CUE_WORDS.sub("", text[end : cue.start()]):
+        else:
+            reading = read(cue.end())
+        if reading is None or (_LIKELY.match(cue[0]) and _HEDGED.match(text, reading.end)):
+            continue
+        if found and found.letters != reading.letters and not _CUE_WORDS.sub("", text[end:begin]):
             return Extraction(rule="cue", problem="conflict")
-        found, end = reading, reading.end
+        found, end = reading, max(reading.end, begin)
     return found
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import unicodedata
+from itertools import islice
 
 # Answers stand at the start or at the end; what lies between the two is not looked at.
 HEAD, TAIL = 4_000, 6_000
@@ -16,10 +17,12 @@ _END_OF_TURN = re.compile(r"<\|(?:im_end|endoftext|eot_id|end_of_text|im_start|e
 _SPECIAL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|<(?:pad|bos|eos|unk)>|\[/?inst\]")
 _LEADING = re.compile(r"(?:\s|<\|[^|<>\s]{1,40}\|>|</?s>)*(?:assistant[\s:]{1,3})?")
 _NEXT_TURN = re.compile(
+    r"\n\s{0,4}(?:#{1,4}\s?)?[【\[]?(?:(?:ユーザー?|user|human|system)\s?(?::|\n)|医師国家試験を解きます)"
+)
+# It begins a question of the model's own, or its answer, which may say again what was asked.
+_HEADING = re.compile(
     r"\n\s{0,4}(?:#{1,4}\s?)?[【\[]?(?:次の|新しい|例題)?(?:"
-    r"(?:問題文?|設問|質問|例題|question|problem)\s?\d{0,4}\s?(?:[】\]:.]|\n|$)"
-    r"|(?:問|q)\s?\d{1,4}\s?(?:[】\]:.]|\n)|(?:ユーザー?|user|human|system)\s?(?::|\n)"
-    r"|医師国家試験を解きます)"
+    r"(?:問題文?|設問|質問|例題|question|problem)\s?\d{0,4}\s?(?:[】\]:.]|\n|$)|(?:問|q)\s?\d{1,4}\s?(?:[】\]:.]|\n))"
 )
 _BOXED = re.compile(r"\\boxed\{\s?(?:\\text\{)?([^{}\n]{0,200})\}{1,2}")
 # Marks of emphasis, and characters that print nothing or are the rest of a token cut in two.
@@ -30,11 +33,14 @@ _CIRCLED = {ord("①") + i: chr(0xE001 + i) for i in range(9)}
 @dataclasses.dataclass(frozen=True)
 class Cleaned:
     """`text` is NFKC and lower case, without markup; `cut` says a further turn was cut off, `unclosed` that the
-    output ends inside a think block."""
+    output ends inside a think block. `longer` goes on to the second of the headings that begin a question (to the end
+    where there is one), `text` to the first; `longer_cut` is `cut` of that."""
 
     text: str
     cut: bool
     unclosed: bool
+    longer: str
+    longer_cut: bool
 
 
 def clean(raw: str, *, keep_circled: bool = False) -> Cleaned:
@@ -53,9 +59,16 @@ def clean(raw: str, *, keep_circled: bool = False) -> Cleaned:
     end = _END_OF_TURN.search(text)
     turn = _NEXT_TURN.search(text, 0, end.start() if end else len(text))
     cuts = [m.start() for m in (end, turn) if m]
-    text = _SPECIAL.sub(" ", text[: min(cuts, default=len(text))])
-    text = _MARKUP.sub("", _BOXED.sub(r"\n答え: \1\n", text))
-    return Cleaned(text.strip(), bool(cuts), unclosed)
+    stop = min(cuts, default=len(text))
+    first, second, *_ = [*(m.start() for m in islice(_HEADING.finditer(text, 0, stop), 2)), stop, stop]
+    return Cleaned(
+        _plain(text[:first]), bool(cuts) or first < stop, unclosed, _plain(text[:second]), bool(cuts) or second < stop
+    )
+
+
+def _plain(text: str) -> str:
+    """Without special tokens and marks of emphasis."""
+    return _MARKUP.sub("", _BOXED.sub(r"\n答え: \1\n", _SPECIAL.sub(" ", text))).strip()
 
 
 def normalize(text: str) -> str:

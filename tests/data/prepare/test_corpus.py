@@ -389,7 +389,7 @@ def test_failures_leave_no_store_and_say_why(tmp_path, tokenizer_dir):
     fails(r"rows.jsonl: the file is empty", [])
     fails("no document to prepare in .*1 the file is empty", [], on_bad="skip")
     fails("no document to prepare in .*2 text is empty .first at ", [{"text": ""}] * 2, on_bad="skip")
-    fails("sequence length is 1", [{"text": "a"}], sequence_length=1)
+    fails("sequence_length is 1", [{"text": "a"}], sequence_length=1)
     fails("near_threshold is 0", [{"text": "a"}], near_threshold=0.0)
     fails("pii_rate is 2", [{"text": "a"}], pii_rate=2.0)
     fails("no tokenizer", [{"text": "a"}], tokenizer_dir=tmp_path / "none")

@@ -116,6 +116,128 @@ def test_only_what_is_far_from_both_ends_is_not_looked_at():
     assert extract(question, f"血圧が高い。\n答え: b\n\n問題: {filler}", condition="explain").letters == frozenset("b")
 
 
+# --- cues, forms, what stands around them -----------------------------------------------------------------------------
+
+_WORDS = ("甲状腺腫", "乙型脳炎", "丙午", "丁寧", "戊申")
+_CUES = (
+    *(
+        "答え: {}",
+        "答えは{}",
+        "正解は{}",
+        "正解：{}",
+        "【回答】{}",
+        "【答え】\n{}",
+        "解答: {}",
+        "最終的な答え: {}",
+        "Answer: {}",
+    ),
+    *("The answer is {}", "正解は選択肢{}", "**答え**: {}", "### 解答\n{}", "正答は{}", "したがって、正解は「{}」"),
+    *("最も適切なのは{}", "答えは次の通り：{}", "正解:\n\n{}"),
+)
+_CUES_BEHIND = (
+    "よって{}が正解です。",
+    "以上より、{}が正答となる。",
+    "したがって「{}」が答えである。",
+    "つまり{}が正解\n",
+)
+_SUFFIXES = (
+    *(
+        "",
+        "。",
+        "です。",
+        "である。",
+        "だ。",
+        "だと考える。",
+        "\n\n解説: 他は誤り。",
+        "です。他の選択肢は適切でない。",
+        " となります。",
+    ),
+    *("と考えられる。", "だが、他も除外できない。", "です。\n\n問題: 次の問い\n答え: b"),
+)
+_BEFORE = ("", "説明する。bは誤りである。eも考えにくい。\n", "考える。\n\n### 問題：対応は？\n甲が適切である。\n\n")
+
+
+def _forms(letters):
+    places = [ord(letter) - ord("a") for letter in letters]
+    words, digits = [_WORDS[n] for n in places], [str(n + 1) for n in places]
+    both = list(zip(letters, words, strict=True))
+    for separator in (",", "、", ", ", "と", "・", " ", "及び", "/", " and "):
+        yield separator.join(letters)
+    yield from (
+        letters.upper(),
+        ",".join(chr(ord("ａ") + n) for n in places),
+        "と".join(chr(ord("①") + n) for n in places),
+    )
+    for form in ("({})", "「{}」", "**{}**", "選択肢{}", "{}番"):
+        yield "と".join(form.format(each) for each in (digits if "番" in form else letters))
+    for form in ("{}. {}", "{}の{}", "{}（{}）", "{}の「{}」", "({}) {}"):
+        yield "、".join(form.format(*each) for each in both)
+    yield "\n".join(f"{letter}: {word}" for letter, word in both)
+    yield "、".join(f"{word}（{letter}）" for letter, word in both)
+    yield from ("と".join(words), "、".join(words), "、".join(digits))
+    yield "、".join(f"{digit}. {word}" for digit, word in zip(digits, words, strict=True))
+    if len(letters) > 1:
+        yield from ("\n".join(letters), f"{'と'.join(letters)}の{len(letters)}つ")
+
+
+@pytest.mark.parametrize("letters", ["c", "ac", "ade"])
+def test_every_form_is_read_after_every_cue_whatever_stands_around(letters):
+    question = _choice(len(letters), *_WORDS)
+    texts = []
+    for form in _forms(letters):
+        texts += [before + cue.format(form) for cue in _CUES for before in _BEFORE]
+        if "\n" not in form:
+            texts += [f"{before}答え: {form}{suffix}" for suffix in _SUFFIXES for before in _BEFORE]
+            texts += [before + cue.format(form) for cue in _CUES_BEHIND for before in _BEFORE]
+    found = {text: extract(question, text, "stop", "explain") for text in texts}
+    assert not [t for t, e in found.items() if e.letters != frozenset(letters) or e.problem is not None or e.lenient]
+
+
+NO_ANSWERS = [
+    "申し訳ありませんが、答えはわかりません。aかbのどちらかです。",
+    "正解はaではありません。",
+    "正解はaではない。bでもない。",
+    "答えはaではありません。bは禁忌である。",
+    "aではない。b: 禁忌である。",
+    *(
+        f"aが正解{end}"
+        for end in ("とは言えない。", "であれば、bは誤りである。", "ですか？", "ではない。", "だとすると矛盾する。")
+    ),
+    *(f"aが正解{end}" for end in ("になることはない。", "だと思う人が多いが誤りです。", "かbが正解かは判断できない。")),
+    "早期丙午が正解の条件です。",
+    "ビタミンbが正解です。",
+    "HLA-bが答えです。",
+    "aは誤り。bは誤り。cは誤り。",
+    "a: 誤り\nb: 正解\nc: 誤り",
+    "a 甲状腺腫 ← 不正解\nb 乙型脳炎 ← 正解\nc 丙午",
+    "答えは3日後に分かります。",
+    "答え: 3mg",
+    "正解は2つあります。",
+    "正解は2つ選びます。aは誤りです。",
+    "分かりません。\n\n問題: 次の問い\n答え: b",
+    "申し訳ありません。画像が提示されていません。\n\n### 問題2\nどれか。\n答え: c",
+    "答え: [選択肢の記号]",
+    "答え: a,b,c,d,eの中から選ぶ",
+    "正解は1から5の中にある。",
+    "答えは10です。",
+    "答え: 6",
+    "aを選ぶと不正解です。",
+    "どれが正解でしょうか。",
+    "説明します。\nuser: 答え: b",
+    "正解は3番染色体の異常です。",
+    "正解は1番多い疾患です。",
+    "aが答えの候補です。",
+]
+
+
+@pytest.mark.parametrize("text", NO_ANSWERS)
+def test_refusals_and_talk_of_wrong_choices_are_no_answers(text):
+    for k in (1, 2):
+        for condition in CONDITIONS:
+            found = extract(_choice(k, *_WORDS), text, "stop", condition)
+            assert found.problem is not None or found.lenient
+
+
 # --- anything at all -------------------------------------------------------------------------------------------------
 
 # fmt: off
@@ -129,6 +251,9 @@ REPEATED = [
     "\u0301\u0323", "ﷺ", "①", "1,", "答え: 1,", "<think>", "</think>", "\n問題", "a,", "どれか。",
     "\na: x\nb: y", "\\boxed{a}", "aまたは", "…", "½", "㍿", "㌖a", "ﷺa",
     "aではなく", "aでも", "胃癌ではなく", "aでもなく", "最も考えられるのは",
+    "aが正解です。", "aとbとcとdが正解です\n", "aが正解", "「a", "選択肢", "1と", "答え: 1と",
+    "\n### 問題:", "aの胃癌と", "胃癌(d)、", "aではない。",
+    "a\n", "\na 胃癌 ← 正解", "が正解", "choice ",
 ]
 # fmt: on
 _TEXTS = st.one_of(
