@@ -7,6 +7,7 @@ exported.
 import hashlib
 import logging
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.errors import UserError
 from medllm_jax.storage.json_files import parse_json, read_bounded, read_json
 from medllm_jax.storage.remote import is_remote, names_in
-from medllm_jax.storage.run_folder import TOKENIZER_FILES
+from medllm_jax.storage.run_folder import TOKENIZER_FILES, copy_tokenizer
 from medllm_jax.terminal.progress import Console
 
 _log = logging.getLogger(__name__)
@@ -45,12 +46,25 @@ def check_companions(folder: epath.Path, vocab_size: int) -> bool:
     if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         _log.info(f"{folder} has no tokenizer: the run folder will carry none, which is enough for training only")
         return False
-    tokens = len(load_tokenizer(folder))
-    if tokens > vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokens} tokens, the embedding {vocab_size}: they belong to different models"
-        )
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > vocab_size:
+        said = f"the tokenizer has {len(tokenizer)} tokens, the embedding {vocab_size}"
+        raise UserError(f"{folder}: {said}: they belong to different models")
+    _check_alone(folder)
     return True
+
+
+def _check_alone(folder: epath.Path) -> None:
+    """UserError where the tokenizer can't be loaded from the files that are carried on: config.json is not of them."""
+    with tempfile.TemporaryDirectory() as place:
+        copy_tokenizer(folder, epath.Path(place))
+        try:
+            load_tokenizer(epath.Path(place) / "tokenizer")
+        except UserError as error:
+            reason = str(error).partition("loaded: ")[2] or str(error)
+            raise UserError(
+                f"{folder}: the tokenizer can't be loaded without config.json beside it: {reason}"
+            ) from None
 
 
 def _check_file(file: epath.Path) -> None:

@@ -289,7 +289,9 @@ def one_dtype(folder: epath.Path, dtypes: dict[str, str]) -> np.dtype:
     examples = {dtype: name for name, dtype in dtypes.items()}
     for dtype, name in examples.items():
         if dtype not in DTYPES:
-            raise UserError(f"{folder}: {name} is {dtype}: only {', '.join(DTYPES)} can be converted")
+            raise UserError(
+                f"{folder}: {name} is {shown(dtype, quote=False)}: only {', '.join(DTYPES)} can be converted"
+            )
     if len(examples) > 1:
         examples_listed = ", ".join(f"{name} is {dtype}" for dtype, name in sorted(examples.items()))
         raise UserError(f"{folder}: tensors of several dtypes ({examples_listed}): save the model in one")
