@@ -24,6 +24,7 @@ import tensorstore as ts
 from etils import epath
 
 from medllm_jax.data.batch import Kind
+from medllm_jax.data.tokenizer import same_tokenizer
 from medllm_jax.errors import UserError
 from medllm_jax.storage.faults import passes
 from medllm_jax.storage.remote import is_folder, kvstore_spec
@@ -289,7 +290,7 @@ def check_compatible(
             f"store {store.path} has rows of {found.sequence_length} tokens, the run is set to {sequence_length}: "
             "change the run's sequence length or prepare the store again"
         )
-    if tokenizer_fingerprint is not None and found.tokenizer_fingerprint != tokenizer_fingerprint:
+    if tokenizer_fingerprint is not None and not same_tokenizer(found.tokenizer_fingerprint, tokenizer_fingerprint):
         problems.append(
             f"store {store.path} was made with another tokenizer ({found.tokenizer_fingerprint[:12]}) than the model's "
             f"({tokenizer_fingerprint[:12]}): prepare the store again"

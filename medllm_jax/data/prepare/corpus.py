@@ -149,7 +149,8 @@ def prepare_corpus(
     """
     output = epath.Path(output)
     check_replaceable(output, overwrite=overwrite)
-    tokenizer, tokenizer_fingerprint = load_tokenizer(tokenizer_dir), fingerprint(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer_fingerprint = fingerprint(tokenizer_dir, tokenizer)
     ending = (eos_of(tokenizer, tokenizer_dir),) if recipe.append_eos else ()
     gate = PiiGate(recipe.pii, recipe.pii_rate, recipe.pii_patterns)
     cleaning = Cleaning(recipe.normalise, recipe.min_characters)
