@@ -218,8 +218,11 @@ def _behaviour(tokenizer: Any) -> str:
     else:
         added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         texts = [*_PROBES, *(f"a {token} b{token}\u3000{token}{token}\n" for token in added)]
+        vocabulary = tokenizer.get_vocab()
+        tokens = sorted(vocabulary, key=vocabulary.__getitem__)  # two lists are written sooner than a mapping
         content = {
-            "vocabulary": tokenizer.get_vocab(),
+            "tokens": tokens,
+            "ids": [vocabulary[token] for token in tokens],
             "plain": encode_plain(tokenizer, texts),
             "rendered": encode_rendered(tokenizer, texts),
         }

@@ -269,7 +269,12 @@ class ExampleWriter:
         self._name, self._inputs, self._tokenizer_dir = name, inputs, tokenizer_dir
         self._sequence_length, self._on_bad, self._on_long = sequence_length, on_bad, on_long
         self._gate, self._findings = gate, PiiFindings()
-        self._manifest = manifest_of(take_inventory(file) for file in find_files(inputs, RECORD_FILES))
+        passed_over = RejectionCounts()
+        found = [take_inventory(file) for file in find_files(inputs, RECORD_FILES, passed_over)]
+        for inventory in found:
+            if not inventory.bytes:
+                passed_over.add("empty", inventory.file)
+        self._manifest = manifest_of(found, passed_over)
 
     def __enter__(self) -> Self:
         return self
@@ -319,7 +324,8 @@ class ExampleWriter:
             self._rows.append(row[None], self._name)
         if not count:
             raise UserError(f"no {self._name} to prepare in {self._inputs}; left out: {self.rejections}")
-        manifest = self._manifest | {"personal_data": self._findings.as_dict()}
+        self.rejections.check_kept(count, f"the {self._name}")
+        manifest = self._manifest | {"rows": self.rejections.rows, "personal_data": self._findings.as_dict()}
         recipe = {
             "sequence_length": self._sequence_length,
             "on_bad": self._on_bad,

@@ -39,7 +39,8 @@ def _corpus(corpus: CorpusRows) -> Iterator[str]:
     stated = [f"* {name}: {about[name] or 'not stated'}" for name in _STATED if name in about]
     if "files" in about:
         size = sum(file["bytes"] for file in about["files"])
-        stated.append(f"* input: {len(about['files']):,} files of {size:,} bytes, checksum {about['checksum']}")
+        rows = f", {about['rows']:,} rows" if "rows" in about else ""
+        stated.append(f"* input: {len(about['files']):,} files of {size:,} bytes{rows}, checksum {about['checksum']}")
     if stated:
         yield "\n".join(stated)
     if "text" in about:
@@ -48,6 +49,7 @@ def _corpus(corpus: CorpusRows) -> Iterator[str]:
         found = about["personal_data"]
         yield f"Personal data: findings in {found['flagged']:,} of {found['documents']:,} documents scanned."
         yield from _left_out("Findings", found["findings"])
+    yield from _left_out("Files passed over", about.get("passed_over", {}))
     yield from _left_out("Left out", about.get("dropped", {}))
 
 
