@@ -22,7 +22,7 @@ _BUFFER = 2**20
 
 # Compressed bytes that are decompressed at once: few where they become much, so that a line of a million equal
 # characters takes no more memory than others. At the highest ratio of any format 4096 become about 128 MiB.
-_COMPRESSED_BLOCKS = (64, 4096)
+_COMPRESSED_BLOCKS = (16, 4096)
 _MUCH = 2**17
 _MAX_WINDOW = 2**30  # bytes of memory that a compressed stream may ask for: zstd's --long=30
 

@@ -149,7 +149,7 @@ def test_a_stream_cut_short_anywhere_is_told(tmp_path, suffix):
             with pytest.raises(UserError, match=f"rows.jsonl{suffix}: {reason} after line {len(found)}; "):
                 texts_of(file)
     (tmp_path / f"one.txt{suffix}").write_bytes(first[:-1])
-    assert_rejected_file(tmp_path / f"one.txt{suffix}", reason)
+    assert_rejected_file(tmp_path / f"one.txt{suffix}", f"the {name} stream is damaged or cut short")
 
 
 def assert_rejected_file(file, reason):
