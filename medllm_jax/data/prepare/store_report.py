@@ -5,14 +5,24 @@ from typing import Any
 
 from medllm_jax.data.prepare.statistics import TextStatistics, TokenStatistics, format_statistics
 from medllm_jax.data.store import CorpusRows, StoreMetadata
+from medllm_jax.errors import UserError
 
 _KINDS = {"cpt": "documents", "sft": "instructions", "pairs": "preference pairs"}
 _STATED = ("provenance", "licence", "processing", "contact")
 
 
 def report(metadata: StoreMetadata) -> str:
-    """Markdown, for people. Places are "file:line"; it quotes no document."""
-    return "\n\n".join(_parts(metadata)) + "\n"
+    """Markdown, for people. Places are "file:line"; it quotes no document.
+
+    Raises UserError where a manifest is not what a preparation writes.
+    """
+    try:
+        return "\n\n".join(_parts(metadata)) + "\n"
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError) as error:
+        problem = f"{type(error).__name__}: {str(error)[:60]}"
+        raise UserError(
+            f"what store.json says of its input cannot be understood ({problem}): prepare it again"
+        ) from error
 
 
 def _parts(metadata: StoreMetadata) -> Iterator[str]:
