@@ -146,9 +146,8 @@ def _converted(run: str) -> str:
 
 def _go_on_training() -> str:
     """Trains to the end; what another process seems to write is waited for, for seconds instead of a minute."""
-    from medllm_jax.storage.lease import Lease
-
     from medllm_jax.checkpoint.handle import open_checkpoint
+    from medllm_jax.storage.lease import Lease
 
     Lease.__init__.__kwdefaults__["seconds"] = 3.0
     _raise_unless_done("train --config cpt.yaml")

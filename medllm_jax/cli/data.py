@@ -27,7 +27,7 @@ def add(verbs: Any) -> None:
         kinds,
         "cpt",
         _data_cpt,
-        "pack documents (.jsonl, .txt, .parquet; .gz, .zst) into a token store (see docs/corpora.md)",
+        "pack documents (.jsonl, .txt, .parquet; .gz, .zst, .xz, .bz2) into a token store (see docs/corpora.md)",
     )
     cpt.add_argument("--config", help="YAML with corpora and their manifests, and any of these settings")
     arguments.add_store(cpt, required=False)
@@ -208,6 +208,14 @@ def _report_store(output: str, metadata: Any, what: str) -> None:
         f"{metadata.tokens:,} tokens, {metadata.fill:.1%} full"
     )
     for corpus in metadata.corpora:
+        files = corpus.manifest["files"]
+        size, name = sum(file["bytes"] for file in files), f" of {corpus.name}" if len(metadata.corpora) > 1 else ""
+        print(
+            f"input{name}: {len(files):,} files, {size:,} bytes, {corpus.manifest['rows']:,} rows, "
+            f"of which {corpus.examples:,} are in the store"
+        )
+        for reason, entry in corpus.manifest["passed_over"].items():
+            print(f"passed over: {entry['count']} ({reason}), first at {', '.join(entry['first'][:3])}")
         found = corpus.manifest.get("personal_data", {"flagged": 0})
         if found["flagged"]:
             done = "masked" if metadata.recipe.get("pii") == "mask" else "left as it is"

@@ -9,8 +9,9 @@ import numpy as np
 from etils import epath
 
 from medllm_jax.data.rows import Rows
-from medllm_jax.data.store import RowStore
+from medllm_jax.data.store import RowStore, array_of
 from medllm_jax.errors import UserError
+from medllm_jax.storage.json_files import read_json
 
 
 def read_references(rows: Rows, model_fingerprint: str) -> np.ndarray:
@@ -74,16 +75,17 @@ def read_reference(store: RowStore, model_fingerprint: str) -> np.ndarray:
         )
     damaged = UserError(f"the reference log-probabilities in {folder} are damaged: {remedy}")
     try:
-        description = json.loads((folder / "reference.json").read_bytes())
+        description = read_json(folder / "reference.json")
         data = (folder / "values.npy").read_bytes()
-    except (ValueError, FileNotFoundError) as error:
+    except (UserError, FileNotFoundError) as error:
         raise damaged from error
-    if not isinstance(description, dict):
-        raise damaged
     digest = description.pop("sha256", None)
     if description != _reference_description(store, model_fingerprint) or digest != hashlib.sha256(data).hexdigest():
         raise damaged
-    return np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32, copy=False)
+    values = array_of(data, _reference_shape(store), np.float32)
+    if values is None or not np.isfinite(values).all():
+        raise damaged
+    return values
 
 
 def _reference_shape(store: RowStore) -> tuple[int, int, int]:

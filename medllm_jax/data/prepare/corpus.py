@@ -149,7 +149,8 @@ def prepare_corpus(
     """
     output = epath.Path(output)
     check_replaceable(output, overwrite=overwrite)
-    tokenizer, tokenizer_fingerprint = load_tokenizer(tokenizer_dir), fingerprint(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer_fingerprint = fingerprint(tokenizer_dir, tokenizer)
     ending = (eos_of(tokenizer, tokenizer_dir),) if recipe.append_eos else ()
     gate = PiiGate(recipe.pii, recipe.pii_rate, recipe.pii_patterns)
     cleaning = Cleaning(recipe.normalise, recipe.min_characters)
@@ -213,7 +214,7 @@ class _PreparedCorpus:
 
     def add_survey(self, outputs: Sequence[TaskOutput]) -> None:
         for result, _ in outputs:
-            self.rejections.merge(RejectionCounts.from_dict(result["dropped"]))
+            self.rejections.merge(RejectionCounts.from_dict(result["dropped"], result["rows"], result["of_files"]))
             self.findings.merge(result["personal_data"])
         if not self.findings.documents:
             raise UserError(f"no document to prepare in {self.corpus.input}; left out: {self.rejections}")
@@ -226,9 +227,11 @@ class _PreparedCorpus:
             self.tokens.merge(TokenStatistics.from_dict(result["tokens"]))
 
     def facts(self) -> CorpusFacts:
+        self.rejections.check_kept(self.kept, f"corpus {self.name}")
         stated = ("provenance", "licence", "processing", "contact")
         manifest = {field: getattr(self.corpus, field) for field in stated} | {
             **self.input,
+            "rows": self.rejections.rows,
             "dropped": self.rejections.as_dict(),
             "personal_data": self.findings.as_dict(),
             "text": self.text.as_dict(),
@@ -249,21 +252,23 @@ def _take_inventories(
     names = [corpus.name for corpus in corpora]
     if len(set(names)) < len(names):
         raise UserError(f"corpora share a name: {', '.join(names)}")
-    found = [find_files(corpus.input, DOCUMENT_FILES) for corpus in corpora]
+    passed_over = [RejectionCounts() for _ in corpora]
+    found = [find_files(corpus.input, DOCUMENT_FILES, over) for corpus, over in zip(corpora, passed_over, strict=True)]
     with ThreadPoolExecutor(16) as pool:  # in a bucket, a request each
         listed = list(pool.map(_listed, [path for paths in found for path in paths]))
     outputs = run_job(TakeInventory(_TASK_BYTES), list(_grouped(listed)), work, executor, progress)
     inventories = iter([Inventory.from_dict(each) for result, _ in outputs for each in result["files"]])
     prepared = []
-    for corpus, paths in zip(corpora, found, strict=True):
+    for corpus, paths, over in zip(corpora, found, passed_over, strict=True):
         own = list(itertools.islice(inventories, len(paths)))
         rejections = RejectionCounts()
         for inventory in own:
             if not inventory.ranges:
                 reject(Rejected(inventory.file, "the file is empty"), on_bad, rejections)
+                rejections.of_files += 1
         ranges = [(part, inventory.sha256) for inventory in own for part in inventory.ranges]
         options = ReadOptions(corpus.text_field, max_bytes, on_bad)
-        manifest = manifest_of(own)
+        manifest = manifest_of(own, over)
         prepared.append(_PreparedCorpus(corpus, manifest, list(read_tasks(ranges, options, _TASK_BYTES)), rejections))
         if corpus.checksum not in (None, manifest["checksum"]):
             raise UserError(

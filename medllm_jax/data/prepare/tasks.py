@@ -113,7 +113,7 @@ class Survey:
     name = "survey"
 
     def identity(self, task: ReadTask) -> Any:
-        return [self.cleaning.identity(), self.scanner.fingerprint, self.near, task]
+        return ["rows, NFC", self.cleaning.identity(), self.scanner.fingerprint, self.near, task]
 
     def __call__(self, task: ReadTask, output: epath.Path) -> dict[str, Any]:
         rejections, findings = RejectionCounts(), PiiFindings()
@@ -128,7 +128,12 @@ class Survey:
         save_array(output, "digests", np.concatenate(digests))
         if self.near:
             save_array(output, "signatures", np.concatenate(sketches))
-        return {"dropped": rejections.as_dict(), "personal_data": findings.as_dict()}
+        return {
+            "rows": rejections.rows,
+            "of_files": rejections.of_files,
+            "dropped": rejections.as_dict(),
+            "personal_data": findings.as_dict(),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
