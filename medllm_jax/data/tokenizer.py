@@ -214,7 +214,7 @@ def same_tokenizer(one: str, other: str) -> bool:
 
 def _behaviour(tokenizer: Any) -> str:
     if isinstance(tokenizer, SentencePieceTokenizer):
-        content = {"pieces": tokenizer.pieces(), "plain": tokenizer.encode(_PROBES)}
+        content: dict[str, Any] = {"pieces": tokenizer.pieces(), "plain": tokenizer.encode(_PROBES)}
     else:
         added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         texts = [*_PROBES, *(f"a {token} b{token}\u3000{token}{token}\n" for token in added)]
