@@ -1,5 +1,9 @@
 """The one exception that means "the input is wrong, and here is what would be right"."""
 
+import reprlib
+from collections.abc import Callable
+from typing import Any
+
 
 class UserError(Exception):
     """Wrong input or configuration: the command line prints the message as one line and exits with code 2.
@@ -21,3 +25,18 @@ class Preempted(Exception):  # noqa: N818 (no error)
 
     The message says which step is saved.
     """
+
+
+# Bounds work too: a list of a million numbers is not written out to be cut.
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 4, 100, 100, 100
+_short.maxdict = _short.maxlist = _short.maxtuple = 20
+
+
+def quoted(value: Any, how: Callable[[Any], str] = _short.repr, *, most: int = 60) -> str:
+    """A value as messages show it: on one line, and cut to so many characters."""
+    if isinstance(value, int) and abs(value) >= 10**most:  # Python refuses to write out longer ones
+        return f"a number of more than {most} digits"
+    printable = "".join(letter if letter.isprintable() else " " for letter in how(value)[: 10 * most])
+    text = " ".join(printable.split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."

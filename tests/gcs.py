@@ -137,6 +137,7 @@ class Stored:
     metadata: dict[str, str] = field(default_factory=dict)
     metageneration: int = 1
     components: int = 0  # of a composed object, which has no md5
+    content_encoding: str = ""
     created: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"))
 
     def hashes(self) -> dict[str, str]:
@@ -190,9 +191,9 @@ class Gcs:
 
     # --- without HTTP ---
 
-    def put(self, uri: str, data: bytes) -> None:
+    def put(self, uri: str, data: bytes, content_encoding: str = "") -> None:
         bucket, name = _split(uri)
-        self._store(bucket, name, data)
+        self._store(bucket, name, data, content_encoding=content_encoding)
 
     def get(self, uri: str) -> bytes:
         bucket, name = _split(uri)
@@ -499,6 +500,7 @@ def _resource(bucket: str, name: str, stored: Stored) -> dict[str, Any]:
         "updated": stored.created,
         "metadata": stored.metadata,
         **components,
+        **({"contentEncoding": stored.content_encoding} if stored.content_encoding else {}),
         **stored.hashes(),
     }
 

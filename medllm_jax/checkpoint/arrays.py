@@ -5,14 +5,15 @@ Orbax's own (OCDBT), as training writes them, or as a folder of files, as `creat
 """
 
 import json
-import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorstore as ts
 from etils import epath
 
 from medllm_jax.errors import UserError
+from medllm_jax.storage.faults import passes
+from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.remote import kvstore_spec
 
 TREE = "_METADATA"  # Orbax's list of an item's weights
@@ -20,6 +21,10 @@ CHUNK_BYTES = 8 << 20
 _SLICE_BYTES = 64 << 20  # of the rows that a chunk is a part of, which is what a writer holds at a time
 # Chunks are not made narrower than so many columns, where no mesh says how devices split a weight, and where one does.
 _COLUMNS, _COLUMNS_OF_PART = 2048, 512
+
+
+class UnreadableError(Exception):
+    """What is stored can't be read; the text names the first cause."""
 
 
 def chunk_shape(
@@ -82,13 +87,15 @@ def describe(tree: Mapping[str, Any]) -> str:
 
 
 def open_arrays(item: epath.Path) -> dict[str, ts.TensorStore]:
-    """Path -> array of every weight in the folder of an item, to be read in parts. UserError where one is missing."""
-    tree = json.loads((item / TREE).read_text())
-    driver = "zarr3" if tree.get("use_zarr3") else "zarr"
+    """Path -> array of every weight in the folder of an item, to be read in parts.
+
+    UnreadableError where the list of them, or one of them, is not what was written.
+    """
+    tree = _listed(item)
+    driver = "zarr3" if tree.use_zarr3 else "zarr"
     opened = {}
-    for entry in tree["tree_metadata"].values():
-        path = "/".join(str(key["key"]) for key in entry["key_metadata"])
-        if tree.get("use_ocdbt", True):  # Orbax leaves out chunks of zeros
+    for path in tree.paths:
+        if tree.use_ocdbt:  # Orbax leaves out chunks of zeros
             where = {"kvstore": {"driver": "ocdbt", "base": kvstore_spec(item), "path": f"{_name(path)}/"}}
         else:
             where = {"kvstore": kvstore_spec(item / _name(path)), "fill_missing_data_reads": False}
@@ -99,8 +106,30 @@ def open_arrays(item: epath.Path) -> dict[str, ts.TensorStore]:
         try:
             arrays[path] = future.result()
         except ValueError as error:
-            raise UserError(f"{os.fspath(item)} is damaged: {path} can't be opened ({error}); copy it again") from None
+            if passes(error):
+                raise
+            raise UnreadableError(f"{path} can't be opened: {str(error)[:200]}") from error
     return arrays
+
+
+class _Tree(NamedTuple):
+    paths: list[str]
+    use_ocdbt: bool
+    use_zarr3: bool
+
+
+def _listed(item: epath.Path) -> _Tree:
+    """What Orbax's list of an item's weights says."""
+    try:
+        tree = read_json(item / TREE)
+        paths = ["/".join(str(key["key"]) for key in e["key_metadata"]) for e in tree["tree_metadata"].values()]
+        if any(".." in path for path in paths):
+            raise UnreadableError(f"{TREE} names a weight that leads out of the folder")
+        return _Tree(paths, bool(tree.get("use_ocdbt", True)), bool(tree.get("use_zarr3")))
+    except UserError as error:
+        raise UnreadableError(str(error)) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UnreadableError(f"{TREE} is no list of weights ({type(error).__name__}: {error})") from None
 
 
 def _name(path: str) -> str:

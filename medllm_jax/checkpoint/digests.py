@@ -5,7 +5,7 @@ Its meta holds a line for each array (`fingerprint.line_of_each`) and a digest o
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,11 @@ from medllm_jax.distributed.sharding import path_of
 
 def seal(meta: dict[str, Any], items: dict[str, Any]) -> dict[str, Any]:
     """The meta with digests of the arrays in `items` (item name -> tree) and of the meta itself."""
-    meta = meta | {"digests": line_of_each(items)}
+    return seal_meta(meta | {"digests": line_of_each(items)})
+
+
+def seal_meta(meta: dict[str, Any]) -> dict[str, Any]:
+    """The meta with a digest of itself."""
     return meta | {"digest": _digest(meta)}
 
 
@@ -40,6 +44,11 @@ def changed_lines(found: Mapping[str, str], meta: dict[str, Any]) -> list[str]:
     """Paths whose line (`fingerprint.line_of_each`) differs from the sealed one."""
     sealed = meta.get("digests", {})
     return [path for path, line in found.items() if line != sealed.get(path)]
+
+
+def missing_lines(paths: Iterable[str], meta: dict[str, Any], below: str) -> list[str]:
+    """Paths of the arrays below a prefix that were sealed and are not among those that were found."""
+    return sorted({path for path in meta.get("digests", {}) if path.startswith(below)} - set(paths))
 
 
 def _digest(meta: dict[str, Any]) -> str:

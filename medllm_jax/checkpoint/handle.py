@@ -8,8 +8,9 @@ Whatever appears in the run folder afterwards, label, adapter settings and weigh
 """
 
 import functools
+import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,22 +19,26 @@ import tensorstore as ts
 from jax.experimental import multihost_utils
 
 from medllm_jax.checkpoint import arrays, orbax
-from medllm_jax.checkpoint.digests import changed_arrays, changed_lines, meta_is_intact
-from medllm_jax.checkpoint.orbax import checkpoints_of, steps, training_item
+from medllm_jax.checkpoint.arrays import UnreadableError
+from medllm_jax.checkpoint.digests import changed_arrays, changed_lines, meta_is_intact, missing_lines
+from medllm_jax.checkpoint.orbax import checkpoints_of, steps, training_item, whole_and_other_steps
 from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.config.load import build
 from medllm_jax.config.schema import AdapterConfig, ModelConfig
 from medllm_jax.distributed.processes import run_on_all
 from medllm_jax.distributed.sharding import path_of
-from medllm_jax.errors import UserError
+from medllm_jax.errors import RunError, UserError
 from medllm_jax.model.quantize import Storage
+from medllm_jax.storage.faults import as_told, passes
+
+_log = logging.getLogger(__name__)
 
 
-class DamagedError(UserError):
+class DamagedError(RunError):
     """A checkpoint that can't be read, or does not hold what was written."""
 
 
-class RemovedError(UserError):
+class RemovedError(RunError):
     """A checkpoint that was removed while it was open."""
 
 
@@ -57,9 +62,10 @@ class Checkpoint:
         """Reads the meta of a step that is known to be there."""
         self.run, self.step = os.fspath(run), step
         self._folder = checkpoints_of(run) / str(step)
-        self.meta: dict[str, Any] = self._items({"meta": None})["meta"]
-        if not meta_is_intact(self.meta):
-            raise self._failure("has another meta than was written")
+        meta = self._items({"meta": None})["meta"]
+        if not isinstance(meta, dict) or not isinstance(meta.get("model"), dict) or not meta_is_intact(meta):
+            raise self.failure("has another meta than was written")
+        self.meta: dict[str, Any] = meta
 
     # --- what it says of itself ---
 
@@ -83,7 +89,10 @@ class Checkpoint:
         """Settings of the adapters it holds; None where it holds a whole model."""
         if self.meta.get("base") is None:
             return None
-        return build(AdapterConfig, self.meta["config"]["adapter"], where=f"checkpoint of {self.run}")
+        config = self.meta.get("config")
+        if not isinstance(config, dict) or "adapter" not in config:
+            raise self.failure("has a meta that lacks the settings of its adapters")
+        return build(AdapterConfig, config["adapter"], where=f"checkpoint of {self.run}")
 
     @functools.cached_property
     def whole(self) -> "Checkpoint":
@@ -101,7 +110,13 @@ class Checkpoint:
     @property
     def base(self) -> Base | None:
         """What the meta of adapters says of their base; None for a whole model."""
-        return None if self.meta.get("base") is None else Base(**self.meta["base"])
+        base = self.meta.get("base")
+        if base is None:
+            return None
+        try:
+            return Base(**base)
+        except TypeError:
+            raise self.failure("has a meta that does not say what its adapters stand on") from None
 
     def check_base(self, fingerprint: str) -> None:
         """UserError unless this is the fingerprint of the base that the adapters were trained on."""
@@ -116,14 +131,14 @@ class Checkpoint:
     def storage(self) -> Storage | None:
         """How the projections of a whole model are quantised; None where they aren't."""
         storage = self.meta.get("storage")
-        return None if storage is None else Storage(**storage)
+        return None if storage is None else build(Storage, storage, where=f"checkpoint of {self.run}")
 
     @property
     def identity(self) -> str:
         """A hash that tells this save of the step from another."""
         try:
             return orbax.identity_of(self._folder)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, IsADirectoryError) as error:
             raise self.unreadable(error) from error
 
     # --- its arrays ---
@@ -131,9 +146,11 @@ class Checkpoint:
     def stored_params(self) -> Any:
         """A tree of ShapeDtypeStructs: the weights as stored."""
         try:
-            return orbax.stored_shapes(self._folder)
-        except orbax.UnreadableError as error:
-            raise self._failure(f"can't be read ({error})") from error
+            stored = orbax.stored_shapes(self._folder)
+        except UnreadableError as error:
+            raise self.failure(f"can't be read ({error})") from error
+        self._check_paths(path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(stored))
+        return stored
 
     def load_params(self, abstract: Any) -> Any:
         """The weights, in the dtypes and shardings of a tree of ShapeDtypeStructs."""
@@ -162,9 +179,13 @@ class Checkpoint:
     def open_arrays(self) -> dict[str, ts.TensorStore]:
         """Path -> array of each weight as stored, to be read in ranges of rows; not checked."""
         try:
-            return arrays.open_arrays(self._folder / "params")
+            opened = arrays.open_arrays(self._folder / "params")
         except FileNotFoundError as error:
             raise self.unreadable(error) from error
+        except UnreadableError as error:
+            raise self.failure(f"can't be read ({error})") from error
+        self._check_paths(opened)
+        return opened
 
     def load_state(self, abstract: TrainState) -> TrainState:
         """The train state, each array straight into the sharding of its ShapeDtypeStruct; not checked yet."""
@@ -186,12 +207,16 @@ class Checkpoint:
 
     # --- failures ---
 
-    def unreadable(self, error: BaseException, path: str | None = None) -> UserError:
+    def unreadable(self, error: BaseException, path: str | None = None) -> Exception:
         """The error to raise where reading, of the weight at a path, failed with another."""
+        told = as_told(error)
+        if told is not None and passes(error):
+            return told
         where = "" if path is None else f" in {path}"
-        return self._failure(f"can't be read{where} ({orbax.first_cause(error)})")
+        return self.failure(f"can't be read{where} ({orbax.first_cause(error)})")
 
-    def _failure(self, what: str) -> UserError:
+    def failure(self, what: str) -> RunError:
+        """The error to raise where it does not hold what was written, in the words of `what`."""
         if not orbax.is_whole(self._folder):
             return RemovedError(
                 f"checkpoint {self.step} of {self.run} was removed while it was being read: newer ones have replaced "
@@ -204,8 +229,13 @@ class Checkpoint:
     def _items(self, wanted: dict[str, Any]) -> dict[str, Any]:
         try:
             return orbax.read_items(self._folder, wanted)
-        except orbax.UnreadableError as error:
-            raise self._failure(f"can't be read ({error})") from error
+        except UnreadableError as error:
+            raise self.failure(f"can't be read ({error})") from error
+
+    def _check_paths(self, found: Iterable[str]) -> None:
+        missing = missing_lines((f"params/{path}" for path in found), self.meta, "params/")
+        if missing:
+            raise self.failure(f"lacks {missing[0]}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}")
 
     def _check(self, items: dict[str, Any]) -> None:
         self._raise_if_changed(changed_arrays(items, self.meta))
@@ -213,20 +243,33 @@ class Checkpoint:
     def _raise_if_changed(self, wrong: list[str]) -> None:
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise self._failure(f"holds other bytes in {wrong[0]}{more} than were written")
+            raise self.failure(f"holds other bytes in {wrong[0]}{more} than were written")
 
 
 def open_checkpoint(run: str | os.PathLike, step: int | None = None) -> Checkpoint:
     """A checkpoint of a run folder, the newest by default. Lists the folder once and reads the meta once.
 
-    UserError where the folder has no such checkpoint; DamagedError where its meta is not what was written.
+    Where newer ones are not whole, it says which. UserError where the folder has no such checkpoint; DamagedError where
+    it has none that is whole, or one whose meta is not what was written.
     """
-    found = steps(run)
+    found, other = whole_and_other_steps(run)
+    if not found and other:
+        raise DamagedError(f"{run} holds no whole checkpoint: {_not_whole(other)}")
     if not found:
         raise UserError(f"{run} holds no checkpoint: a run folder, or what `medllm convert from-hf` wrote, is expected")
     if step is not None and step not in found:
-        raise UserError(f"{run} has no checkpoint of step {step}: it has {', '.join(map(str, found))}")
+        wrong = f"; {_not_whole([step])}" if step in other else ""
+        raise UserError(f"{run} has no checkpoint of step {step}: it has {', '.join(map(str, found))}{wrong}")
+    newer = [each for each in other if each > found[-1]]
+    if step is None and newer:
+        _log.warning(f"warning: {run}: {_not_whole(newer)}; step {found[-1]}, the newest that is whole, is taken")
     return Checkpoint(run, found[-1] if step is None else step)
+
+
+def _not_whole(some: list[int]) -> str:
+    lacks = "lacks" if len(some) == 1 else "lack"
+    listed = ", ".join(map(str, some))
+    return f"step {listed} {lacks} {orbax.COMMITTED}, so it is still being written, or was cut off or damaged"
 
 
 def open_on_all(run: str | os.PathLike) -> Checkpoint:

@@ -23,6 +23,7 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from medllm_jax.checkpoint import arrays
+from medllm_jax.checkpoint.arrays import UnreadableError
 from medllm_jax.checkpoint.digests import seal
 from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.distributed.sharding import path_of
@@ -39,10 +40,6 @@ def _not_of_key_value_store(record: logging.LogRecord) -> bool:
     return "TensorStore data files not found" not in str(record.msg)
 
 
-class UnreadableError(Exception):
-    """Orbax can't read what is stored; the text names the first cause."""
-
-
 # --- the folder ----------------------------------------------------------------------------------------------------
 
 
@@ -54,9 +51,17 @@ def checkpoints_of(run: str | os.PathLike) -> epath.Path:
 
 def steps(run: str | os.PathLike) -> list[int]:
     """Steps of the whole checkpoints of a run folder, in order. Lists the folder."""
+    return whole_and_other_steps(run)[0]
+
+
+def whole_and_other_steps(run: str | os.PathLike) -> tuple[list[int], list[int]]:
+    """Steps of the whole checkpoints of a run folder, and of those that lack the marker, in order. Lists the folder."""
     folder = checkpoints_of(run)
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    return sorted(int(name) for name in names if name.isdigit() and is_whole(folder / name))
+    whole, other = [], []
+    for step in sorted(int(name) for name in names if name.isascii() and name.isdigit()):
+        (whole if is_whole(folder / str(step)) else other).append(step)
+    return whole, other
 
 
 def is_whole(folder: epath.Path) -> bool:

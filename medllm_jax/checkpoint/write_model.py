@@ -10,7 +10,7 @@ import numpy as np
 import tensorstore as ts
 
 from medllm_jax.checkpoint import arrays
-from medllm_jax.checkpoint.digests import seal
+from medllm_jax.checkpoint.digests import seal, seal_meta
 from medllm_jax.checkpoint.orbax import checkpoints_of, describe_weights, save_items
 
 
@@ -45,4 +45,4 @@ def finish_model(run: str | os.PathLike, weights: Mapping[str, StoredWeight], me
     """Makes a checkpoint of arrays that are written; until then there is none."""
     with tempfile.TemporaryDirectory() as scratch:
         shapes = {path: (len(weight.shape), weight.dtype) for path, weight in weights.items()}
-        describe_weights(checkpoints_of(run) / "0", shapes, meta, Path(scratch))
+        describe_weights(checkpoints_of(run) / "0", shapes, seal_meta(meta), Path(scratch))

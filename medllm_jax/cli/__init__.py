@@ -5,6 +5,7 @@ Each failure is one line. Where a traceback is wanted, MEDLLM_TRACEBACK=1 lets u
 """
 
 import os
+import select
 import sys
 import tempfile
 import traceback
@@ -15,6 +16,8 @@ from medllm_jax.cli import convert, data, exams, launch, training
 from medllm_jax.errors import PREEMPTED, Preempted, RunError, UserError
 from medllm_jax.terminal.log import show_messages
 from medllm_jax.terminal.parser import Parser, parse
+
+_INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None, *, group: str | None = None) -> int:
@@ -31,6 +34,8 @@ def main(arguments: Sequence[str] | None = None, *, group: str | None = None) ->
             code = 1
         else:
             raise
+    if code in (_INTERRUPTED, PREEMPTED) and arguments is None:
+        _end(code)
     if code and _one_of_several():
         sys.modules["medllm_jax.distributed.processes"].leave(code)
     return code
@@ -48,7 +53,7 @@ def _run(arguments: Sequence[str], *, from_terminal: bool) -> int:
         return PREEMPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 1
@@ -68,27 +73,29 @@ def _fail(error: UserError | RunError) -> int:
 def _nobody_reads() -> bool:
     """Whether the reader of what is printed, such as `head`, has left; then nothing more is printed."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain as it ends
-        return True
-    return False
+        stdout = sys.stdout.fileno()
+    except (OSError, ValueError):  # a stream that is no file
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)
+    left = any(event & select.POLLERR for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)  # or Python would complain as it ends
+    return left
 
 
 def _report(error: Exception) -> int:
     """The last line of defence: an error that nobody foresaw is one line, and its traceback a file."""
-    kind = type(error).__name__
+    from etils import epath
+
+    from medllm_jax.reliability.crash_report import write_report
+    from medllm_jax.terminal.secrets import redact
+
+    said = f"{type(error).__name__}: {redact(' '.join(str(error).split()))[:200]}"
     try:
-        from etils import epath
-
-        from medllm_jax.reliability.crash_report import write_report
-        from medllm_jax.terminal.secrets import redact
-
-        words = redact(" ".join(str(error).split()))[:200]
         report = f"the crash report is {write_report(epath.Path(_crash_folder()), 'a verb of medllm', error)}"
     except Exception as another:
-        words, report = "", f"no crash report could be written ({type(another).__name__})"
-    said = f"{kind}: {words}" if words else kind
+        report = f"no crash report could be written ({type(another).__name__})"
     told = f"error: this was not foreseen ({said}); {report}: please report it as a bug of medllm_jax, with that file"
     print(told, file=sys.stderr)
     return 1
@@ -97,6 +104,15 @@ def _report(error: Exception) -> int:
 def _crash_folder() -> Path:
     """Where reports lie of what was not a run."""
     return Path(tempfile.gettempdir()) / f"medllm-{os.getuid()}"
+
+
+def _end(code: int) -> None:
+    """Ends this process at once: it was stopped wherever it was, and threads that still compile would bring down an
+    interpreter that is taken apart around them, so that a segmentation fault were its exit code.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _one_of_several() -> bool:

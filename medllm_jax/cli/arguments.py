@@ -1,7 +1,12 @@
 """Options that several verbs have, and what some of them mean."""
 
 import argparse
-from typing import Any
+from typing import Annotated, Any
+
+from medllm_jax.ranges import BatchSize, Range, Samples, Seed, SequenceLength, Share, Temperature, TopP
+from medllm_jax.terminal.parser import number
+
+Years = Annotated[int, Range(1, 9999)]
 
 
 def add_store(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -10,13 +15,14 @@ def add_store(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     parser.add_argument("--input", nargs="+", required=required, help="files, folders or globs, local or gs://")
     parser.add_argument("--tokenizer", required=required, help="folder with the model's tokenizer, or a .model file")
     parser.add_argument("--output", required=required, help="store folder, local or gs://")
-    parser.add_argument("--sequence-length", type=int, default=default(4096), help="tokens in a row (default 4096)")
+    length = {"type": number(SequenceLength), "default": default(4096)}
+    parser.add_argument("--sequence-length", **length, help="tokens in a row (default 4096)")
     bad = "what to do about malformed rows (default error)"
     parser.add_argument("--on-bad", choices=("error", "skip"), default=default("error"), help=bad)
     pii = "personal data: stop where it is found (default), mask it, or only report it (see docs/personal-data.md)"
     parser.add_argument("--pii", choices=("fail", "mask", "report"), default=default("fail"), help=pii)
     rate = "share of documents with findings that `fail` tolerates (default 0)"
-    parser.add_argument("--pii-rate", type=float, default=default(0.0), help=rate)
+    parser.add_argument("--pii-rate", type=number(Share), default=default(0.0), help=rate)
     parser.add_argument("--pii-patterns", nargs="+", default=default([]), help="YAML files with more patterns")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing store")
 
@@ -29,12 +35,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="send prompts as chat messages, with the model's chat template"
     )
-    parser.add_argument("--concurrency", type=int, default=16, help="concurrent requests to the server (default 16)")
+    requests = number(Annotated[int, Range(1, 1024)])
+    parser.add_argument(
+        "--concurrency", type=requests, default=16, help="concurrent requests to the server (default 16)"
+    )
     add_machine(parser)
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts completed at a time (default 8)")
+    prompts = "prompts completed at a time (default 8)"
+    parser.add_argument("--batch-size", type=number(BatchSize), default=8, help=prompts)
     parser.add_argument(
         "--mesh", default="", help="device mesh like data=1,fsdp=-1,tensor=1 (default: fsdp over all devices)"
     )
@@ -60,19 +70,19 @@ def precision_of(options: argparse.Namespace) -> Any:
 
 def add_samples(parser: argparse.ArgumentParser, *, samples: int) -> None:
     several = "completions of each prompt" + ("; of several the majority's answer counts" if samples == 1 else "")
-    parser.add_argument("--samples", type=int, default=samples, help=f"{several} (default {samples})")
+    parser.add_argument("--samples", type=number(Samples), default=samples, help=f"{several} (default {samples})")
     drawn = "of the samples" if samples > 1 else "of several; one is greedy"
-    parser.add_argument("--temperature", type=float, default=0.8, help=f"{drawn} (default 0.8)")
+    parser.add_argument("--temperature", type=number(Temperature), default=0.8, help=f"{drawn} (default 0.8)")
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="nucleus sampling: probability mass to sample from (default 1)"
+        "--top-p", type=number(TopP), default=1.0, help="nucleus sampling: probability mass to sample from (default 1)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    parser.add_argument("--seed", type=number(Seed), default=0, help="seed of the samples (default 0)")
     parser.add_argument("--resample", action="store_true", help="discard existing samples")
 
 
 def add_questions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exam", required=True, help="IgakuQA folder, or multiple-choice .jsonl (see docs/exams.md)")
-    parser.add_argument("--years", type=int, nargs="+", help="only these years of the exam")
+    parser.add_argument("--years", type=number(Years), nargs="+", help="only these years of the exam")
     parser.add_argument("--text-only", action="store_true", help="only questions that need no picture")
     parser.add_argument("--template", default="igakuqa", help="prompt template: name or YAML file (default igakuqa)")
 

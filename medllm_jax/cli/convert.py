@@ -9,13 +9,15 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from medllm_jax.conversion.memory import keep_freed_memory
-from medllm_jax.errors import UserError
-from medllm_jax.terminal.parser import group, verb
+from medllm_jax.errors import UserError, quoted
+from medllm_jax.ranges import Range
+from medllm_jax.terminal.parser import group, number, verb
 
 DTYPES = ("float32", "bfloat16", "float16")
+_MAX_PARTS = 1024  # each part looks for all the others' notes
 ADAPTER_BASES = ("float32", "bfloat16", "int8", "int4", "nf4")
 
 
@@ -39,13 +41,14 @@ def add(verbs: Any) -> None:
     )
     sub.add_argument("--quantize", choices=("int8", "int4", "nf4"), help="quantise the projections, for QLoRA")
     sub.add_argument("--double-quantization", action="store_true", help="quantise their scales too")
-    sub.add_argument(
-        "--part", default="1/1", metavar="I/N", help="convert one of N shares; N processes share DST (default: 1/1)"
-    )
+    share = f"convert one of N shares, at most {_MAX_PARTS}; N processes share DST (default: 1/1)"
+    sub.add_argument("--part", default="1/1", metavar="I/N", help=share)
     sub.add_argument("--base", metavar="RUN", help="run folder of the model that an adapter of PEFT's belongs to")
     sub.add_argument(
         "--base-storage", choices=ADAPTER_BASES, help="of --base in training (default: as it is stored, or bfloat16)"
     )
+
+    _add_allow_non_finite(sub)
 
     text = "export a checkpoint of a run folder as a Hugging Face checkpoint, or as a PEFT adapter"
     description = (
@@ -55,7 +58,8 @@ def add(verbs: Any) -> None:
     sub = verb(verbs, "to-hf", _on_the_cpu(_to_hf), text, description=description)
     sub.add_argument("source", metavar="SRC", help="run folder, local or gs://")
     sub.add_argument("target", metavar="DST", help="new folder, local or gs://")
-    sub.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
+    step = number(Annotated[int, Range(0, 1_000_000_000)])
+    sub.add_argument("--step", type=step, help="checkpoint to export (default: the newest)")
     sub.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored)")
     sub.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="size of a file (default: 5GB)")
     sub.add_argument("--adapter", action="store_true", help="the adapter alone, as PEFT's files")
@@ -65,6 +69,7 @@ def add(verbs: Any) -> None:
     )
     sub.add_argument("--resume", action="store_true", help="resume an interrupted export")
     sub.add_argument("--overwrite", action="store_true", help="replace DST if it is a Hugging Face folder")
+    _add_allow_non_finite(sub)
 
     text = "compare two checkpoints of either format"
     description = (
@@ -77,8 +82,15 @@ def add(verbs: Any) -> None:
     sub.add_argument("second", metavar="B", help="Hugging Face folder or run folder")
     sub.add_argument("--by", choices=("hash", "logits"), help="compare bytes or predictions only (default: both)")
     sub.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="predict on this text; repeatable")
-    sub.add_argument("--random-tokens", type=int, default=64, metavar="N", help="without a prompt: so many (64)")
-    sub.add_argument("--tolerance", type=float, default=1e-3, help="largest difference of a logit (default: 0.001)")
+    tokens, logits = number(Annotated[int, Range(1, 100_000)]), number(Annotated[float, Range(0, 1000)])
+    sub.add_argument("--random-tokens", type=tokens, default=64, metavar="N", help="without a prompt: so many (64)")
+    sub.add_argument("--tolerance", type=logits, default=1e-3, help="largest difference of a logit (default: 0.001)")
+
+
+def _add_allow_non_finite(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--allow-non-finite", action="store_true", help="take NaN and infinite weights as they are, instead of failing"
+    )
 
 
 def _on_the_cpu(convert: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -116,6 +128,7 @@ def _from_hf(options: argparse.Namespace) -> int:
             base=options.base,
             storage=options.base_storage,
             double_quantization=options.double_quantization,
+            allow_non_finite=options.allow_non_finite,
         )
         return 0
     if options.base_storage is not None:
@@ -129,14 +142,18 @@ def _from_hf(options: argparse.Namespace) -> int:
         mesh=_mesh(options.mesh),
         part=part,
         resume=options.resume,
+        allow_non_finite=options.allow_non_finite,
     )
     return 0
 
 
 def _part(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"--part {text}: the number of a share and how many there are, such as 1/4, are expected")
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]) <= _MAX_PARTS:
+        raise UserError(
+            f"--part {quoted(text, str)}: the number of a share and how many there are, such as 1/4, are expected, "
+            f"at most {_MAX_PARTS}"
+        )
     return int(match[1]) - 1, int(match[2])
 
 
@@ -166,6 +183,7 @@ def _to_hf(options: argparse.Namespace) -> int:
         evaluations=options.evaluation,
         resume=options.resume,
         overwrite=options.overwrite,
+        allow_non_finite=options.allow_non_finite,
     )
     return 0
 
@@ -173,8 +191,6 @@ def _to_hf(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from medllm_jax.conversion.verify import verify
 
-    if options.random_tokens < 1:
-        raise UserError(f"--random-tokens {options.random_tokens}: it must be positive")
     agreed = verify(
         options.first,
         options.second,

@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import dataclasses
 import shlex
-from typing import Any
+from typing import Annotated, Any
 
 from medllm_jax.cli import arguments
-from medllm_jax.errors import UserError
-from medllm_jax.terminal.parser import verb
+from medllm_jax.ranges import Characters, MaxBytes, PairsPerRow, Range, SequenceLength, SimilarityThreshold
+from medllm_jax.terminal.parser import number, verb
 
 # Options of `data cpt` that are settings of its recipe, by the same names (see data/corpus.py).
 _RECIPE = (
@@ -26,7 +27,7 @@ def add(verbs: Any) -> None:
         kinds,
         "cpt",
         _data_cpt,
-        "pack documents (.jsonl, .txt, .parquet; .gz, .zst) into a token store (see docs/corpora.md)",
+        "pack documents (.jsonl, .txt, .parquet; .gz, .zst, .xz, .bz2) into a token store (see docs/corpora.md)",
     )
     cpt.add_argument("--config", help="YAML with corpora and their manifests, and any of these settings")
     arguments.add_store(cpt, required=False)
@@ -39,23 +40,27 @@ def add(verbs: Any) -> None:
         help="append no end-of-sequence token",
     )
     cpt.add_argument("--normalise", choices=("none", "nfc", "nfkc"), help="Unicode form (default none)")
-    cpt.add_argument("--min-characters", type=int, help="leave out shorter documents (default 1)")
-    cpt.add_argument("--max-bytes", type=int, help="largest size of one line or text (default 64 MiB)")
+    cpt.add_argument("--min-characters", type=number(Characters), help="leave out shorter documents (default 1)")
+    cpt.add_argument("--max-bytes", type=number(MaxBytes), help="largest size of one line or text (default 64 MiB)")
     cpt.add_argument(
         "--duplicates",
         choices=("keep", "exact", "near"),
         help="leave out exact duplicates (default), near ones too, or none",
     )
-    cpt.add_argument("--near-threshold", type=float, help="similarity of near duplicates (default 0.8)")
+    similar = "similarity of near duplicates (default 0.8)"
+    cpt.add_argument("--near-threshold", type=number(SimilarityThreshold), help=similar)
     cpt.add_argument(
         "--engine", choices=("here", "beam"), default="here", help="processes here (default), or Apache Beam"
     )
-    cpt.add_argument("--workers", type=int, help="processes (default: one a core)")
+    processes = number(Annotated[int, Range(1, 1024)])
+    cpt.add_argument("--workers", type=processes, help="processes (default: one a core)")
     cpt.add_argument("--beam-options", default="", help="in one string, like '--runner=DataflowRunner --project=...'")
     pairs = verb(kinds, "pairs", _data_pairs, "pack preference rows (`prompt`, `chosen`, `rejected`) into a pair store")
     arguments.add_store(pairs)
-    pairs.add_argument("--pairs-per-row", type=int, help="put at most N pairs in a row (default: as many as fit)")
-    pairs.add_argument("--max-prompt-tokens", type=int, help="a pair with a longer prompt is over-long")
+    fit = "put at most N pairs in a row (default: as many as fit)"
+    pairs.add_argument("--pairs-per-row", type=number(PairsPerRow), help=fit)
+    long = "a pair with a longer prompt is over-long"
+    pairs.add_argument("--max-prompt-tokens", type=number(SequenceLength), help=long)
     pairs.add_argument(
         "--prompts",
         choices=("shared", "repeated"),
@@ -78,10 +83,19 @@ def add(verbs: Any) -> None:
     exam = verb(kinds, "exam", _data_exam, "download a public exam and check it against its checksums")
     exam.add_argument("name", choices=("igakuqa",), help="the Japanese medical licensing exam, 2018 to 2022")
     exam.add_argument("--output", required=True, help="folder, local or gs://")
-    exam.add_argument("--years", type=int, nargs="+", help="only these years")
+    exam.add_argument("--years", type=number(arguments.Years), nargs="+", help="only these years")
     exam.add_argument("--with-baselines", action="store_true", help="also the published predictions")
     exam.add_argument("--source", metavar="URL", help="a mirror (default: the public repository at the pinned commit)")
     exam.add_argument("--overwrite", action="store_true", help="replace files that differ")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preparation:
+    """What a config of `data cpt` names beside its recipe: corpora, each a `Corpus`, and what options name too."""
+
+    corpora: tuple[dict[str, Any], ...] = ()
+    tokenizer: str | None = None
+    output: str | None = None
 
 
 def _data_cpt(options: argparse.Namespace) -> None:
@@ -94,15 +108,12 @@ def _data_cpt(options: argparse.Namespace) -> None:
 
     settings = read_yaml(options.config) if options.config else {}
     where = options.config or "the command line"
-    listed = settings.pop("corpora", [])
-    if not isinstance(listed, list):
-        raise UserError(f"{where}: corpora is a list of corpora, each with name and input")
-    tokenizer = options.tokenizer or settings.pop("tokenizer", None)
-    output = options.output or settings.pop("output", None)
+    named = {name: settings.pop(name) for name in ("corpora", "tokenizer", "output") if name in settings}
+    file = build(_Preparation, named, where)
+    tokenizer, output = options.tokenizer or file.tokenizer or "", options.output or file.output or ""
     settings |= {name: value for name, value in vars(options).items() if name in _RECIPE and value is not None}
     recipe = build(Recipe, settings, where)
-    if options.input:
-        listed = [{"name": "corpus", "input": options.input}]
+    listed = ({"name": "corpus", "input": options.input},) if options.input else file.corpora
     corpora = [build(Corpus, corpus, f"{where}: corpora[{number}]") for number, corpus in enumerate(listed)]
     given = {"--input (or corpora in --config)": corpora, "--tokenizer": tokenizer, "--output": output}
     missing = [name for name, value in given.items() if not value]
@@ -196,6 +207,19 @@ def _report_store(output: str, metadata: Any, what: str) -> None:
         f"{output}: {metadata.examples:,} {what} in {metadata.rows:,} rows of {metadata.sequence_length}, "
         f"{metadata.tokens:,} tokens, {metadata.fill:.1%} full"
     )
+    for corpus in metadata.corpora:
+        files = corpus.manifest["files"]
+        size, name = sum(file["bytes"] for file in files), f" of {corpus.name}" if len(metadata.corpora) > 1 else ""
+        print(
+            f"input{name}: {len(files):,} files, {size:,} bytes, {corpus.manifest['rows']:,} rows, "
+            f"of which {corpus.examples:,} are in the store"
+        )
+        for reason, entry in corpus.manifest["passed_over"].items():
+            print(f"passed over: {entry['count']} ({reason}), first at {', '.join(entry['first'][:3])}")
+        found = corpus.manifest.get("personal_data", {"flagged": 0})
+        if found["flagged"]:
+            done = "masked" if metadata.recipe.get("pii") == "mask" else "left as it is"
+            print(f"personal data, {done}: in {found['flagged']:,} of {found['documents']:,} {what} of {corpus.name}")
     for reason, entry in metadata.dropped.items():
         places = ", ".join(entry["first"])
         print(f"left out: {entry['count']} ({reason}), first at {places}")

@@ -1,18 +1,21 @@
 """`medllm pairs | evaluate | score | likelihood | contamination | report`: what asks models, and what came of it."""
 
 import argparse
+import contextlib
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from medllm_jax.cli import arguments
 from medllm_jax.errors import RunError, UserError
-from medllm_jax.terminal.parser import verb
+from medllm_jax.ranges import Characters, PairsPerPrompt, Range, SimilarityThreshold
+from medllm_jax.terminal.parser import number, verb
 
 
 def add(verbs: Any) -> None:
     """The verbs."""
     about = "sample a model on an exam with known answers, grade the samples, make preference rows (see docs/pairs.md)"
-    make = verb(verbs, "pairs", _pairs, about)
+    make = verb(verbs, "pairs", _alone(_pairs), about)
     arguments.add_model(make)
     arguments.add_exam(make)
     arguments.add_samples(make, samples=8)
@@ -28,20 +31,22 @@ def add(verbs: Any) -> None:
     exam.add_argument(
         "--prepend-stems", action="store_true", help="put the case before follow-up questions that lack it"
     )
-    exam.add_argument("--limit", type=int, help="ask only the first N questions")
+    questions = number(Annotated[int, Range(1, 1_000_000_000)])
+    exam.add_argument("--limit", type=questions, help="ask only the first N questions")
     exam.add_argument("--output", help="folder for outputs and scores (default: in the run folder)")
 
     about = "measure how much of an exam occurs in corpora or stores (see docs/contamination.md)"
     overlap = verb(verbs, "contamination", _contamination, about)
     overlap.add_argument("--exam", required=True, help="IgakuQA folder, or multiple-choice .jsonl")
-    overlap.add_argument("--years", type=int, nargs="+", help="only these years of the exam")
+    overlap.add_argument("--years", type=number(arguments.Years), nargs="+", help="only these years of the exam")
     overlap.add_argument("--text-only", action="store_true", help="only questions that need no picture")
     sources = "stores, or files, folders and globs of documents, pairs, instructions; local or gs://"
     overlap.add_argument("--against", nargs="+", required=True, metavar="PATH", help=sources)
     overlap.add_argument("--tokenizer", metavar="DIR", help="tokenizer that the stores were made with")
-    overlap.add_argument("--n", type=int, default=13, help="characters of an n-gram (default 13)")
+    ngram = number(Annotated[int, Range(4, 1000)])
+    overlap.add_argument("--n", type=ngram, default=13, help="characters of an n-gram (default 13)")
     share = "share of a question's n-grams from which it counts as found (default 0.5)"
-    overlap.add_argument("--threshold", type=float, default=0.5, help=share)
+    overlap.add_argument("--threshold", type=number(SimilarityThreshold), default=0.5, help=share)
     overlap.add_argument("--output", metavar="DIR", help="exam results to put contamination.json into")
 
     report = verb(verbs, "report", _report, "write one HTML page with pictures about runs and exam results")
@@ -56,6 +61,18 @@ def add(verbs: Any) -> None:
     arguments.add_machine(look)
     arguments.add_questions(look)
     look.add_argument("--output", help="folder for likelihood.json (default: in the run folder)")
+
+
+def _alone(act: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """A verb that no other program may write the --output of at the same time."""
+
+    def run(options: argparse.Namespace) -> None:
+        from medllm_jax.storage.lease import Lease
+
+        with Lease.beside(options.output):
+            act(options)
+
+    return run
 
 
 def _pairs(options: argparse.Namespace) -> None:
@@ -116,6 +133,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.evaluation.prompts import load_template
     from medllm_jax.evaluation.sampling import SamplingParams
+    from medllm_jax.storage.lease import Lease
     from medllm_jax.terminal.progress import Console
 
     choice = {"text_only": options.text_only, "prepend_stems": options.prepend_stems, "limit": options.limit}
@@ -124,8 +142,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     params = SamplingParams(n=options.samples, temperature=temperature, top_p=options.top_p, seed=options.seed)
     checkpoint = _opened(options)
     output = options.output or _results_folder(options, checkpoint, exam.name, template.name)
-    sampler = _sampler(options, checkpoint)
-    with Console(f"exam {exam.name}", len(exam.questions) * len(options.conditions), unit="question") as console:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Lease(output))  # before a model is loaded for nothing
+        sampler = _sampler(options, checkpoint)
+        total = len(exam.questions) * len(options.conditions)
+        console = stack.enter_context(Console(f"exam {exam.name}", total, unit="question"))
         show = lambda done: console.update(done, every_seconds=10)  # noqa: E731
         summaries = evaluate(
             exam, template, options.conditions, sampler, output, params, anew=options.resample, progress=show
@@ -296,17 +317,19 @@ def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
         default="both",
         help="what a pair prefers over a wrong sample (default both)",
     )
-    most = {"dest": "max_pairs_per_prompt", "type": int, "default": 10}
+    most = {"dest": "max_pairs_per_prompt", "type": number(PairsPerPrompt), "default": 10}
     parser.add_argument(
         "--max-pairs-per-prompt", **most, metavar="N", help="make at most N pairs of one prompt (default 10)"
     )
     parser.add_argument("--most", **most, help=argparse.SUPPRESS)  # the option's older name
-    parser.add_argument("--min-characters", type=int, default=1, help="leave out shorter samples (default 1)")
-    parser.add_argument("--max-characters", type=int, help="leave out longer samples (default: no limit)")
+    length = number(Characters)
+    parser.add_argument("--min-characters", type=length, default=1, help="leave out shorter samples (default 1)")
+    parser.add_argument("--max-characters", type=length, help="leave out longer samples (default: no limit)")
     failures = "reject samples without a readable answer like wrong ones (default), or drop them"
     parser.add_argument("--format-failures", choices=("reject", "drop"), default="reject", help=failures)
     shown = "put N example texts a reason into the report, never on the terminal (default 0)"
-    parser.add_argument("--show-examples", type=int, default=0, metavar="N", help=shown)
+    examples = number(Annotated[int, Range(0, 100_000)])
+    parser.add_argument("--show-examples", type=examples, default=0, metavar="N", help=shown)
 
 
 def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
@@ -314,7 +337,7 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exam", choices=("igakuqa", "questions"), default="igakuqa", help=kinds)
     parser.add_argument("--data", required=True, metavar="DIR", help="the exam's folder or file, local or gs://")
     parser.add_argument("--predictions", nargs="+", required=True, metavar="FILE", help="files, folders or patterns")
-    parser.add_argument("--years", type=int, nargs="+", help="only these years of the exam")
+    parser.add_argument("--years", type=number(arguments.Years), nargs="+", help="only these years of the exam")
     parser.add_argument("--text-only", action="store_true", help="only questions that need no picture")
     tier = "rule to show details for (default strict); points are shown for all three"
     parser.add_argument("--tier", choices=("official", "strict", "lenient"), default="strict", help=tier)

@@ -10,7 +10,8 @@ from typing import Any
 from medllm_jax.launching import backends
 from medllm_jax.launching.commands import Command, run
 from medllm_jax.launching.workload import check_text, make_workload
-from medllm_jax.terminal.parser import Parser, group, verb
+from medllm_jax.ranges import GraceSeconds, Restarts, Slices
+from medllm_jax.terminal.parser import Parser, group, number, verb
 
 _SHARED = ("name", "topology", "slices", "run", "image", "program", "restarts", "grace", "environment")
 
@@ -77,15 +78,15 @@ def _way(parent: Any, name: str, function: Callable[..., list[Command]], text: s
     add = sub.add_argument
     add("--config", required=True, help="run config: a YAML file, or the name of a shipped config such as cpt-tiny")
     add("--topology", required=True, help="shape of one slice in chips, like v5p:4x4x4")
-    add("--slices", type=int, default=1, help="number of slices, along mesh.data (default 1)")
+    add("--slices", type=number(Slices), default=1, help="number of slices, along mesh.data (default 1)")
     add("--run", required=True, help="run folder, gs://...; an existing run is resumed")
     add("--image", required=True, help="container image, from launch/Dockerfile")
     add("--name", help="name of the workload (default: from the run folder)")
     add("--program", choices=("train", "reference"), default="train", help="verb of medllm (default train)")
     restarts = "restarts after failures; restarts after preemptions do not count (default %(default)s)"
-    add("--max-restarts", dest="restarts", type=int, default=10, metavar="N", help=restarts)
+    add("--max-restarts", dest="restarts", type=number(Restarts), default=10, metavar="N", help=restarts)
     grace = "seconds between the notice to end and the kill (default %(default)s)"
-    add("--grace-seconds", dest="grace", type=int, default=300, metavar="N", help=grace)
+    add("--grace-seconds", dest="grace", type=number(GraceSeconds), default=300, metavar="N", help=grace)
     variable = "environment variable of the run; repeatable"
     add("--env", dest="environment", action="append", default=[], metavar="NAME=VALUE", help=variable)
     add("--dry-run", action="store_true", help="print the commands and run nothing")

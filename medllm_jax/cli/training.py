@@ -4,7 +4,8 @@ import argparse
 import sys
 from typing import Any
 
-from medllm_jax.terminal.parser import Parser, verb
+from medllm_jax.ranges import NewTokens, PairsPerRow, Seed, SequenceLength, Slices, Tokens
+from medllm_jax.terminal.parser import Parser, number, verb
 
 
 def add(verbs: Any) -> None:
@@ -12,7 +13,7 @@ def add(verbs: Any) -> None:
     demo = verb(verbs, "demo", _demo, "run the whole recipe, tiny, on this machine; nothing is downloaded")
     demo.add_argument("--workdir", default="demo-run", help="folder for everything it makes (default %(default)s)")
     demo.add_argument(
-        "--seed", type=int, default=0, help="seed of the world, the weights and the data order (default 0)"
+        "--seed", type=number(Seed), default=0, help="seed of the world, the weights and the data order (default 0)"
     )
 
     settings = "Every setting of the config file can be overridden as --section.key value:\n\n"
@@ -115,16 +116,18 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, help="shape of one slice in chips, like v5p:4x4x4")
-    parser.add_argument("--slices", type=int, default=1, help="number of slices, along mesh.data (default 1)")
+    for option, kind, default, text in (
+        ("--slices", Slices, 1, "number of slices, along mesh.data"),
+        ("--sequence-length", SequenceLength, 4096, "tokens of a row, or of a prompt"),
+        ("--pairs-per-row", PairsPerRow, 2, "pairs in a preference row"),
+        ("--new-tokens", NewTokens, 512, "tokens of a completion"),
+    ):
+        parser.add_argument(option, type=number(kind), default=default, help=f"{text} (default {default})")
     parser.add_argument(
         "--program", choices=("train", "reference", "generate"), default="train", help="program to plan (default train)"
     )
-    parser.add_argument(
-        "--sequence-length", type=int, default=4096, help="tokens of a row, or of a prompt (default 4096)"
-    )
-    parser.add_argument("--pairs-per-row", type=int, default=2, help="pairs in a preference row (default 2)")
-    parser.add_argument("--new-tokens", type=int, default=512, help="tokens of a completion (default 512)")
-    parser.add_argument("--tokens", type=int, help="tokens of the whole run: adds hours and chip-hours to the report")
+    run = "tokens of the whole run: adds hours and chip-hours to the report"
+    parser.add_argument("--tokens", type=number(Tokens), help=run)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--search", action="store_true", help="search over remat, rows at a time, mesh and vocab_chunks")
     how.add_argument(

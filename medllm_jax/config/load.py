@@ -22,7 +22,10 @@ from medllm_jax.config.schema_reader import (
     type_name,
 )
 from medllm_jax.config.shipped import find_config
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
+from medllm_jax.ranges import hints_with_ranges, ranges_in
+
+_MAX_DOTS = 10  # in the name of a setting, of which each makes a mapping
 
 
 def load_run_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
@@ -55,10 +58,12 @@ def _parse_overrides(arguments: typing.Sequence[str]) -> list[tuple[str, Any]]:
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         if not name.startswith("--") or len(name) == 2:
-            raise UserError(f"unexpected argument {name!r}: settings are given as --section.key value")
+            raise UserError(f"unexpected argument {quoted(name)}: settings are given as --section.key value")
+        if name.count(".") > _MAX_DOTS:
+            raise UserError(f"{quoted(name, str)} names no setting: it has {name.count('.')} dots")
         if not equals:
             if not rest:
-                raise UserError(f"{name} has no value")
+                raise UserError(f"{quoted(name, str)} has no value")
             value = rest.pop(0)
         try:
             pairs.append((name[2:], parse_yaml(value)))
@@ -96,5 +101,6 @@ def describe(cls: type = RunConfig) -> str:
         else:
             default = " (required)"
         hint = typing.get_type_hints(owner)[f.name]
-        lines.append(f"  {key}: {type_name(hint)}{default}\n      {field_docs(owner).get(f.name, '')}")
+        within = "".join(f", {within}" for _, within in ranges_in(hints_with_ranges(owner)[f.name]))
+        lines.append(f"  {key}: {type_name(hint)}{within}{default}\n      {field_docs(owner).get(f.name, '')}")
     return "\n".join(lines)

@@ -3,20 +3,24 @@
 A field's metadata tells what may become of it when a run is resumed (see `storage.run_folder.open_run`). Without it,
 the setting changes what is computed: it stays as it is, unless the user forces another value. A section's metadata
 holds for the fields in it that have none.
+
+A number's range stands in its type (see `medllm_jax.ranges`); what holds between fields stands in `__post_init__`.
 """
 
 import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
+from medllm_jax.ranges import BatchSize, Range, Ranged, Seed, Share, Steps
 
 DType = Literal["float32", "bfloat16"]
 Remat = Literal[
     "none", "elementwise", "attention_mlp", "attention_gate", "attention", "attention_offload", "dots", "full"
 ]
+AxisSize = Annotated[int, Range(1, 2**20, also=-1)]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # It changes speed, place or what is written, not what is computed (sums may be taken in another order).
@@ -33,7 +37,7 @@ def renamed(name: str, metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Ranged, section="model"):
     """Shape of a Qwen2.5 model; the names are those of Hugging Face's config.json.
 
     Attributes:
@@ -51,25 +55,25 @@ class ModelConfig:
         initializer_range: standard deviation of random weights
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int | None = None
-    rope_theta: float = 1_000_000.0
-    rms_norm_eps: float = 1e-6
+    vocab_size: Annotated[int, Range(1, 2**22)]
+    hidden_size: Annotated[int, Range(1, 2**17)]
+    intermediate_size: Annotated[int, Range(1, 2**20)]
+    num_hidden_layers: Annotated[int, Range(1, 1000)]
+    num_attention_heads: Annotated[int, Range(1, 4096)]
+    num_key_value_heads: Annotated[int, Range(1, 4096)]
+    head_dim: Annotated[int, Range(2, 4096)] | None = None
+    rope_theta: Annotated[float, Range(1, 1e12)] = 1_000_000.0
+    # What float32 rounds to 0 divides by 0 where a row of activations is all 0.
+    rms_norm_eps: Annotated[float, Range(1e-30, 1)] = 1e-6
     tie_word_embeddings: bool = False
-    max_position_embeddings: int = 32768
-    initializer_range: float = 0.02
+    max_position_embeddings: Annotated[int, Range(1, 2**27)] = 32768
+    initializer_range: Annotated[float, Range(above=0, most=10)] = 0.02
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}: it must be positive")
+        super().__post_init__()
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         _require(
-            kv_heads > 0 and heads % kv_heads == 0,
+            heads % kv_heads == 0,
             f"model.num_attention_heads {heads} is not a multiple of model.num_key_value_heads {kv_heads}",
         )
         _require(
@@ -85,7 +89,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Ranged, section="mesh"):
     """Devices along each axis; one axis may be -1: what the others leave.
 
     Attributes:
@@ -94,15 +98,16 @@ class MeshConfig:
         tensor: heads and MLP split
     """
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: AxisSize = 1
+    fsdp: AxisSize = -1
+    tensor: AxisSize = 1
 
     def __post_init__(self):
+        super().__post_init__()
         sizes = (self.data, self.fsdp, self.tensor)
         _require(
-            sizes.count(-1) <= 1 and all(size == -1 or size > 0 for size in sizes),
-            f"mesh data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}: sizes are positive, at most one is -1",
+            sizes.count(-1) <= 1,
+            f"mesh data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}: of the sizes at most one is -1",
         )
 
 
@@ -111,7 +116,8 @@ class PrecisionConfig:
     """Number formats. Norms, softmax, losses and reductions are float32 whatever is set here.
 
     Attributes:
-        params: stored weights, or adapters, and their optimizer state
+        params: stored weights, or adapters, that are trained; bfloat16 loses steps below 1/512 of a weight in
+            rounding, so that it needs a learning rate of at least 8e-5
         compute: matrix products
     """
 
@@ -133,7 +139,7 @@ class InitConfig:
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(Ranged, section="adapter"):
     """LoRA: low-rank adapters are trained and the weights that they stand on, the base, are frozen (docs/adapters.md).
 
     Attributes:
@@ -147,18 +153,16 @@ class AdapterConfig:
         double_quantization: the scales of a quantised base are quantised to 8 bits too
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    rank: Annotated[int, Range(1, 2**14)] = 16
+    alpha: Annotated[float, Range(above=0, most=1e6)] = 32.0
+    dropout: Annotated[float, Range(0, below=1)] = 0.0
     rslora: bool = False
     projections: tuple[Projection, ...] = typing.get_args(Projection)
     base: Literal["float32", "bfloat16", "int8", "int4", "nf4"] = "bfloat16"
     double_quantization: bool = False
 
     def __post_init__(self):
-        _require(self.rank > 0, f"adapter.rank is {self.rank}: it must be positive")
-        _require(self.alpha > 0, f"adapter.alpha is {self.alpha}: it must be positive")
-        _require(0 <= self.dropout < 1, f"adapter.dropout is {self.dropout}: it must be at least 0 and below 1")
+        super().__post_init__()
         _require(
             len(set(self.projections)) == len(self.projections) > 0,
             f"adapter.projections is {', '.join(self.projections) or 'empty'}: name at least one, and each once",
@@ -176,7 +180,7 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Ranged, section="data"):
     """The rows a run reads.
 
     Attributes:
@@ -191,15 +195,14 @@ class DataConfig:
 
     # Rows are told apart by their digest, not by where they lie.
     store: str | tuple[str, ...] = field(metadata=FREE)
-    mix: dict[str, float] | None = None
-    batch_size: int = field(default=8, metadata=FIXED)
-    accumulate: int = field(default=1, metadata=FREE)
-    threads: int = field(default=4, metadata=FREE)
-    prefetch: int = field(default=8, metadata=FREE)
+    mix: dict[str, Annotated[float, Range(0, 1e15)]] | None = None
+    batch_size: BatchSize = field(default=8, metadata=FIXED)
+    accumulate: BatchSize = field(default=1, metadata=FREE)
+    threads: Annotated[int, Range(1, 1024)] = field(default=4, metadata=FREE)
+    prefetch: Annotated[int, Range(1, 65_536)] = field(default=8, metadata=FREE)
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulate", "threads", "prefetch"):
-            _require(getattr(self, name) > 0, f"data.{name} is {getattr(self, name)}: it must be positive")
+        super().__post_init__()
         _require(
             self.prefetch >= self.threads,
             f"data.prefetch {self.prefetch} is less than data.threads {self.threads}: some threads would never read",
@@ -215,7 +218,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class HeldOutConfig:
+class HeldOutConfig(Ranged, section="held_out"):
     """What is measured and not trained on.
 
     Attributes:
@@ -228,10 +231,10 @@ class HeldOutConfig:
     store: str | tuple[str, ...] | None = None
     exam: str | None = None
     template: str = "igakuqa"
-    every: int = 100
+    every: Steps = 100
 
     def __post_init__(self):
-        _require(self.every > 0, f"held_out.every is {self.every}: it must be positive")
+        super().__post_init__()
         _require(bool(self.stores or self.exam), "held_out has neither store nor exam: name what is to be measured")
 
     @property
@@ -240,7 +243,7 @@ class HeldOutConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Ranged, section="objective"):
     """What is minimised.
 
     Attributes:
@@ -260,29 +263,23 @@ class ObjectiveConfig:
 
     name: Literal["cpt", "sft", "rpo"] = field(default="cpt", metadata=FIXED)
     pair_loss: Literal["dpo", "ipo", "hinge"] = "dpo"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    alpha: float = 1.0
+    beta: Annotated[float, Range(1e-6, 1000)] = 0.1
+    label_smoothing: Annotated[float, Range(0, below=0.5)] = 0.0
+    alpha: Annotated[float, Range(0, 1000)] = 1.0
     nll_reduction: Literal["sequence", "token"] = "sequence"
     reference: Literal["cached", "adapters_off"] = "cached"
-    vocab_chunks: int = field(default=1, metadata=FREE)
+    vocab_chunks: Annotated[int, Range(1, 65_536)] = field(default=1, metadata=FREE)
 
     def __post_init__(self):
-        _require(self.beta > 0, f"objective.beta is {self.beta}: it must be positive")
-        _require(
-            0 <= self.label_smoothing < 0.5,
-            f"objective.label_smoothing is {self.label_smoothing}: it must be at least 0 and below 0.5",
-        )
+        super().__post_init__()
         _require(
             self.label_smoothing == 0 or self.pair_loss == "dpo",
             f"objective.label_smoothing is set and objective.pair_loss is {self.pair_loss}: only dpo has it",
         )
-        _require(self.alpha >= 0, f"objective.alpha is {self.alpha}: it must not be negative")
-        _require(self.vocab_chunks > 0, f"objective.vocab_chunks is {self.vocab_chunks}: it must be positive")
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Ranged, section="optimizer"):
     """AdamW with linear warm-up, then decay.
 
     Attributes:
@@ -299,18 +296,22 @@ class OptimizerConfig:
             digits: changes of the second below 0.4 % are lost, so it needs a b2 of at most 0.98
     """
 
-    learning_rate: float = 1e-5
+    # What a smaller one changes, float32 rounds away.
+    learning_rate: Annotated[float, Range(1e-12, 1)] = 1e-5
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 0
-    final_fraction: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    warmup_steps: Annotated[int, Range(0, 1_000_000_000)] = 0
+    final_fraction: Share = 0.1
+    # The bias correction divides by 1 - b, which float32 must not round to 0.
+    b1: Annotated[float, Range(0, 0.99999)] = 0.9
+    b2: Annotated[float, Range(0, 0.99999)] = 0.95
+    # Squares of gradients below 1e-19 are 0 in float32, and such gradients are divided by eps alone.
+    eps: Annotated[float, Range(1e-16, 1)] = 1e-8
+    weight_decay: Annotated[float, Range(0, 100)] = 0.1
+    clip_norm: Annotated[float, Range(0, 1e9)] = 1.0
     state_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata=FIXED)
 
     def __post_init__(self):
+        super().__post_init__()
         _require(
             self.state_dtype == "float32" or self.b2 <= 0.98,
             f"optimizer.state_dtype is bfloat16 and optimizer.b2 is {self.b2}: steps of the second moment would be "
@@ -319,7 +320,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Ranged, section="checkpoint"):
     """When the run is saved.
 
     Attributes:
@@ -327,39 +328,31 @@ class CheckpointConfig:
         keep: newest checkpoints kept
     """
 
-    every: int = 500
-    keep: int = 2
+    every: Steps = 500
+    keep: Annotated[int, Range(1, 1_000_000)] = 2
 
 
 @dataclass(frozen=True)
-class GuardConfig:
+class GuardConfig(Ranged, section="guard"):
     """Steps that must not change the model: those whose loss or gradient is no finite number, and spikes if asked for.
 
     Such a step updates nothing. It is recorded in skipped.jsonl of the run folder, with its rows.
 
     Attributes:
         action: what then: `stop` ends the run, `skip` goes on with the next batch
-        max_skipped: a run that skips more steps stops all the same
+        max_skipped: a run that skips more steps stops all the same; to skip none, set `action: stop`
         grad_norm: a gradient of a larger norm is a spike; 0 takes none for one
         loss: a larger loss is a spike; 0 takes none for one
     """
 
     action: Literal["stop", "skip"] = field(default="stop", metadata=FREE)
-    max_skipped: int = field(default=10, metadata=renamed("limit", FREE))
-    grad_norm: float = 0.0
-    loss: float = 0.0
-
-    def __post_init__(self):
-        _require(
-            self.max_skipped > 0,
-            f"guard.max_skipped is {self.max_skipped}: it must be positive; to skip no step, set action: stop",
-        )
-        for name in ("grad_norm", "loss"):
-            _require(getattr(self, name) >= 0, f"guard.{name} is {getattr(self, name)}: it must not be negative")
+    max_skipped: Steps = field(default=10, metadata=renamed("limit", FREE))
+    grad_norm: Annotated[float, Range(0, 1e9)] = 0.0
+    loss: Annotated[float, Range(0, 1e9)] = 0.0
 
 
 @dataclass(frozen=True)
-class WatchdogConfig:
+class WatchdogConfig(Ranged, section="watchdog"):
     """When a run that does not move is ended, with code 1, so that it can be started again.
 
     Attributes:
@@ -367,18 +360,12 @@ class WatchdogConfig:
         heartbeat_seconds: a process of several that is silent for so long is taken for dead, and all end
     """
 
-    seconds: float = 1800.0
-    heartbeat_seconds: int = 100
-
-    def __post_init__(self):
-        _require(self.seconds >= 0, f"watchdog.seconds is {self.seconds}: it must not be negative")
-        _require(
-            self.heartbeat_seconds > 0, f"watchdog.heartbeat_seconds is {self.heartbeat_seconds}: it must be positive"
-        )
+    seconds: Annotated[float, Range(0, 31_536_000)] = 1800.0
+    heartbeat_seconds: Annotated[int, Range(1, 604_800)] = 100
 
 
 @dataclass(frozen=True)
-class LoggingConfig:
+class LoggingConfig(Ranged, section="logging"):
     """What is written while the run goes on.
 
     Attributes:
@@ -387,15 +374,12 @@ class LoggingConfig:
         wandb: project of Weights & Biases to write to as well, with the package that the extra `wandb` installs
     """
 
-    every: int = 10
+    every: Steps = 10
     wandb: str | None = None
-
-    def __post_init__(self):
-        _require(self.every > 0, f"logging.every is {self.every}: it must be positive")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Ranged):
     """One training run, CPT or RPO.
 
     Attributes:
@@ -416,9 +400,9 @@ class RunConfig:
     """
 
     run: str = field(metadata=FREE)
-    steps: int = field(metadata=FREE_IF_SCHEDULE_IS_CONSTANT)
+    steps: Steps = field(metadata=FREE_IF_SCHEDULE_IS_CONSTANT)
     data: DataConfig
-    seed: int = 0
+    seed: Seed = 0
     model: ModelConfig | None = field(default=None, metadata=FIXED)
     init: InitConfig = field(default_factory=InitConfig)
     adapter: AdapterConfig | None = field(default=None, metadata=FIXED)
@@ -437,7 +421,7 @@ class RunConfig:
     profile: str | None = field(default=None, metadata=FREE)
 
     def __post_init__(self):
-        _require(self.steps > 0, f"steps is {self.steps}: it must be positive")
+        super().__post_init__()
         _require(
             self.model is not None or self.init.checkpoint is not None,
             "neither model nor init.checkpoint is set: give the shape of a new model, or a checkpoint to start from",
@@ -458,14 +442,13 @@ class RunConfig:
         )
         _require(
             self.profile is None or self.profiled[0] in range(1, self.profiled[1] + 1),
-            f"profile {self.profile!r}: steps=FIRST:LAST is expected, like steps=10:13",
+            f"profile {quoted(self.profile)}: steps=FIRST:LAST is expected, like steps=10:13",
         )
-        _require(self.checkpoint.every > 0 and self.checkpoint.keep > 0, "checkpoint.every and .keep must be positive")
 
     @property
     def profiled(self) -> tuple[int, int]:
         """First and last step to trace; (0, 0), which are none, for what `profile` should not be."""
-        found = re.fullmatch(r"(?:steps=)?(\d+):(\d+)", self.profile or "")
+        found = re.fullmatch(r"(?:steps=)?(\d{1,10}):(\d{1,10})", self.profile or "")
         return (int(found[1]), int(found[2])) if found else (0, 0)
 
 

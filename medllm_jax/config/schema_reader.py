@@ -15,7 +15,9 @@ import difflib
 import functools
 import json
 import math
+import os
 import re
+import stat
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 
 if typing.TYPE_CHECKING:
     from etils import epath
@@ -32,30 +34,92 @@ if typing.TYPE_CHECKING:
 
 Schema = TypeVar("Schema")
 
+# Halves of characters, which no file can hold, and NUL, which no path can.
+_NOT_TEXT = re.compile("[\\0\ud800-\udfff]")
+
 
 # --- YAML ------------------------------------------------------------------------------------------------------------
 
 
+# The parser is written in Python: a value takes it 40 microseconds. Configs have a depth of 4.
+_MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 2**20, 100_000, 32
+_MAX_DIGITS = 60  # of a whole number; which numbers are right, their ranges say
+
+
 class StrictLoader(yaml.SafeLoader):
-    """YAML 1.1, but `1e-5` is a number and a key that stands twice is an error."""
+    """YAML of text, numbers, truth values, null, lists and mappings by text; everything else is an error with its line.
+
+    `1e-5` is a number, a date is text, and a key that stands twice is an error. So is what aliases (`*name`) would make
+    larger than a file may be.
+    """
+
+    def __init__(self, text: str):
+        if len(text) > _MAX_BYTES:
+            raise yaml.YAMLError(f"more than {_MAX_BYTES:,} characters")
+        super().__init__(text)
+        self._depth = self._values = self._repeated = 0
+        self._sizes: dict[str, int] = {}  # characters that an anchor (`&name`) stands for, once it is whole
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        self._values += 1
+        if self._values > _MAX_VALUES:
+            raise _problem(f"more than {_MAX_VALUES:,} values", event)
+        if self._depth == _MAX_DEPTH:
+            raise _problem(f"nested more than {_MAX_DEPTH} deep", event)
+        if getattr(event, "tag", None) not in (None, "!", "tag:yaml.org,2002:str"):
+            raise _problem(f"the tag {quoted(event.tag)} is not read here: write a plain value", event)
+        repeated_before = self._repeated
+        alias = isinstance(event, yaml.AliasEvent)
+        if alias and event.anchor in self.anchors:
+            self._repeated += self._sizes.get(event.anchor, _MAX_BYTES)  # one that stands in itself has no end
+            if self._repeated >= _MAX_BYTES:
+                raise _problem(f"the alias {quoted(event.anchor)} repeats too much: write the values out", event)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node and event.anchor and not alias:
+            written = node.end_mark.index - node.start_mark.index
+            self._sizes[event.anchor] = 1 + written + self._repeated - repeated_before
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _problem("a key is text, and neither a list nor a mapping", key_node)
             key = self.construct_object(key_node, deep=deep)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice; keep one", key_node.start_mark
-                )
+                raise _problem(f"the key {quoted(key)} stands twice; keep one", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_whole_number(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > _MAX_DIGITS // 2:
+            raise _problem(f"{quoted(node.value, str)} is too large for a whole number", node)
+        return self.construct_yaml_int(node)
 
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+
+def _problem(text: str, place: Any) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, text, place.start_mark)
+
+
+StrictLoader.add_constructor("tag:yaml.org,2002:int", StrictLoader.construct_whole_number)
+# What a plain value is by its form; everything else is text. Not here are YAML 1.1's dates, numbers to the base of 60
+# (`1:30` is 90) and octal ones (`010` is 8), nor `<<` and `=`.
+StrictLoader.yaml_implicit_resolvers = {}
+for kind, form, first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF", list("yYnNtTfFoO")),
+    ("int", r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]*[0-9a-fA-F][0-9a-fA-F_]*)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(([0-9][0-9_]*)?\.[0-9][0-9_]*|[0-9][0-9_]*\.)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+):
+    StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{form})$"), first)
 
 
 def parse_yaml(text: str) -> Any:
@@ -64,34 +128,59 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_yaml_file(path: "str | Path | epath.Path") -> Any:
-    """The value in a YAML file that is there.
+    """The value in a YAML file.
 
     Raises:
-      UserError: it is malformed, not UTF-8, or has a key twice; names the file and the line.
+      UserError: it is no file that can be read, or more than a megabyte, malformed, not UTF-8, or has a key twice;
+        names the file and the line.
     """
-    file = Path(path) if isinstance(path, str) else path
+    text = _text_of(Path(path) if isinstance(path, str) else path)
     try:
-        return parse_yaml(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "unreadable characters"
+        return parse_yaml(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{path}:{line}: not YAML (the character {chr(error.character)!r} can't be in it)") from None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = quoted(error.problem, str, most=120)
         in_syntax = not isinstance(error, yaml.constructor.ConstructorError)
         raise UserError(f"{path}{line}: {f'not YAML ({problem})' if in_syntax else problem}") from None
+
+
+def _text_of(file: "Path | epath.Path") -> str:
+    problem = _not_readable(Path(file)) if "://" not in os.fspath(file) else None
+    if problem:
+        raise UserError(f"{quoted(file, str, most=300)} {problem}: a YAML file is expected")
+    with file.open("rb") as content:
+        data = content.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise UserError(f"{file} has more than {_MAX_BYTES:,} bytes: so large a file is no config")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text at byte {error.start}") from None
+
+
+def _not_readable(file: Path) -> str | None:
+    """Why a local path is no file that can be read; None where it is one."""
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError:
+        return "is a link to nothing" if file.is_symlink() else "does not exist"
+    except (OSError, ValueError) as error:
+        return f"can't be read ({getattr(error, 'strerror', None) or error})"
+    if not stat.S_ISREG(mode):
+        return "is a folder" if stat.S_ISDIR(mode) else "is no regular file"
+    return None if os.access(file, os.R_OK) else "can't be read (permission denied)"
 
 
 def read_yaml(path: "str | Path | epath.Path") -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-      UserError: the file is missing, malformed, not UTF-8, has a key twice, or holds no mapping.
+      UserError: the file can't be read (see `read_yaml_file`), or holds no mapping.
     """
-    file = Path(path) if isinstance(path, str) else path
-    if not file.exists():
-        raise UserError(f"config file {path} does not exist")
-    content = read_yaml_file(file)
+    content = read_yaml_file(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: a mapping of settings is expected, found {type(content).__name__}")
     return content
@@ -186,7 +275,7 @@ def type_name(hint: Any) -> str:
         return f"a list of {type_name(typing.get_args(hint)[0])}"
     if typing.get_origin(hint) is dict:
         return "a mapping of " + " to ".join(map(type_name, typing.get_args(hint)))
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in _UNIONS:
         return " or ".join("null" if t is type(None) else type_name(t) for t in typing.get_args(hint))
     if hint is Any:
         return "a value"
@@ -213,15 +302,16 @@ def _current_keys(cls: type, settings: Any, known: Sequence[str], prefix: str = 
     """
     if not isinstance(settings, Mapping):
         within = f"{prefix.rstrip('.')}: " if prefix else ""
-        raise UserError(f"{within}a mapping is expected, got {settings!r}")
+        raise UserError(f"{within}a mapping is expected, got {quoted(settings)}")
     current = {}
     for key, value in settings.items():
         f = _fields_by_key(cls).get(key)
         if f is None:
-            near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.5)
+            shown = quoted(key, str)
+            near = difflib.get_close_matches(f"{prefix}{shown}", known, n=1, cutoff=0.5)
             beside = [k.removeprefix(prefix) for k in known if k.startswith(prefix)]
             hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(k for k in beside if '.' not in k)}"
-            raise UserError(f"unknown key {prefix}{key}: {hint}")
+            raise UserError(f"unknown key {prefix}{shown}: {hint}")
         if _key(f) in current:
             raise UserError(f"{prefix}{f.metadata['formerly']} is the older name of {prefix}{_key(f)}: keep one")
         hint = _hints(cls)[f.name]
@@ -231,7 +321,7 @@ def _current_keys(cls: type, settings: Any, known: Sequence[str], prefix: str = 
         elif not _is_plain(value):
             if isinstance(value, Mapping) and not all(isinstance(name, str) for name in value):
                 raise UserError(f"{prefix}{_key(f)}: a name in it is not text; write it in quotes")
-            raise UserError(f"{prefix}{_key(f)}: expected {type_name(hint)}, got {value!r}")
+            raise UserError(f"{prefix}{_key(f)}: expected {type_name(hint)}, got {quoted(value)}")
         current[_key(f)] = value
     return current
 
@@ -253,25 +343,33 @@ def _first_problem(cls: type, settings: Mapping[str, Any], problems: Sequence[An
     key = ".".join(keys)
     if problem["type"] == "missing":
         return f"{key} is not set: it has no default"
-    return f"{key}: expected {type_name(hint)}, got {'null' if value is None else repr(value)}"
+    return f"{key}: expected {type_name(hint)}, got {'null' if value is None else quoted(value)}"
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a value is one of JSON, NaN excepted: it equals nothing, not even itself."""
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether a value is one of JSON, but NaN, which equals nothing, not even itself, and text of no file."""
+    if depth > _MAX_DEPTH:
+        return False
     if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+        return all(isinstance(key, str) and _is_plain(key) and _is_plain(v, depth + 1) for key, v in value.items())
     if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or (
-        isinstance(value, str | int | float) and not (isinstance(value, float) and math.isnan(value))
-    )
+        return all(_is_plain(item, depth + 1) for item in value)
+    if isinstance(value, str):
+        return not _NOT_TEXT.search(value)
+    if isinstance(value, float):
+        return not math.isnan(value)
+    return value is None or (isinstance(value, int) and abs(value) < 10**_MAX_DIGITS)
 
 
 # --- dataclasses' fields ---------------------------------------------------------------------------------------------
 
 
+_UNIONS = (types.UnionType, typing.Union)  # `Annotated[int, ...] | None` is of the second kind
+
+
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
+    """Types of fields, without their ranges."""
     return typing.get_type_hints(cls)
 
 
@@ -292,6 +390,6 @@ def _fields_by_key(cls: type) -> dict[str, dataclasses.Field]:
 
 def _section_of(hint: Any) -> tuple[type | None, bool]:
     """The dataclass behind a field's type, if it is one, and whether the field may be null."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
     section = next((option for option in options if dataclasses.is_dataclass(option)), None)
     return section if isinstance(section, type) else None, type(None) in options

@@ -1,10 +1,11 @@
 """Configs that come with the package, which are found by their names from any folder."""
 
 import difflib
+import os
 from pathlib import Path
 from typing import Literal
 
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 Kind = Literal["runs", "model", "rounds"]
@@ -16,17 +17,20 @@ def shipped_configs(kind: Kind) -> dict[str, Path]:
 
 
 def find_config(path_or_name: str | Path, kind: Kind, folder: Path = Path()) -> Path:
-    """The file at a path, relative to a folder, or the shipped one of that name; a file that is there comes first.
+    """What stands at a path, relative to a folder, or the shipped one of that name; a file that is there comes first.
 
     Raises:
       UserError: there is neither; lists the near names, or all.
     """
     file = folder / path_or_name
-    if file.is_file():
+    if os.path.isfile(file):  # noqa: PTH113 (Path.is_file raises where a name is too long)
         return file
     text, shipped = str(path_or_name), shipped_configs(kind)
     if text in shipped:
         return shipped[text]
+    if os.path.lexists(file):  # a folder, a pipe, a link to nothing: what reads it says what it is
+        return file
+    file = quoted(file, str, most=300)
     near = difflib.get_close_matches(Path(text).name.removesuffix(".yaml"), shipped, n=3)
     if "/" in text or text.endswith((".yaml", ".yml")):
         hint = f"; shipped configs are given by name: {', '.join(near)}" if near else ""

@@ -1,6 +1,7 @@
 """Whether an exam's questions stand in what a model was trained on: corpora as files, or stores of packed rows."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from etils import epath
 
 from medllm_jax.contamination.exams import Overlap
 from medllm_jax.contamination.ngrams import GRAM
-from medllm_jax.data.prepare.files import DOCUMENT_FILES, RECORD_FILES, find_files
+from medllm_jax.data.prepare.files import DOCUMENT_FILES, RECORD_FILES, find_files, is_kind
 from medllm_jax.data.prepare.inventory import whole_file
 from medllm_jax.data.prepare.readers import ReadOptions, read_documents, read_records
 from medllm_jax.data.prepare.rejections import RejectionCounts
@@ -20,6 +21,8 @@ from medllm_jax.evaluation.exam import Exam
 from medllm_jax.evaluation.grading import Group, read_grades
 from medllm_jax.evaluation.prompts import CONDITIONS
 from medllm_jax.storage.remote import write_whole
+
+_log = logging.getLogger(__name__)
 
 _ROWS = 64  # of a store, decoded at a time
 
@@ -84,13 +87,16 @@ def _texts(source: str, tokenizer: str | None) -> Iterator[str]:
         yield from _texts_of_store(source, tokenizer)
         return
     options, rejections = ReadOptions(), RejectionCounts()
-    for file in find_files(source, DOCUMENT_FILES):
+    passed_over = RejectionCounts()
+    for file in find_files(source, DOCUMENT_FILES, passed_over):
         whole = whole_file(file)
-        if file.name.endswith(RECORD_FILES):
+        if is_kind(file.name, RECORD_FILES):
             for record, _ in read_records(whole, options, rejections):
                 yield from _strings(record)
         else:
             yield from (document.text for document in read_documents(whole, options, rejections))
+    if passed_over.total:
+        _log.warning(f"{source}: passed over: {passed_over}")
 
 
 def _strings(value: Any) -> Iterator[str]:

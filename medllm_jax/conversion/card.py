@@ -12,8 +12,9 @@ import jinja2
 import yaml
 from etils import epath
 
-from medllm_jax.checkpoint.handle import Checkpoint
+from medllm_jax.checkpoint.handle import Checkpoint, DamagedError
 from medllm_jax.checkpoint.orbax import steps
+from medllm_jax.config.foreign import shown
 from medllm_jax.config.load import build
 from medllm_jax.config.schema import AdapterConfig, ModelConfig, RunConfig
 from medllm_jax.data.store import CorpusRows, RowStore
@@ -92,23 +93,24 @@ def documents(
     Raises UserError for what holds no exam results.
     """
     run, step = checkpoint.run, checkpoint.step
-    stages, source = _history(checkpoint)
+    stages, source, taken_over = _history(checkpoint)
     base = base_name or source or "a model of unknown name"
     licence = _OWN if base == _RANDOM else licence_of(checkpoint.model)
     carried = _licence_file(run)
     corpora, absent = _corpora(stages)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string((Path(__file__).parent / "card.md.jinja").read_text(encoding="utf-8"))
-    settings = stages[-1].config.adapter if stages else None
+    settings = stages[-1].config.adapter if stages else checkpoint.adapter
     readme = template.render(
         front=_front(licence, base, adapter=adapter),
-        title=_last_part(run),
+        title=" ".join(_last_part(run).split()),
         kind="adapter" if adapter else "model",
         base=base,
         licence=licence,
         has_licence=carried is not None,
         stages=stages,
         known=source is not None,
+        taken_over=taken_over,
         recipe=markdown([_HEADER, *map(_recipe, stages)]) if stages else "",
         adapters=_adapters(settings, merged=not adapter) if settings else "",
         step=step,
@@ -147,21 +149,58 @@ class _Stage(NamedTuple):
     step: int
 
 
-def _history(checkpoint: Checkpoint) -> tuple[list[_Stage], str | None]:
-    """The runs from the first to this one, and the name of the model before them; None where that is not known."""
+class _History(NamedTuple):
+    """The runs from the first to this one; the name of the model before them, None where that is not known; and what
+    the adapters are called that PEFT trained and these go on from, None where there are none.
+    """
+
+    stages: list[_Stage]
+    source: str | None
+    taken_over: str | None
+
+
+def _history(checkpoint: Checkpoint) -> _History:
     stages: list[_Stage] = []
+    seen, taken_over = {checkpoint.run_folder}, None
     while True:
-        meta = checkpoint.meta
-        if "config" not in meta or "run" not in meta["config"]:  # converted, not trained
-            return stages[::-1], (meta.get("source") or {}).get("name")
-        config = build(RunConfig, meta["config"], where=f"checkpoint of {checkpoint.run}")
-        stages.append(_Stage(config, checkpoint.step))
-        if config.init.checkpoint is None:
-            return stages[::-1], _RANDOM
-        there = steps(config.init.checkpoint)
-        if not there:
-            return stages[::-1], None
-        checkpoint = Checkpoint(config.init.checkpoint, there[-1])
+        settings, source = checkpoint.meta.get("config") or {}, checkpoint.meta.get("source") or {}
+        if "run" in settings:
+            config = build(RunConfig, settings, where=f"checkpoint of {checkpoint.run}")
+            stages.append(_Stage(config, checkpoint.step))
+            if config.init.checkpoint is None:
+                return _History(stages[::-1], _RANDOM, taken_over)
+            before = _open(config.init.checkpoint)
+        elif checkpoint.base is not None:  # adapters of PEFT's
+            taken_over = _plain_name(source.get("name")) or "an adapter of unknown name"
+            before = _open(checkpoint.base.checkpoint, checkpoint.base.step)
+        else:  # converted, not trained
+            return _History(stages[::-1], _plain_name(source.get("name")), taken_over)
+        if before is None or before.run_folder in seen:
+            return _History(stages[::-1], None, taken_over)
+        seen.add(before.run_folder)
+        checkpoint = before
+
+
+def _open(run: str, step: int | None = None) -> Checkpoint | None:
+    """A checkpoint of a run, the newest by default; None where it is not there, or can't be read."""
+    there = steps(run)
+    wanted = there[-1] if step is None and there else step
+    try:
+        return Checkpoint(run, wanted) if wanted in there else None
+    except DamagedError:
+        return None
+
+
+def _plain_name(name: Any) -> str | None:
+    """What a model is called, where that is a name: it stands in YAML, in Markdown and in Python."""
+    is_one = isinstance(name, str) and name.isprintable() and 0 < len(name.strip()) <= 200
+    return name.strip() if is_one and not set(name) & set('"\\`|<>') else None
+
+
+def check_base_name(name: str) -> None:
+    """UserError for what can't stand in a card as a name."""
+    if _plain_name(name) is None:
+        raise UserError(f"--base-name {shown(name)}: a name in one line, such as Qwen/Qwen2.5-7B, is expected")
 
 
 _HEADER = ("stage", "steps", "rows a step", "learning rate", "objective", "weights")

@@ -19,12 +19,15 @@ from typing import Any, TypeVar
 
 from etils import epath
 
+from medllm_jax.config.foreign import ForeignSettings, Key
 from medllm_jax.errors import RunError, UserError
 from medllm_jax.storage.faults import fault_of
+from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.remote import is_folder, is_remote, names_in, remove_folder, write_whole
 from medllm_jax.terminal.progress import size_in_words
 
 _PROGRESS = ".conversion-"
+_NOTES = ForeignSettings({"what": Key(dict), "finished": Key(bool), "done": Key(dict)}, {})
 _SECONDS = 2  # between writes of what is done: buckets refuse more than one a second
 
 Item = TypeVar("Item")
@@ -50,7 +53,7 @@ class ResumableFolder:
             file = self._file(number)
             if not file.exists():
                 continue
-            noted = json.loads(file.read_text())
+            noted = self._read(file)
             if number == self._part and not resume:
                 raise UserError(
                     f"a conversion to {self.target} was begun and not finished: --resume goes on with it; "
@@ -80,7 +83,7 @@ class ResumableFolder:
         with self._lock:
             self._write(finished=True)
         files = [self._file(number) for number in range(self._parts)]
-        return all(file.exists() and json.loads(file.read_text())["finished"] for file in files)
+        return all(file.exists() and self._read(file)["finished"] for file in files)
 
     def keep(self) -> bool:
         """Notes what is done when the work breaks off; is there anything to go on from? If not, removes the folder."""
@@ -107,6 +110,15 @@ class ResumableFolder:
 
     def _file(self, number: int) -> epath.Path:
         return self.folder / f"{_PROGRESS}{number}.json"
+
+    def _read(self, file: epath.Path) -> dict[str, Any]:
+        try:
+            noted = _NOTES.read(read_json(file), str(file))
+            if not all(value is True or isinstance(value, str) for value in noted["done"].values()):
+                raise UserError(f"{file}: what is done is noted as true or a checksum")
+        except UserError as error:
+            raise UserError(f"{error}; these notes are damaged: remove {self.folder} and begin anew") from None
+        return noted
 
     def _write(self, *, finished: bool) -> None:
         content = {"what": self._what, "finished": finished, "done": self._own}

@@ -16,6 +16,8 @@ from medllm_jax.checkpoint.handle import Base, open_checkpoint
 from medllm_jax.checkpoint.orbax import steps
 from medllm_jax.checkpoint.write_model import StoredWeight, finish_model, new_arrays, write_model
 from medllm_jax.config.load import to_plain
+from medllm_jax.conversion.companions import check_companions, check_sums
+from medllm_jax.conversion.finite import NonFinite
 from medllm_jax.conversion.folders import (
     ResumableFolder,
     ahead,
@@ -24,16 +26,16 @@ from medllm_jax.conversion.folders import (
     holds_something,
     unfinished_folder,
 )
-from medllm_jax.conversion.hf_config import read_json
 from medllm_jax.conversion.hf_weights import HFFolder, open_hf
 from medllm_jax.conversion.names import RowRange, Tensor, row_ranges
 from medllm_jax.conversion.peft import factors, is_adapter, open_adapter
 from medllm_jax.conversion.run_weights import RunWeights
-from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.distributed.sharding import parts_of
 from medllm_jax.errors import UserError
 from medllm_jax.model.quantize import BLOCK, Storage, quantize
 from medllm_jax.storage import run_folder
+from medllm_jax.storage.json_files import read_json
+from medllm_jax.storage.lease import sole_writer
 from medllm_jax.storage.remote import remove_folder
 from medllm_jax.terminal.progress import Console, size_in_words
 
@@ -43,6 +45,7 @@ _WORKERS = 2
 _RANGE_BYTES = 16 << 20  # a worker takes at least so many, where a weight has them
 
 
+@sole_writer("target", beside=True, unit=lambda part, **_: f"part-{part[0] + 1}" if part[1] > 1 else "")
 def from_hf(
     source: str,
     target: str,
@@ -51,14 +54,16 @@ def from_hf(
     mesh: Mapping[str, int] | None = None,
     part: tuple[int, int] = (0, 1),
     resume: bool = False,
+    allow_non_finite: bool = False,
 ) -> None:
     """Converts the checkpoint in a folder, local or gs://, range by range; the weights keep their dtype.
 
     storage: how the projections are quantised, for a model that only adapters will be trained on. mesh: sizes of data,
     fsdp and tensor; weights are stored in the parts that devices of such a mesh will read. part: (number, of): which
     share of the work this process does, of a target that all of them see; the last to be ready completes it. resume:
-    goes on with what was begun.
-    Raises UserError for a source that is not a whole Qwen2 checkpoint, and for a target that holds something.
+    goes on with what was begun. allow_non_finite: NaN and infinite weights are taken as they are.
+    Raises UserError for a source that is not a whole Qwen2 checkpoint, or not what its SHA256SUMS says, and for a
+    target that holds something.
     """
     start = time.monotonic()
     number, parts = part
@@ -67,11 +72,12 @@ def from_hf(
     if is_adapter(source):
         raise UserError(f"{source} is an adapter of PEFT's: give --base too, the run folder of the model it belongs to")
     model = open_hf(source)
-    has_tokenizer = _check_tokenizer(model)
+    has_tokenizer = check_companions(model.path, model.config.vocab_size)
     weights, tasks = plan_of(model, storage, mesh)
     size = sum(task.bytes for task in tasks)
     stored = sum(int(np.prod(weight.shape)) * weight.dtype.itemsize for weight in weights.values())
     check_room(target, stored)
+    check_sums(model.path, part)
 
     what = {"source": model.identity(), "storage": storage and to_plain(storage), "mesh": mesh and dict(mesh)}
     filling = ResumableFolder(target, what, part=number, parts=parts)
@@ -82,7 +88,10 @@ def from_hf(
         with full_disk_is_reported(target):
             arrays = new_arrays(filling.folder, weights)
             todo = [task for task in tasks[number::parts] if task.name not in filling.done]
-            _convert(model, arrays, storage, todo, filling)
+            odd = NonFinite()
+            _convert(model, arrays, storage, todo, filling, odd)
+            if not allow_non_finite:
+                odd.check(source, model.dtype, stored=model.dtype)
             if not filling.finish():
                 _log.info(f"{target}: part {number + 1} of {parts} is done; the last part to be ready completes it")
                 return
@@ -108,13 +117,20 @@ def from_hf(
     )
 
 
+@sole_writer("target", beside=True)
 def from_peft(
-    source: str, target: str, *, base: str, storage: str | None = None, double_quantization: bool = False
+    source: str,
+    target: str,
+    *,
+    base: str,
+    storage: str | None = None,
+    double_quantization: bool = False,
+    allow_non_finite: bool = False,
 ) -> None:
     """Makes a run folder of an adapter that PEFT saved, to go on training, to evaluate or to export.
 
     base: run folder of the model it belongs to. storage: how that is stored in training (default: as it is quantised,
-    or else bfloat16).
+    or else bfloat16). allow_non_finite: NaN and infinite numbers in it are taken as they are.
     Raises UserError for an adapter that is not of this model, or that adapters here can't be.
     """
     if holds_something(target):
@@ -132,15 +148,22 @@ def from_peft(
     adapter = open_adapter(
         source, checkpoint.model, {"base": storage or "bfloat16", "double_quantization": double_quantization}
     )
+    check_sums(adapter.path)
+    matrices, odd = factors(adapter, checkpoint.model), NonFinite()
+    for path, value in matrices.items():
+        odd.count(path, value)
+    if not allow_non_finite:
+        odd.check(source, adapter.dtype, stored=adapter.dtype)
     fingerprint = RunWeights(checkpoint).fingerprint("reading the base")
     meta = {
         "base": Base(checkpoint.run_folder, checkpoint.step, fingerprint)._asdict(),
         "config": {"adapter": to_plain(adapter.settings)},
+        "source": {"name": adapter.path.name},
     }
     remove_folder(unfinished_folder(target))  # of an adapter nothing is worth going on with
     filling = ResumableFolder(target, {"adapter": str(source)})
     filling.open(resume=False)
-    weights = unflatten_dict(factors(adapter, checkpoint.model), sep="/")
+    weights = unflatten_dict(matrices, sep="/")
     tokenizer = run_folder.find_tokenizer(base)
     if tokenizer is not None:
         run_folder.copy_tokenizer(tokenizer, filling.folder)
@@ -241,10 +264,12 @@ def _convert(
     storage: Storage | None,
     todo: list[ConversionTask],
     filling: ResumableFolder,
+    odd: NonFinite,
 ) -> None:
-    def convert(task: ConversionTask) -> ConversionTask:
+    def convert(task: ConversionTask) -> tuple[ConversionTask, bool]:
         tensor, first, last = task.rows
         rows = model.read(tensor, first, last)
+        is_odd = odd.count(tensor.name, rows)
         values = {tensor.path: rows}
         if storage is not None and task.target.quantised:
             folder = tensor.path.rpartition("/")[0]
@@ -252,13 +277,14 @@ def _convert(
         for path, value in values.items():
             block = arrays[path] if tensor.layer is None else arrays[path][tensor.layer]
             block[first:last].write(value, can_reference_source_data_indefinitely=True).result()
-        return task
+        return task, is_odd
 
     total = sum(task.bytes for task in todo)
     done = 0
     with Console("converting", total, unit="bytes") as console:
-        for task in ahead(convert, todo, workers=_WORKERS):
-            filling.note(task.name)
+        for task, is_odd in ahead(convert, todo, workers=_WORKERS):
+            if not is_odd:  # else it is counted again when the conversion is resumed
+                filling.note(task.name)
             done += task.bytes
             console.update(done, task.rows.tensor.name, every_seconds=10)
 
@@ -268,24 +294,7 @@ def _quantizer(storage: Storage) -> Callable[[np.ndarray], dict[str, jax.Array]]
     return jax.jit(functools.partial(quantize, storage=storage))
 
 
-# --- what comes with the weights -----------------------------------------------------------------------------------
-
-
 def _name(model: HFFolder) -> str:
     """What the model is called: by its config, if that is no path, or as its folder."""
-    name = read_json(model.path / "config.json").get("_name_or_path") or ""
-    return name if name and not name.startswith(("/", ".", "~")) else model.path.name
-
-
-def _check_tokenizer(model: HFFolder) -> bool:
-    """Is there a tokenizer, and does it fit? UserError if it can't be loaded, or has more tokens than the embedding."""
-    if not any((model.path / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        _log.info(f"{model.path} has no tokenizer: the run folder will carry none, which is enough for training only")
-        return False
-    tokens = len(load_tokenizer(model.path))
-    if tokens > model.config.vocab_size:
-        raise UserError(
-            f"{model.path}: the tokenizer has {tokens} tokens, the embedding {model.config.vocab_size}: "
-            "they belong to different models"
-        )
-    return True
+    name = read_json(model.path / "config.json").get("_name_or_path")
+    return name if isinstance(name, str) and name and not name.startswith(("/", ".", "~")) else model.path.name

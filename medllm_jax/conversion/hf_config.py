@@ -1,76 +1,156 @@
 """config.json and generation_config.json: a ModelConfig and a tokenizer in Hugging Face's terms, and back."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
+from medllm_jax.config.foreign import ForeignSettings, Key, anything
 from medllm_jax.config.load import build, to_plain
 from medllm_jax.config.schema import ModelConfig
 from medllm_jax.errors import UserError
+from medllm_jax.storage.json_files import read_json
 
 _ARCHITECTURE = "Qwen2ForCausalLM"
 
-# Keys without which the shape is unknown; the others have the defaults of transformers' Qwen2Config.
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
+_FULL = "only full attention can be converted"
+_UNSCALED = "rope scaling changes the positions: only unscaled rotary positions can be converted"
+
+# How positions are rotated: `rope_parameters` of transformers 5, `rope_scaling` of transformers 4.
+_ROPE = ForeignSettings(
+    understood={"rope_theta": Key(float, None)},
+    harmless={"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1, None)},
+    hints={"rope_type": _UNSCALED, "type": _UNSCALED},
 )
-_OPTIONAL = {
-    "head_dim": None,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 32768,
-    "initializer_range": 0.02,
-}
+
+
+def _no_window(value: Any, beside: Mapping[str, Any]) -> bool:
+    return not value or beside.get("sliding_window", 4096) is None  # transformers' default
+
+
+def _full_attention(value: Any, beside: Mapping[str, Any]) -> bool:
+    return value is None or (isinstance(value, list) and set(map(str, value)) <= {"full_attention"})
+
+
+# config.json of a Qwen2 model, as transformers 4 and 5 write it; the defaults are those of its Qwen2Config. A shape has
+# none: a file that does not say it was not written for the weights beside it.
+_QWEN2 = ForeignSettings(
+    understood={
+        "vocab_size": Key(int),
+        "hidden_size": Key(int),
+        "intermediate_size": Key(int),
+        "num_hidden_layers": Key(int),
+        "num_attention_heads": Key(int),
+        "num_key_value_heads": Key(int, nullable=True),
+        "head_dim": Key(int, None, nullable=True),
+        "rms_norm_eps": Key(float, 1e-6),
+        "tie_word_embeddings": Key(bool, False),
+        "max_position_embeddings": Key(int, 32768),
+        "initializer_range": Key(float, 0.02),
+        "rope_theta": Key(float, None, nullable=True),
+        "rope_parameters": Key(dict, None, nullable=True),
+        "rope_scaling": Key(dict, None, nullable=True),
+    },
+    harmless={
+        # What the model here computes.
+        "model_type": ("qwen2",),
+        "architectures": ([_ARCHITECTURE], None, []),
+        "hidden_act": ("silu",),
+        "attention_dropout": (0,),
+        "partial_rotary_factor": (1, None),
+        "use_sliding_window": _no_window,
+        "layer_types": _full_attention,
+        "quantization_config": (None, {}),
+        "is_encoder_decoder": (False,),
+        "is_decoder": (False,),
+        "is_causal": (True, None),
+        "add_cross_attention": (False,),
+        "cross_attention_hidden_size": (None,),
+        "tie_encoder_decoder": (False,),
+        "chunk_size_feed_forward": (0,),
+        "pruned_heads": ({}, None),
+        "attention_bias": (True, None),
+        "mlp_bias": (False, None),
+        "pretraining_tp": (1, None),
+        "use_mrope": (False, None),
+        # They say something of a window that is used only where use_sliding_window says so.
+        "sliding_window": anything,
+        "max_window_layers": anything,
+        # The tokenizer and generation_config.json beside it say where text ends.
+        "bos_token_id": anything,
+        "eos_token_id": anything,
+        "pad_token_id": anything,
+        "tokenizer_class": anything,
+        # How the file was made, how the weights are stored (their own headers say it), and how they are run elsewhere.
+        "_name_or_path": anything,
+        "_commit_hash": anything,
+        "_attn_implementation": anything,
+        "_attn_implementation_autoset": anything,
+        "_attn_implementation_internal": anything,
+        "attn_implementation": anything,
+        "dtype": anything,
+        "torch_dtype": anything,
+        "torchscript": anything,
+        "transformers_version": anything,
+        "transformers.js_config": anything,
+        "unsloth_fixed": anything,
+        "unsloth_version": anything,
+        "use_bfloat16": anything,
+        "use_cache": anything,
+        # What a call returns, and what heads of other tasks are called.
+        "output_attentions": anything,
+        "output_hidden_states": anything,
+        "return_dict": (True, None),
+        "id2label": anything,
+        "label2id": anything,
+        "num_labels": anything,
+        "problem_type": anything,
+        "finetuning_task": anything,
+        "task_specific_params": anything,
+    },
+    hints={
+        "model_type": f"only {_ARCHITECTURE} of model_type 'qwen2' can be converted",
+        "architectures": f"only {_ARCHITECTURE} of model_type 'qwen2' can be converted",
+        "use_sliding_window": f"sliding-window attention: {_FULL}",
+        "layer_types": f"sliding-window attention: {_FULL}",
+        "quantization_config": "quantised weights: convert the checkpoint they were made from",
+        "auto_map": "a model with code of its own: only what transformers itself computes can be converted",
+    },
+)
 
 
 def read_config(folder: epath.Path) -> ModelConfig:
     """The shape of the model in a folder, from a config.json that transformers 4 or 5 wrote.
 
-    Raises UserError where the file is missing, or asks for something that the model here does not compute.
+    Raises UserError where the file is missing, or asks for something that the model here does not compute, or is not
+    known to.
     """
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} has no config.json: the folder of a Hugging Face checkpoint is expected")
-    config = read_json(path)
-    _check_supported(config, path)
-    for key in _REQUIRED:
-        if key not in config:
-            raise UserError(f"{path}: {key} is missing")
-    values = {key: config[key] for key in _REQUIRED}
-    values |= {key: config.get(key, default) for key, default in _OPTIONAL.items()}
-    return build(ModelConfig, values | {"rope_theta": _rope_theta(config, path)}, where=str(path))
+    content, where = read_json(path), str(path)
+    # What it is a model of is judged first: the other keys of another model mean nothing here.
+    values = _QWEN2.read({"model_type": content.get("model_type"), **content}, where)
+    if values["num_key_value_heads"] is None:
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    theta = _rope_theta(values, where)
+    return build(ModelConfig, values | {"rope_theta": theta}, where=where)
 
 
-def _check_supported(config: dict[str, Any], path: epath.Path) -> None:
-    architectures = config.get("architectures") or [_ARCHITECTURE]
-    if config.get("model_type") != "qwen2" or architectures != [_ARCHITECTURE]:
+def _rope_theta(values: dict[str, Any], where: str) -> float:
+    """Transformers 4 has rope_theta and rope_scaling, transformers 5 both in rope_parameters; a file may have all."""
+    tables = {key: values.pop(key) for key in ("rope_parameters", "rope_scaling")}
+    tables = {key: table for key, table in tables.items() if table}
+    stated = [values.pop("rope_theta")]
+    stated += [_ROPE.read(table, f"{where}: {key}")["rope_theta"] for key, table in tables.items()]
+    found = sorted({theta for theta in stated if theta is not None})
+    if len(found) > 1 or (len(tables) > 1 and tables["rope_parameters"] != tables["rope_scaling"]):
         raise UserError(
-            f"{path}: architecture {', '.join(map(str, architectures))} of model_type {config.get('model_type')!r}: "
-            f"only {_ARCHITECTURE} of model_type 'qwen2' can be converted"
+            f"{where}: rope_theta {' and '.join(map(str, found))}, {' and '.join(tables)}: readers differ in which of "
+            "them they take: keep one"
         )
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act {config['hidden_act']!r}: only 'silu' can be converted")
-    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or []):
-        raise UserError(f"{path}: sliding-window attention: only full attention can be converted")
-    if config.get("quantization_config"):
-        raise UserError(f"{path}: quantised weights: convert the checkpoint they were made from")
-
-
-def _rope_theta(config: dict[str, Any], path: epath.Path) -> float:
-    # transformers 4: rope_theta and rope_scaling; transformers 5: both in rope_parameters.
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise UserError(f"{path}: rope_parameters {scaling!r}: a mapping is expected")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"{path}: rope scaling {kind!r}: only unscaled rotary positions can be converted")
-    return scaling.get("rope_theta", config.get("rope_theta", 10_000.0))
+    return found[0] if found else 10_000.0
 
 
 def config_json(config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
@@ -99,17 +179,6 @@ def token_ids_of(tokenizer: Any, generation: dict[str, Any] | None) -> dict[str,
     first = (generation or {}).get("bos_token_id", tokenizer.bos_token_id)
     ids = {"bos_token_id": first, "eos_token_id": tokenizer.eos_token_id}
     return {name: value for name, value in ids.items() if value is not None}
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """The mapping in a JSON file; UserError if it holds anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a mapping is expected, found {type(content).__name__}")
-    return content
 
 
 def json_text(content: dict[str, Any]) -> str:

@@ -4,8 +4,9 @@ A file is 8 bytes of header length, a JSON header of names, dtypes, shapes and o
 """
 
 import functools
-import json
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,12 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from medllm_jax.config.foreign import ForeignSettings, Key, anything, shown
 from medllm_jax.config.schema import ModelConfig
-from medllm_jax.conversion.hf_config import read_config, read_json
+from medllm_jax.conversion.hf_config import read_config
 from medllm_jax.conversion.names import Tensor, tensors_of
 from medllm_jax.errors import UserError
+from medllm_jax.storage.json_files import parse_json, read_json
 from medllm_jax.storage.remote import is_folder, is_remote, kvstore_spec, names_in
 
 DTYPES: dict[str, np.dtype] = {
@@ -29,7 +32,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NAMED = 3  # names that an error message lists
-_MAX_HEADER = 100 << 20  # bytes, as in the safetensors library
+_COMPARED_BYTES = 16 << 20
+_MAX_HEADER = 32 << 20  # bytes: a hundred times what the largest model's takes
+_HEADER = ForeignSettings({"dtype": Key(str), "shape": Key(list), "data_offsets": Key(list)}, {})
+_INDEX = ForeignSettings({"weight_map": Key(dict)}, {"metadata": anything})
 
 
 class Entry(NamedTuple):
@@ -45,7 +51,7 @@ class Entry(NamedTuple):
         rows = self.shape[0]
         last = rows if last is None else last
         dtype = DTYPES[self.dtype]
-        row = dtype.itemsize * int(np.prod(self.shape[1:]))
+        row = dtype.itemsize * math.prod(self.shape[1:])
         data = read_bytes(self.file, self.offset + first * row, (last - first) * row)
         return data.view(dtype).reshape(last - first, *self.shape[1:])
 
@@ -71,7 +77,7 @@ class HFFolder(NamedTuple):
 
 
 def open_hf(folder: str | os.PathLike) -> HFFolder:
-    """Checks a folder by its config and the headers of its files; reads no weights.
+    """Checks a folder by its config and the headers of its files; reads no weights that are part of the model.
 
     Raises UserError for a folder that is not a whole Qwen2 checkpoint in safetensors.
     """
@@ -79,9 +85,13 @@ def open_hf(folder: str | os.PathLike) -> HFFolder:
     if not is_folder(folder):
         raise UserError(f"no folder at {folder}: the folder of a Hugging Face checkpoint is expected")
     config = read_config(folder)
-    tensors = tensors_of(config)
     indexed = _indexed_files(folder)
-    found = {name: entry for file in _files(folder, indexed) for name, entry in read_header(file).items()}
+    found = _read_headers(_files(folder, indexed))
+    if config.num_hidden_layers > len(found):  # before anything is built for each of them
+        raise UserError(
+            f"{folder}: config.json asks for {config.num_hidden_layers} blocks, and the files hold {len(found)} tensors"
+        )
+    tensors = tensors_of(config)
     _check_names(folder, config, {tensor.name for tensor in tensors}, found, indexed)
     for tensor in tensors:
         shape = found[tensor.name].shape
@@ -123,8 +133,18 @@ def read_header(file: epath.Path) -> dict[str, Entry]:
     """Name -> place of every tensor of a file, which must be whole; UserError otherwise."""
     try:
         return _parse_header(file)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{file} is not a whole safetensors file: {error}; download it again") from None
+    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not a whole safetensors file: {str(error)[:200]}; download it again") from None
+
+
+def _read_headers(files: list[epath.Path]) -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+    for file in files:
+        entries = read_header(file)
+        if twice := sorted(found.keys() & entries.keys()):
+            raise UserError(f"{listed(twice)} stands in {found[twice[0]].file.name} and in {file}: remove one of them")
+        found |= entries
+    return found
 
 
 def _parse_header(file: epath.Path) -> dict[str, Entry]:
@@ -134,17 +154,22 @@ def _parse_header(file: epath.Path) -> dict[str, Entry]:
     length = int.from_bytes(read_bytes(file, 0, 8).tobytes(), "little")
     if length > min(size - 8, _MAX_HEADER):
         raise ValueError(f"its header should have {length} bytes")
-    content = json.loads(read_bytes(file, 8, length).tobytes())
+    content = parse_json(read_bytes(file, 8, length).tobytes(), f"the header of {file}")
     content.pop("__metadata__", None)
     entries, end = {}, 0
     for name, fields in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
-        shape, (begin, after) = tuple(map(int, fields["shape"])), fields["data_offsets"]
-        dtype = DTYPES.get(fields["dtype"])
-        if begin != end or after < begin or min(shape, default=0) < 0:
-            raise ValueError(f"{name} is not where the tensor before it ends")
-        if dtype is not None and after - begin != dtype.itemsize * int(np.prod(shape)):
-            raise ValueError(f"{name} has {after - begin} bytes, which is not what its shape {list(shape)} takes")
-        entries[name] = Entry(file, fields["dtype"], shape, 8 + length + begin)
+        values = _HEADER.read(fields, shown(name))
+        shape, (begin, after) = tuple(values["shape"]), values["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, begin, after)):
+            raise ValueError(f"{shown(name)} has another shape, or other offsets, than whole numbers")
+        dtype = DTYPES.get(values["dtype"])
+        if begin != end or after < begin:
+            raise ValueError(f"{shown(name)} is not where the tensor before it ends")
+        if dtype is not None and after - begin != dtype.itemsize * math.prod(shape):
+            raise ValueError(
+                f"{shown(name)} has {after - begin} bytes, which is not what its shape {shown(shape)} takes"
+            )
+        entries[name] = Entry(file, values["dtype"], shape, 8 + length + begin)
         end = after
     if 8 + length + end != size:
         raise ValueError(f"it should have {8 + length + end} bytes and has {size}")
@@ -156,12 +181,15 @@ def _indexed_files(folder: epath.Path) -> dict[str, str] | None:
     path = folder / INDEX
     if not path.exists():
         return None
-    names = read_json(path).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise UserError(f"{path}: weight_map is missing: a mapping of tensor names to file names is expected")
+    names = _INDEX.read(read_json(path), str(path))["weight_map"]
+    if not names:
+        raise UserError(f"{path}: weight_map is empty: a mapping of tensor names to file names is expected")
     for tensor, name in names.items():
         if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            raise UserError(f"{path}: {tensor} is in {name!r}: the name of a .safetensors file beside it is expected")
+            raise UserError(
+                f"{path}: {shown(tensor, quote=False)} is in {shown(name)}: the name of a .safetensors file beside it "
+                "is expected"
+            )
     return names
 
 
@@ -199,14 +227,10 @@ def _check_names(
     found: dict[str, Entry],
     indexed: dict[str, str] | None,
 ) -> None:
-    missing, extra = sorted(expected - found.keys()), sorted(found.keys() - expected)
+    missing = sorted(expected - found.keys())
+    extra = sorted(name for name in found.keys() - expected if not _says_nothing_new(folder, name, config, found))
     if missing:
         raise UserError(f"{folder}: missing tensors: {listed(missing)}; config.json asks for {len(expected)} tensors")
-    if extra == ["lm_head.weight"] and config.tie_word_embeddings:
-        raise UserError(
-            f"{folder}: lm_head.weight is stored though config.json sets tie_word_embeddings: set it to false, "
-            "or remove the tensor"
-        )
     if extra:
         raise UserError(f"{folder}: tensors that a Qwen2 model of this config.json does not have: {listed(extra)}")
     if indexed is not None:
@@ -215,12 +239,59 @@ def _check_names(
             raise UserError(f"{folder / INDEX} does not say where {listed(wrong)} is: make the index anew")
 
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_FREQUENCIES = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def _says_nothing_new(folder: epath.Path, name: str, config: ModelConfig, found: dict[str, Entry]) -> bool:
+    """Whether a tensor that the model does not have repeats what it has; UserError where it contradicts that."""
+    if name == _HEAD and config.tie_word_embeddings:
+        if _same_values(found[_HEAD], found.get(_EMBEDDING)):
+            return True
+        raise UserError(
+            f"{folder}: lm_head.weight differs from the embedding though config.json sets tie_word_embeddings: set it "
+            "to false, or remove the tensor"
+        )
+    if _FREQUENCIES.fullmatch(name):
+        if _are_frequencies(found[name], config):
+            return True
+        raise UserError(
+            f"{folder}: {name} has other frequencies than rope_theta {config.rope_theta:g} gives: set rope_theta to "
+            "what the model was trained with, and remove the tensor"
+        )
+    return False
+
+
+def _same_values(first: Entry, second: Entry | None) -> bool:
+    """Whether two matrices are equal bit for bit; reads them in ranges."""
+    if second is None or (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    if first.dtype not in DTYPES or len(first.shape) != 2:
+        return False
+    rows = max(1, _COMPARED_BYTES // (DTYPES[first.dtype].itemsize * max(1, first.shape[1])))
+    ranges = [(begin, min(begin + rows, first.shape[0])) for begin in range(0, first.shape[0], rows)]
+    return all(first.read(*each).tobytes() == second.read(*each).tobytes() for each in ranges)
+
+
+def _are_frequencies(entry: Entry, config: ModelConfig) -> bool:
+    """Whether a tensor is rope_theta^(-2i/d), i < d/2, as its dtype has it."""
+    half = config.dim_of_head // 2
+    if entry.dtype not in DTYPES or entry.shape != (half,):
+        return False
+    expected = config.rope_theta ** (-np.arange(half) / half)
+    limits = ml_dtypes.finfo(DTYPES[entry.dtype])
+    tolerance = {"rtol": max(1e-5, 2 * float(limits.eps)), "atol": float(limits.smallest_subnormal)}
+    return np.allclose(entry.read().astype(np.float64), expected, **tolerance)
+
+
 def one_dtype(folder: epath.Path, dtypes: dict[str, str]) -> np.dtype:
     """The dtype that all tensors have, by name -> code; UserError where it can't be converted or they differ."""
     examples = {dtype: name for name, dtype in dtypes.items()}
     for dtype, name in examples.items():
         if dtype not in DTYPES:
-            raise UserError(f"{folder}: {name} is {dtype}: only {', '.join(DTYPES)} can be converted")
+            raise UserError(
+                f"{folder}: {name} is {shown(dtype, quote=False)}: only {', '.join(DTYPES)} can be converted"
+            )
     if len(examples) > 1:
         examples_listed = ", ".join(f"{name} is {dtype}" for dtype, name in sorted(examples.items()))
         raise UserError(f"{folder}: tensors of several dtypes ({examples_listed}): save the model in one")
@@ -230,4 +301,4 @@ def one_dtype(folder: epath.Path, dtypes: dict[str, str]) -> np.dtype:
 def listed(names: list[str]) -> str:
     """The first few of some names."""
     rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + rest
+    return ", ".join(shown(name, quote=False) for name in names[:_NAMED]) + rest

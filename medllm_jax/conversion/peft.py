@@ -8,29 +8,86 @@ import numpy as np
 from etils import epath
 
 from medllm_jax.checkpoint.handle import Checkpoint
+from medllm_jax.config.foreign import ForeignSettings, Key, anything
+from medllm_jax.config.load import build
 from medllm_jax.config.schema import AdapterConfig, ModelConfig, Projection
-from medllm_jax.conversion.hf_config import read_json
 from medllm_jax.conversion.hf_weights import Entry, listed, one_dtype, read_header, refuse_pickles
 from medllm_jax.conversion.names import Tensor, tensors_of
 from medllm_jax.errors import UserError
+from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.remote import names_in
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-# What PEFT's LoRA can be asked for and adapters here don't do, with the value that asks for nothing.
-_NOT_DONE = {
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "layers_to_transform": None,
-    "layer_replication": None,
-    "lora_bias": False,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "use_dora": False,
-    "exclude_modules": None,
-}
+_NOTHING = (None, [], {})  # asks for nothing, where a list or a mapping would ask for something
+_LORA_ONLY = "adapters here are plain LoRA"
+
+# adapter_config.json of PEFT's LoRA, with the defaults of its LoraConfig. What is harmless leaves what PEFT merges: the
+# base's weight plus scale B A.
+_LORA = ForeignSettings(
+    understood={
+        "r": Key(int, 8),
+        "lora_alpha": Key(float, 8.0),
+        "lora_dropout": Key(float, 0.0),
+        "use_rslora": Key(bool, False, nullable=True),
+    },
+    harmless={
+        "peft_type": ("LORA",),
+        "task_type": ("CAUSAL_LM", None),
+        "target_modules": anything,  # read below: it may be a list or a word
+        # How A and B begin. Others than these (pissa, olora, corda, loftq, lora_ga) begin with another base, too.
+        "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+        "bias": ("none",),
+        "lora_bias": (False, None),
+        "fan_in_fan_out": (False, None),
+        "use_dora": (False, None),
+        "use_qalora": (False, None),
+        "use_bdlora": (False, None),
+        "ensure_weight_tying": (False, None),
+        "alora_invocation_tokens": _NOTHING,
+        "alpha_pattern": _NOTHING,
+        "rank_pattern": _NOTHING,
+        "exclude_modules": (*_NOTHING, ""),
+        "layers_to_transform": _NOTHING,
+        "layers_pattern": (*_NOTHING, ""),
+        "layer_replication": _NOTHING,
+        "modules_to_save": _NOTHING,
+        "target_parameters": _NOTHING,
+        "trainable_token_indices": (None,),
+        "arrow_config": (None,),
+        "corda_config": (None,),
+        "kasa_config": (None,),
+        "loftq_config": _NOTHING,
+        "lora_ga_config": (None,),
+        "megatron_config": (None,),
+        "monteclora_config": (None,),
+        "velora_config": (None,),
+        "enable_lora": (None,),
+        # They go with one of the keys above, and mean nothing without it.
+        "eva_config": anything,
+        "megatron_core": anything,
+        "merge_weights": anything,
+        "qalora_group_size": anything,
+        # Where it came from, and what it is used for.
+        "auto_mapping": anything,
+        "base_model_name_or_path": anything,
+        "inference_mode": anything,
+        "peft_version": anything,
+        "revision": anything,
+        "runtime_config": anything,
+    },
+    hints={
+        "peft_type": "only LORA can be converted",
+        "task_type": "only adapters of a language model (CAUSAL_LM) can be converted",
+        "init_lora_weights": (
+            "its A and B stand on another base than the model's own weights: save it again with "
+            "path_initial_model_for_weight_conversion, which makes plain LoRA of it"
+        ),
+        "bias": "trained biases are not done here",
+        "use_dora": f"DoRA is not done here: {_LORA_ONLY}",
+    },
+)
 
 
 class Adapter(NamedTuple):
@@ -113,11 +170,8 @@ def open_adapter(folder: str, config: ModelConfig, storage: Mapping[str, Any]) -
 def _settings(path: epath.Path, storage: Mapping[str, Any]) -> AdapterConfig:
     file = path / CONFIG
     content = read_json(file)
-    if content.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type {content.get('peft_type')!r}: only LORA can be converted")
-    for key, nothing in _NOT_DONE.items():
-        if content.get(key) not in (nothing, None):
-            raise UserError(f"{file}: {key} is {content[key]!r}, which adapters here don't do")
+    # What kind it is is judged first: the other keys of another kind mean nothing here.
+    values = _LORA.read({"peft_type": content.get("peft_type"), **content}, str(file))
     known = typing.get_args(Projection)
     targets = content.get("target_modules")
     if targets == "all-linear":
@@ -125,19 +179,16 @@ def _settings(path: epath.Path, storage: Mapping[str, Any]) -> AdapterConfig:
     # PEFT writes names of projections, or of each module: those of all blocks, as the weights must then show.
     parts = [str(t).rpartition(".")[2] for t in targets] if isinstance(targets, list) else [repr(targets)]
     if not parts or set(parts) - set(known):
-        wrong = listed(sorted(set(parts) - set(known))) or "[]"
+        wrong = listed(sorted(part[:60] for part in set(parts) - set(known))) or "[]"
         raise UserError(f"{file}: target_modules has {wrong}: some of {', '.join(known)} are expected")
-    for key, kinds in (("r", int), ("lora_alpha", int | float)):
-        if not isinstance(content.get(key), kinds) or isinstance(content[key], bool):
-            raise UserError(f"{file}: {key} is {content.get(key)!r}: a number is expected")
-    return AdapterConfig(
-        rank=content["r"],
-        alpha=float(content["lora_alpha"]),
-        dropout=float(content.get("lora_dropout") or 0.0),
-        rslora=bool(content.get("use_rslora")),
-        projections=tuple(name for name in known if name in parts),
-        **storage,
-    )
+    settings = {
+        "rank": values["r"],
+        "alpha": values["lora_alpha"],
+        "dropout": values["lora_dropout"],
+        "rslora": bool(values["use_rslora"]),
+        "projections": [name for name in known if name in parts],
+    }
+    return build(AdapterConfig, settings | dict(storage), where=str(file))
 
 
 def factors(adapter: Adapter, config: ModelConfig) -> dict[str, np.ndarray]:

@@ -10,10 +10,10 @@ import tensorstore as ts
 
 from medllm_jax.checkpoint.fingerprint import StreamedFingerprint
 from medllm_jax.checkpoint.handle import Checkpoint
-from medllm_jax.config.schema import AdapterConfig
-from medllm_jax.conversion.names import Tensor, tensors_of
+from medllm_jax.config.schema import AdapterConfig, ModelConfig
+from medllm_jax.conversion.names import Tensor, parameter_shapes, tensors_of
 from medllm_jax.model.lora import as_frozen, merge
-from medllm_jax.model.quantize import Storage, dequantize
+from medllm_jax.model.quantize import Storage, dequantize, quantize
 from medllm_jax.terminal.progress import Console
 
 RANGE_BYTES = 16 << 20  # read of a tensor at a time
@@ -31,6 +31,11 @@ class RunWeights:
         whole = checkpoint.whole
         self.checkpoint, self.config, self.storage = checkpoint, checkpoint.model, whole.storage
         self.arrays = whole.open_arrays()
+        found = {path: tuple(array.shape) for path, array in self.arrays.items()}
+        expected = _stored_shapes(self.config, self.storage)
+        if differing := sorted(p for p in found.keys() | expected.keys() if found.get(p) != expected.get(p)):
+            path = differing[0]
+            raise whole.failure(f"has {path} of shape {found.get(path)}, of its model that is {expected.get(path)}")
         self.dtype: np.dtype = self.arrays["norm/weight"].dtype.numpy_dtype
         self.tensors: list[Tensor] = tensors_of(self.config)
         self._stored_in = whole
@@ -115,6 +120,20 @@ class RunWeights:
                     done += values.nbytes
                     console.update(done, path, every_seconds=10)
         return sums
+
+
+def _stored_shapes(config: ModelConfig, storage: Storage | None) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of each array that a model of a shape is stored in."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, shape in parameter_shapes(config).items():
+        if storage is None or not path.endswith("_proj/weight"):
+            shapes[path] = shape
+            continue
+        matrix = jax.ShapeDtypeStruct(shape[1:], np.float32)
+        stored = jax.eval_shape(functools.partial(quantize, storage=storage), matrix)
+        layer = path.rpartition("/")[0]
+        shapes |= {f"{layer}/{name}": (shape[0], *array.shape) for name, array in stored.items()}
+    return shapes
 
 
 def chunk_of(array: ts.TensorStore) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """From a run folder to a Hugging Face checkpoint that transformers, vLLM and their like load."""
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -16,7 +15,9 @@ from etils import epath
 
 from medllm_jax.checkpoint.handle import open_checkpoint
 from medllm_jax.conversion import peft
-from medllm_jax.conversion.card import documents
+from medllm_jax.conversion.card import check_base_name, documents
+from medllm_jax.conversion.companions import GENERATION, SUMS, read_generation
+from medllm_jax.conversion.finite import NonFinite
 from medllm_jax.conversion.folders import (
     ResumableFolder,
     ahead,
@@ -32,14 +33,15 @@ from medllm_jax.conversion.names import RowRange, row_ranges
 from medllm_jax.conversion.run_weights import RunWeights
 from medllm_jax.conversion.shards import Shard, holds_shard, index_of, shards_of, tensor_bytes, write_shard
 from medllm_jax.data.tokenizer import load_tokenizer
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 from medllm_jax.storage import run_folder
+from medllm_jax.storage.json_files import read_bounded
+from medllm_jax.storage.lease import sole_writer
 from medllm_jax.storage.remote import is_folder, is_remote, names_in, remove_folder
 from medllm_jax.terminal.progress import Console, size_in_words
 
 _log = logging.getLogger(__name__)
 
-SUMS = "SHA256SUMS"
 Weights = RunWeights | peft.AdapterWeights
 # Shards written side by side, each by a thread that reads, one that writes and one that takes checksums. One more would
 # take more than 2 GiB of memory for a quantised model of 72B.
@@ -49,6 +51,7 @@ _READERS = 1
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+@sole_writer("target", beside=True)
 def to_hf(
     source: str,
     target: str,
@@ -61,6 +64,7 @@ def to_hf(
     evaluations: Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
+    allow_non_finite: bool = False,
 ) -> None:
     """Writes a checkpoint of a run folder as a Hugging Face folder, local or gs://, slice by slice.
 
@@ -68,11 +72,14 @@ def to_hf(
 
     step: default the newest. dtype: default as stored. adapter: the adapter alone, as PEFT's files. base_name: what the
     model card calls the base model. evaluations: folders of exam results that the card shows. resume: goes on with what
-    was begun. overwrite: replaces a target that is a Hugging Face folder.
+    was begun. overwrite: replaces a target that is a Hugging Face folder. allow_non_finite: NaN and infinite weights
+    are written as they are.
     Raises UserError for a source without such a checkpoint, and a target that can't be written.
     """
     start = time.monotonic()
     max_bytes = parse_size(max_shard_size)
+    if base_name is not None:
+        check_base_name(base_name)
     if resume and not is_remote(target) and clear_notes(target):
         _log.info(f"{target} is whole already")  # it was stopped before the last of its steps
         return
@@ -103,7 +110,7 @@ def to_hf(
     _log.info(f"{source}: {size_in_words(size)} in {stored.name}; it takes at most {memory} of memory")
     try:
         with full_disk_is_reported(target):
-            files = _fill(weights, shards, first, last, stored, filling)
+            files = _fill(weights, shards, first, last, stored, filling, allow_non_finite=allow_non_finite)
             filling.finish()
             filling.settle(replace=replace)
     except BaseException:
@@ -131,10 +138,10 @@ def memory_needed(weights: Weights, dtype: np.dtype) -> int:
 
 def parse_size(text: str) -> int:
     """Bytes of `5GB`, `500MB`, `1GiB` or a plain number."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMG]I?B)?", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size <= 0:
-        raise UserError(f"--max-shard-size {text!r}: a size such as 5GB or 500MB is expected")
+        raise UserError(f"--max-shard-size {quoted(text)}: a size such as 5GB or 500MB is expected")
     return size
 
 
@@ -170,10 +177,12 @@ def _companions(
     files, token_ids = {}, {}
     carried = run_folder.find_tokenizer(weights.checkpoint.run)
     if carried is not None:
-        files = {file.name: file.read_bytes() for file in sorted(carried.iterdir())}
-        generation = json.loads(files["generation_config.json"]) if "generation_config.json" in files else None
+        names = [name for name in run_folder.TOKENIZER_FILES if (carried / name).exists()]
+        files = {name: read_bounded(carried / name) for name in sorted(names)}
+        vocabulary = weights.config.vocab_size
+        generation = read_generation(carried / GENERATION, vocabulary) if GENERATION in files else None
         token_ids = token_ids_of(load_tokenizer(carried), generation)
-        files.setdefault("generation_config.json", json_text(token_ids).encode())
+        files.setdefault(GENERATION, json_text(token_ids).encode())
     texts = documents(
         weights.checkpoint,
         adapter=isinstance(weights, peft.AdapterWeights),
@@ -206,12 +215,17 @@ def _fill(
     last: dict[str, bytes],
     dtype: np.dtype,
     filling: ResumableFolder,
+    *,
+    allow_non_finite: bool,
 ) -> int:
     """Writes all the files; how many?"""
     for name, content in first.items():
         (filling.folder / name).write_bytes(content)
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in (first | last).items()}
-    sums |= _write_weights(weights, shards, dtype, filling)
+    odd = NonFinite()
+    sums |= _write_weights(weights, shards, dtype, filling, odd)
+    if not allow_non_finite:
+        odd.check(weights.checkpoint.run, dtype, stored=weights.dtype)
     listed = "".join(f"{value}  {name}\n" for name, value in sorted(sums.items()))
     for name, content in ({SUMS: listed.encode()} | last).items():
         (filling.folder / name).write_bytes(content)
@@ -219,7 +233,7 @@ def _fill(
 
 
 def _write_weights(
-    weights: Weights, shards: Sequence[Shard], dtype: np.dtype, filling: ResumableFolder
+    weights: Weights, shards: Sequence[Shard], dtype: np.dtype, filling: ResumableFolder, odd: NonFinite
 ) -> dict[str, str]:
     """File name -> sha256 of the files with weights, those among them that were written before included."""
     there = [s for s in shards if s.name in filling.done and holds_shard(filling.folder, s)]
@@ -228,13 +242,20 @@ def _write_weights(
     progress = _Progress(sum(sizes.values()), sum(sizes[name] for name in sums))
 
     def write(shard: Shard) -> None:
+        any_odd = False
+
         def read(rows: RowRange) -> np.ndarray:
-            return weights.read(*rows, dtype)
+            nonlocal any_odd
+            with np.errstate(over="ignore"):  # what becomes infinite is counted
+                values = weights.read(*rows, dtype)
+            any_odd |= odd.count(rows.tensor.name, values)
+            return values
 
         ranges = (rows for tensor in shard.tensors for rows in row_ranges(tensor, weights.rows_at_a_time(tensor)))
         pieces = progress.count(ahead(read, ranges, workers=_READERS), shard.name)
         sums[shard.name] = write_shard(filling.folder, shard, pieces)
-        filling.note(shard.name, sums[shard.name])
+        if not any_odd:  # else it is counted again when the export is resumed
+            filling.note(shard.name, sums[shard.name])
 
     with progress, ThreadPoolExecutor(_SHARDS) as pool:
         writing = [pool.submit(write, shard) for shard in shards if shard.name not in sums]

@@ -72,8 +72,12 @@ def _joined(*parts: tuple[np.ndarray, int]) -> Segment:
 
 
 def pieces(tokens: np.ndarray, sequence_length: int) -> Iterator[np.ndarray]:
-    """A document in pieces of at most ``sequence_length`` tokens, all but the last of exactly that many."""
-    for start in range(0, len(tokens), sequence_length):
+    """A document in pieces of at most ``sequence_length`` tokens, all but the last of exactly that many.
+
+    A last piece of one token, such as the end of a document that fills its rows, is left out: nothing comes before it
+    that it could be predicted from.
+    """
+    for start in range(0, len(tokens) - (len(tokens) > 1), sequence_length):
         yield tokens[start : start + sequence_length]
 
 

@@ -9,8 +9,9 @@ import numpy as np
 from etils import epath
 
 from medllm_jax.data.rows import Rows
-from medllm_jax.data.store import RowStore
+from medllm_jax.data.store import RowStore, array_of
 from medllm_jax.errors import UserError
+from medllm_jax.storage.json_files import read_json
 
 
 def read_references(rows: Rows, model_fingerprint: str) -> np.ndarray:
@@ -52,7 +53,7 @@ def write_reference(store: RowStore, model_fingerprint: str, values: np.ndarray)
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(values, "<f4"))
     data = buffer.getvalue()
-    folder = _reference_folder(store, model_fingerprint)
+    folder = reference_folder(store, model_fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
     description = _reference_description(store, model_fingerprint) | {"sha256": hashlib.sha256(data).hexdigest()}
     # The description comes last, and its digest binds the values: a half-written pair of files is refused.
@@ -66,7 +67,7 @@ def read_reference(store: RowStore, model_fingerprint: str) -> np.ndarray:
 
     Raises UserError, saying what to run, where there are none or they are damaged.
     """
-    folder = _reference_folder(store, model_fingerprint)
+    folder = reference_folder(store, model_fingerprint)
     remedy = "run `medllm reference` with the model that training starts from"
     if not (folder / "reference.json").exists():
         raise UserError(
@@ -74,16 +75,17 @@ def read_reference(store: RowStore, model_fingerprint: str) -> np.ndarray:
         )
     damaged = UserError(f"the reference log-probabilities in {folder} are damaged: {remedy}")
     try:
-        description = json.loads((folder / "reference.json").read_bytes())
+        description = read_json(folder / "reference.json")
         data = (folder / "values.npy").read_bytes()
-    except (ValueError, FileNotFoundError) as error:
+    except (UserError, FileNotFoundError) as error:
         raise damaged from error
-    if not isinstance(description, dict):
-        raise damaged
     digest = description.pop("sha256", None)
     if description != _reference_description(store, model_fingerprint) or digest != hashlib.sha256(data).hexdigest():
         raise damaged
-    return np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32, copy=False)
+    values = array_of(data, _reference_shape(store), np.float32)
+    if values is None or not np.isfinite(values).all():
+        raise damaged
+    return values
 
 
 def _reference_shape(store: RowStore) -> tuple[int, int, int]:
@@ -101,7 +103,8 @@ def _reference_description(store: RowStore, model_fingerprint: str) -> dict[str,
     }
 
 
-def _reference_folder(store: RowStore, model_fingerprint: str) -> epath.Path:
+def reference_folder(store: RowStore, model_fingerprint: str) -> epath.Path:
+    """Where the reference log-probabilities of a model are kept; it need not be there."""
     # Both hashes are in the name: references of several models, and of pairs since replaced, never meet.
     key = hashlib.sha256(json.dumps([model_fingerprint, store.metadata.digest]).encode()).hexdigest()[:16]
     return store.path / "reference" / key

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -11,6 +12,7 @@ from etils import epath
 
 from medllm_jax.data.batch import Kind
 from medllm_jax.data.store import CorpusRows, RowStore
+from medllm_jax.data.tokenizer import same_tokenizer
 from medllm_jax.errors import UserError
 
 
@@ -106,7 +108,8 @@ def _check_alike(stores: Sequence[RowStore]) -> None:
             ("tokenizer_fingerprint", "another tokenizer"),
         ):
             one, other = getattr(first.metadata, name), getattr(store.metadata, name)
-            if one != other and {one, other} != {"pairs", "sft"}:
+            alike = same_tokenizer if name == "tokenizer_fingerprint" else operator.eq
+            if not alike(one, other) and {one, other} != {"pairs", "sft"}:
                 raise UserError(
                     f"stores {first.path} and {store.path} do not go together: the second has {what} "
                     f"({_short(other)}, the first {_short(one)}); prepare them alike"

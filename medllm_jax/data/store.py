@@ -23,9 +23,12 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from medllm_jax.config.schema_reader import build
 from medllm_jax.data.batch import Kind
+from medllm_jax.data.tokenizer import same_tokenizer
 from medllm_jax.errors import UserError
-from medllm_jax.storage.faults import passes
+from medllm_jax.storage.faults import passes, words_of
+from medllm_jax.storage.json_files import parse_json, read_bounded
 from medllm_jax.storage.remote import is_folder, kvstore_spec
 
 FORMAT_VERSION = 3
@@ -33,6 +36,8 @@ METADATA_FILE = "store.json"
 ARRAY = "rows"
 ARRAY_METADATA = "rows/zarr.json"
 TOKENS_PER_ROW = "tokens_per_row.npy"
+
+_MAX_METADATA_BYTES = 2**30  # the manifest has a line for each file of the input
 
 _COPY_AGAIN = "copy the store again or prepare it again"
 
@@ -99,13 +104,40 @@ class StoreMetadata:
         return json.dumps(content | {"checksum": _checksum(content)}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def from_json(cls, data: bytes) -> Self:
-        """ValueError, KeyError or TypeError where the text is not what ``to_json`` writes."""
-        content = json.loads(data)
-        if content.pop("checksum") != _checksum(content):
-            raise ValueError("its checksum differs from the one written")
-        content["corpora"] = tuple(CorpusRows(**corpus) for corpus in content["corpora"])
-        return cls(**content)
+    def from_json(cls, data: bytes, where: str = METADATA_FILE) -> Self:
+        """Raises UserError where the text is not what ``to_json`` writes; where: its file."""
+        content = parse_json(data, where)
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{where} has format version {str(version)[:20]}, this program reads {FORMAT_VERSION}: "
+                "prepare the store again"
+            )
+        if content.pop("checksum", None) != _checksum(content):
+            raise UserError(f"{where} cannot be understood (its checksum differs): {_COPY_AGAIN}")
+        return build(cls, content, where)
+
+    def __post_init__(self) -> None:
+        """Raises UserError for numbers that no store has, or that contradict each other."""
+        smallest = {"rows": 1, "sequence_length": 2, "shard_rows": 1, "vocab_size": 1}
+        smallest |= {"tokens": 0, "pairs_per_row": 0, "max_token_id": 0}
+        for name, least in smallest.items():
+            if not least <= getattr(self, name) < 2**48:
+                raise UserError(f"{name} is {getattr(self, name)}")
+        first = 0
+        for corpus in self.corpora:
+            if (
+                corpus.first_row != first
+                or min(corpus.rows, corpus.tokens, corpus.examples, corpus.split_documents) < 0
+            ):
+                raise UserError(f"the rows of corpus {corpus.name[:60]!r} are not those that follow the corpus before")
+            first += corpus.rows
+        if first != self.rows or sum(corpus.tokens for corpus in self.corpora) != self.tokens:
+            raise UserError("rows and tokens are not the sums of those of the corpora")
+        if not 0 < self.tokens <= self.rows * self.sequence_length:
+            raise UserError(f"{self.tokens} tokens are not what {self.rows} rows of {self.sequence_length} can hold")
+        if not {ARRAY_METADATA, TOKENS_PER_ROW} <= self.files.keys():
+            raise UserError("files lacks the hashes of the array's files")
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
@@ -126,6 +158,14 @@ class RowStore:
         path = epath.Path(path)
         store = cls(path, _read_metadata(path))
         store._file(ARRAY_METADATA)
+        try:
+            store._rows()
+        except ValueError as error:
+            if passes(error):
+                raise
+            raise UserError(
+                f"the array of store {path} cannot be opened ({_first_line(error)}); {_COPY_AGAIN}"
+            ) from error
         expected = (store.metadata.rows, 3, store.metadata.sequence_length)
         found, dtype = tuple(store._rows().shape), store._rows().dtype
         if found != expected or dtype != ts.int32:
@@ -180,7 +220,10 @@ class RowStore:
     @functools.cached_property
     def tokens_per_row(self) -> np.ndarray:
         """int32 [N]: tokens of each row without padding. UserError where the file is missing or damaged."""
-        return np.load(io.BytesIO(self._file(TOKENS_PER_ROW)), allow_pickle=False)
+        tokens = array_of(self._file(TOKENS_PER_ROW), (len(self),), np.int32)
+        if tokens is None or tokens.min() < 0 or tokens.sum(dtype=np.int64) != self.metadata.tokens:
+            raise UserError(f"{TOKENS_PER_ROW} of store {self.path} is not what store.json says; {_COPY_AGAIN}")
+        return tokens
 
     def _file(self, name: str) -> bytes:
         """The content of one of the files that store.json binds by a hash."""
@@ -227,14 +270,20 @@ def _read_metadata(path: epath.Path) -> StoreMetadata:
         raise UserError(
             f"{path} is not a complete store: it has no store.json, which is written last; prepare it again"
         )
-    data = file.read_bytes()
+    return StoreMetadata.from_json(read_bounded(file, _MAX_METADATA_BYTES), str(file))
+
+
+def array_of(data: bytes, shape: tuple[int, ...], dtype: type) -> np.ndarray | None:
+    """The array in the bytes of a .npy file; None where it is not of this shape and type, before any is made."""
     try:
-        version = json.loads(data)["format_version"]
-        if version == FORMAT_VERSION:
-            return StoreMetadata.from_json(data)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be understood ({_first_line(error)}): prepare the store again") from error
-    raise UserError(f"store {path} has format version {version}, this program reads {FORMAT_VERSION}: prepare it again")
+        stream = io.BytesIO(data)
+        if np.lib.format.read_magic(stream) != (1, 0):
+            return None
+        if np.lib.format.read_array_header_1_0(stream) != (shape, False, np.dtype(dtype)):
+            return None
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception:  # of bytes in memory: whatever is raised, they are no such array
+        return None
 
 
 def verify(path: str | epath.PathLike, progress: Callable[[int], None] = lambda rows: None) -> RowStore:
@@ -243,7 +292,7 @@ def verify(path: str | epath.PathLike, progress: Callable[[int], None] = lambda 
     Raises UserError naming store, shards and rows that are damaged or missing, the first ten of them.
     """
     store = RowStore.open(path)
-    digest, damaged = hashlib.sha256(), []
+    digest, damaged, max_token_id = hashlib.sha256(), [], 0
     tokens = np.zeros(len(store), np.int64)
     for start in range(0, len(store), store.metadata.shard_rows):
         indices = np.arange(start, min(start + store.metadata.shard_rows, len(store)))
@@ -253,12 +302,14 @@ def verify(path: str | epath.PathLike, progress: Callable[[int], None] = lambda 
             damaged += store.problems(indices)
         else:
             digest.update(np.ascontiguousarray(rows, "<i4").tobytes())
+            max_token_id = max(max_token_id, int(rows[:, 0].max()))
             tokens[indices] = np.count_nonzero(rows[:, 1], axis=-1)
         progress(int(indices[-1]) + 1)
     if damaged:
         more = f"; and {len(damaged) - 10} rows more" if len(damaged) > 10 else ""
         raise UserError("; ".join(damaged[:10]) + more)
-    if digest.hexdigest() != store.metadata.digest or not np.array_equal(tokens, store.tokens_per_row):
+    described = (store.metadata.digest, store.metadata.max_token_id)
+    if (digest.hexdigest(), max_token_id) != described or not np.array_equal(tokens, store.tokens_per_row):
         raise UserError(f"the rows of store {path} are whole, and not those that store.json describes; {_COPY_AGAIN}")
     return store
 
@@ -289,7 +340,7 @@ def check_compatible(
             f"store {store.path} has rows of {found.sequence_length} tokens, the run is set to {sequence_length}: "
             "change the run's sequence length or prepare the store again"
         )
-    if tokenizer_fingerprint is not None and found.tokenizer_fingerprint != tokenizer_fingerprint:
+    if tokenizer_fingerprint is not None and not same_tokenizer(found.tokenizer_fingerprint, tokenizer_fingerprint):
         problems.append(
             f"store {store.path} was made with another tokenizer ({found.tokenizer_fingerprint[:12]}) than the model's "
             f"({tokenizer_fingerprint[:12]}): prepare the store again"
@@ -299,4 +350,4 @@ def check_compatible(
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return words_of(error) or type(error).__name__

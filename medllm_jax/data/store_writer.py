@@ -165,7 +165,7 @@ class RowStoreWriter:
             _remove_store(self.path)
             self._folder.rename(self.path)
         self._finished = True
-        return StoreMetadata.from_json(text.encode())  # as every reader will see it
+        return StoreMetadata.from_json(text.encode(), str(self.path / METADATA_FILE))  # as every reader will see it
 
     def _corpus_rows(self, corpora: Mapping[str, CorpusFacts]):
         first = 0

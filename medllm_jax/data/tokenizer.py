@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,38 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 # Beside one of these a SentencePiece model is not the whole tokenizer, and transformers puts them together.
 _MORE_THAN_A_MODEL = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json")
 
+# normalizer_spec { add_dummy_prefix: false }, as protobuf: appended to a SentencePiece model, it is merged into it.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+_MAX_FILE_BYTES = 2**28  # the largest vocabularies that are published take an eighth of it
+
+# Tokenizers that differ in anything but the vocabulary differ in the ids of one of these: case, accents, Unicode forms,
+# widths, white space, digits, scripts, emoji, and how a text begins.
+_PROBES = (
+    "The patient's fever is 39.5°C; don't stop ASPIRIN 100mg/day.",
+    "患者は38.5℃の発熱と、右下腹部痛を訴えている。",
+    "答え: 胃癌である。",
+    " leading, trailing ",
+    "two  spaces\t\ttabs\r\n\r\n\n\n  lines\n",
+    "\u3000全角　空白\xa0and\u2009thin",
+    "ＡＢＣ１２３，：㎎㎡ﾊﾝｶｸ①½²ﬁⅣ",
+    "\u304c \u304b\u3099 \xe9 e\u0301 \ufa19 \u795e \u212b",
+    "1234567890 3.14 1,000,000 2026年11月26日",
+    "🩺👩\u200d⚕️\u200b\ufeff\xad",
+    "ΑΒΓ Привет ÀÉÎ ßſ İı",
+    "def f(x_1):\n    return x_1 ** 2  # ~!@#$%^&*()",
+    "<s></s><unk>▁Ġ##ing",
+    "",
+    " ",
+    "\n",
+)
+
+# Parts of texts that tokenizers of words put a space between, or take one from.
+_PARTS = (("答え:", "胃癌である。"), ("a", "b c"), ("a", " b"), ("a ", "b"))
+
+_TEMPLATE_SECONDS = 10.0
+_TEMPLATE_CHARACTERS = 2**20  # that a chat template may write beside the messages
 
 
 def load_tokenizer(path: str | epath.PathLike) -> Any:
@@ -37,7 +69,8 @@ def load_tokenizer(path: str | epath.PathLike) -> Any:
     A ``transformers`` tokenizer; or ``SentencePieceTokenizer`` for a .model file, and for a folder that has only a
     tokenizer.model. Nothing is downloaded or executed.
 
-    Raises UserError where there is no tokenizer, or none that can be loaded.
+    Raises UserError where there is no tokenizer, or none that can be loaded, and where what was loaded does something
+    else than the folder's tokenizer.json says.
     """
     path = _require_tokenizer(path)
     model = _lone_model(path)
@@ -48,15 +81,55 @@ def load_tokenizer(path: str | epath.PathLike) -> Any:
 
     with _local_copy(path) as local:
         try:
-            return AutoTokenizer.from_pretrained(str(local), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises many types, all meaning that these files are not usable
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True, trust_remote_code=False)
+            stated = _stated_ids(local / "tokenizer.json", tokenizer)
+        except BaseException as error:  # transformers raises many types, tokenizers' panics are not even Exceptions
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             hint = (
                 f"; its SentencePiece model alone is {path / _SENTENCEPIECE}"
                 if (path / _SENTENCEPIECE).exists()
                 else ""
             )
             raise UserError(f"the tokenizer in {path} cannot be loaded: {reason}{hint}") from error
+    _check_behaviour(tokenizer, stated, path)
+    return tokenizer
+
+
+def _stated_ids(file: Path, tokenizer: Any) -> list[list[list[int]]]:
+    """The ids of each probe that a tokenizer.json allows, once it has the added tokens of the tokenizer; [] without it.
+
+    A class of transformers takes the vocabulary from the file and may bring its own normaliser and splitting.
+    """
+    if not file.exists() or not tokenizer.is_fast:
+        return []
+    import tokenizers
+
+    plain = tokenizers.Tokenizer.from_file(str(file))
+    plain.no_truncation()
+    plain.no_padding()
+    for token in tokenizer.added_tokens_decoder.values():
+        plain.add_special_tokens([token]) if token.special else plain.add_tokens([token])
+    plain.encode_special_tokens = True
+    # A setting beside the file may have texts begin with a space, and changes nothing else.
+    beginnings = ("", " ") if getattr(tokenizer, "add_prefix_space", False) else ("",)
+    return [[plain.encode(begin + text, add_special_tokens=False).ids for begin in beginnings] for text in _PROBES]
+
+
+def _check_behaviour(tokenizer: Any, stated: list[list[list[int]]], path: epath.Path) -> None:
+    """UserError where ids are drawn by chance, or differ from those that tokenizer.json gives."""
+    if tokenizer.is_fast and getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        raise UserError(f"the tokenizer in {path} leaves out merges by chance: set dropout to null in tokenizer.json")
+    if not stated:
+        return
+    for text, found, allowed in zip(_PROBES, encode_plain(tokenizer, _PROBES), stated, strict=True):
+        if found not in allowed:
+            raise UserError(
+                f"{path / 'tokenizer.json'} and {type(tokenizer).__name__}, which tokenizer_config.json names for it, "
+                f"read {text[:20]!r} differently ({len(allowed[0])} tokens, {len(found)}): one of them is not the "
+                'model\'s; where it is the class, set "tokenizer_class": "TokenizersBackend"'
+            )
 
 
 class SentencePieceTokenizer:
@@ -73,7 +146,9 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=epath.Path(file).read_bytes())
+            content = epath.Path(file).read_bytes()
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self._continuing = sentencepiece.SentencePieceProcessor(model_proto=content + _NO_DUMMY_PREFIX)
         except RuntimeError as error:
             raise UserError(f"{file} cannot be loaded: it is not a SentencePiece model") from error
         ids = list(range(len(self)))
@@ -86,12 +161,19 @@ class SentencePieceTokenizer:
     def __len__(self) -> int:
         return self._model.get_piece_size()
 
+    def pieces(self) -> list[tuple[str, float, bool, bool]]:
+        """Name and score of each token, and whether it is unknown or unused text."""
+        ids = list(range(len(self)))
+        of = self._model
+        return list(zip(of.id_to_piece(ids), of.get_score(ids), of.is_unknown(ids), of.is_unused(ids), strict=True))
+
     @property
     def all_special_tokens(self) -> list[str]:
         return self._model.id_to_piece(np.flatnonzero(self.control).tolist())
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._model.encode(list(texts))
+    def encode(self, texts: Sequence[str], *, continued: bool = False) -> list[list[int]]:
+        """Token ids; continued: of texts that go on after others, so that none begins with the space before a word."""
+        return (self._continuing if continued else self._model).encode(list(texts))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of token ids, with control pieces as their names unless they are skipped."""
@@ -108,14 +190,54 @@ def _known(token_id: int) -> int | None:
     return token_id if token_id >= 0 else None  # SentencePiece gives -1 where there is none
 
 
-def fingerprint(path: str | epath.PathLike) -> str:
-    """sha256 (hex) of what maps text to token ids; formatting of the files and chat templates change nothing.
+def fingerprint(path: str | epath.PathLike, tokenizer: Any = None) -> str:
+    """What identifies a tokenizer: a sha256 (hex) of what it does, "/", and one of its files; see ``same_tokenizer``.
 
-    A SentencePiece file has the fingerprint of a folder that holds only this file, as tokenizer.model.
+    The first is of what maps text to token ids in the loaded tokenizer (``tokenizer``, where it is at hand): its
+    vocabulary and merges, the ids of some texts that differ wherever tokenizers do, and the end-of-sequence token. How
+    its files are written, chat templates, and tokens for padding change nothing in it. Older stores have the second
+    alone.
 
-    Raises UserError where there is no tokenizer.
+    Raises UserError where there is no tokenizer, or none that can be loaded.
     """
     path = _require_tokenizer(path)
+    tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
+    return f"{_behaviour(tokenizer)}/{_hash_of_files(path)}"
+
+
+def same_tokenizer(one: str, other: str) -> bool:
+    """Whether two fingerprints are of tokenizers that do the same; of the files' hashes where one has nothing else."""
+    if "/" in one and "/" in other:
+        return one.partition("/")[0] == other.partition("/")[0]
+    return one.rpartition("/")[2] == other.rpartition("/")[2]
+
+
+def _behaviour(tokenizer: Any) -> str:
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        content: dict[str, Any] = {"pieces": tokenizer.pieces(), "plain": tokenizer.encode(_PROBES)}
+    else:
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+        texts = [*_PROBES, *(f"a {token} b{token}\u3000{token}{token}\n" for token in added)]
+        vocabulary = tokenizer.get_vocab()
+        tokens = sorted(vocabulary, key=vocabulary.__getitem__)  # two lists are written sooner than a mapping
+        content = {
+            "tokens": tokens,
+            "ids": [vocabulary[token] for token in tokens],
+            "plain": encode_plain(tokenizer, texts),
+            "rendered": encode_rendered(tokenizer, texts),
+        }
+        if tokenizer.is_fast:
+            model = json.loads(tokenizer.backend_tokenizer.model.__getstate__())
+            content["merges"] = [
+                merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or ()
+            ]
+            content["scores"] = model["vocab"] if isinstance(model["vocab"], list) else None
+    content["eos"] = tokenizer.eos_token_id
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_of_files(path: epath.Path) -> str:
+    """sha256 (hex) of the files that hold the vocabulary."""
     digest = hashlib.sha256()
     if (path / "tokenizer.json").exists():
         try:
@@ -170,13 +292,80 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]]
         return encode_plain(tokenizer, texts)
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template: put prompts as plain text, or give a tokenizer with one")
-    import jinja2
-
     try:
-        rendered = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in prompts]
-    except jinja2.TemplateError as error:
-        raise UserError(f"the tokenizer's chat template refuses the prompts: {error}") from error
+        rendered = [render_chat(tokenizer, m, generation_prompt=True) for m in prompts if not isinstance(m, str)]
+    except ChatTemplateError as error:
+        raise UserError(f"the tokenizer's chat template {error}") from error
     return encode_rendered(tokenizer, rendered)
+
+
+class ChatTemplateError(Exception):
+    """A chat template cannot render messages; the message goes on from "the chat template"."""
+
+
+def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], *, generation_prompt: bool = False) -> str:
+    """Messages as the tokenizer's chat template writes them, if asked with the beginning of the assistant's turn.
+
+    Templates are programs that others wrote: one that takes more than a few seconds, or writes far more than it was
+    given, is given up. Raises ChatTemplateError.
+    """
+    done: list[str | Exception] = []
+
+    def work() -> None:
+        options = {"tokenize": False, "add_generation_prompt": generation_prompt}
+        try:
+            done.append(tokenizer.apply_chat_template(messages, **options))
+        except Exception as error:  # whatever a program can raise
+            done.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)  # one that never ends must not keep the process
+    thread.start()
+    thread.join(_TEMPLATE_SECONDS)
+    if not done:
+        raise ChatTemplateError(f"does not come to an end within {_TEMPLATE_SECONDS:g} s")
+    [result] = done
+    if isinstance(result, Exception):
+        reason = (str(result).strip() or type(result).__name__).splitlines()[0][:100]
+        raise ChatTemplateError(f"cannot render the messages ({type(result).__name__}: {reason})") from result
+    if len(result) > _TEMPLATE_CHARACTERS + 10 * sum(len(str(message["content"])) for message in messages):
+        raise ChatTemplateError(f"writes {len(result):,} characters for a few")
+    return result
+
+
+def encode_parts(tokenizer: Any, examples: Sequence[Sequence[str]], *, rendered: bool) -> list[list[list[int]] | None]:
+    """Token ids of the parts of some texts, each part by itself, so that no token spans two.
+
+    rendered: whether a chat template wrote them, see ``encode_rendered``; else they are data, see ``encode_plain``.
+    None for a text that its parts' tokens, one after the other, do not read as: tokenizers of words may begin every
+    part with a space.
+    """
+    found = _encode_apart(tokenizer, examples, rendered)
+    if all(_are_whole(tokenizer, _PARTS, _encode_apart(tokenizer, _PARTS, False), False)):
+        return list(found)
+    whole = _are_whole(tokenizer, examples, found, rendered)
+    return [parts if is_whole else None for parts, is_whole in zip(found, whole, strict=True)]
+
+
+def _encode_apart(tokenizer: Any, examples: Sequence[Sequence[str]], rendered: bool) -> list[list[list[int]]]:
+    flat = [part for parts in examples for part in parts]
+    encoded = encode_rendered(tokenizer, flat) if rendered else encode_plain(tokenizer, flat)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        encoded = iter(zip(encoded, tokenizer.encode(flat, continued=True), strict=True))
+        return [[next(encoded)[number > 0] for number in range(len(parts))] for parts in examples]
+    left = iter(encoded)
+    return [list(itertools.islice(left, len(parts))) for parts in examples]
+
+
+def _are_whole(
+    tokenizer: Any, examples: Sequence[Sequence[str]], apart: Sequence[Sequence[Sequence[int]]], rendered: bool
+) -> list[bool]:
+    """Whether the parts' tokens read as those of the whole text."""
+    joined = ["".join(parts) for parts in examples]
+    encoded = encode_rendered(tokenizer, joined) if rendered else encode_plain(tokenizer, joined)
+    return [
+        tokenizer.decode([token for part in parts for token in part]) == tokenizer.decode(ids)
+        for parts, ids in zip(apart, encoded, strict=True)
+    ]
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool) -> list[list[int]]:
@@ -274,6 +463,9 @@ def _require_tokenizer(path: str | epath.PathLike) -> epath.Path:
         raise UserError(
             f"no tokenizer in {path}: expected tokenizer.json (or vocab.json and merges.txt, or tokenizer.model) there"
         )
+    for file in (path / name for name in (*_FILES, *_VOCABULARY_FILES)):
+        if file.exists() and file.stat().length > _MAX_FILE_BYTES:
+            raise UserError(f"{file} has more than {_MAX_FILE_BYTES // 2**20} MiB: that is no file of a tokenizer")
     return path
 
 

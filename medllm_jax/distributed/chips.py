@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
+from medllm_jax.ranges import Ranged, Slices
 
 GIB = 2**30
 MARGIN = 0.08  # of HBM that is better left free: fragments, and what the runtime itself holds
@@ -68,11 +69,11 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 @dataclass(frozen=True)
-class Topology:
+class Topology(Ranged):
     """Slices of one generation, as the compiler names them: ``v5p:4x4x4``."""
 
     name: str
-    slices: int = 1
+    slices: Slices = 1
 
     @property
     def generation(self) -> str:
@@ -107,11 +108,11 @@ class Topology:
 def parse_topology(text: str, slices: int = 1) -> Topology:
     """A Topology of a name like ``v5p:4x4x4``; UserError, with the names there are, for another form or generation."""
     generation, _, shape = text.partition(":")
-    if generation not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+    if generation not in CHIPS or not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}", shape):
         examples = ", ".join(chip.example for chip in CHIPS.values())
-        raise UserError(f"topology {text!r}: a name like one of {examples} is expected (generation:shape, in chips)")
-    if slices < 1:
-        raise UserError(f"slices is {slices}: it must be at least 1")
+        raise UserError(
+            f"topology {quoted(text)}: a name like one of {examples} is expected (generation:shape, in chips)"
+        )
     topology = Topology(text, slices)
     if len(topology.sizes) != topology.chip.axes:
         raise UserError(f"topology {text!r}: {generation} has {topology.chip.axes} axes, as in {topology.chip.example}")

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 
 from medllm_jax.config.schema import MeshConfig
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 
 
 def parse_mesh_sizes(text: str, defaults: MeshConfig = MeshConfig()) -> MeshConfig:  # noqa: B008 (frozen)
@@ -21,9 +21,9 @@ def parse_mesh_sizes(text: str, defaults: MeshConfig = MeshConfig()) -> MeshConf
     sizes = vars(defaults).copy()
     for entry in filter(None, text.split(",")):
         axis, _, size = entry.partition("=")
-        if axis not in sizes or not re.fullmatch(r"-1|[1-9][0-9]*", size):
+        if axis not in sizes or not re.fullmatch(r"-1|[1-9][0-9]{0,8}", size):
             raise UserError(
-                f"--mesh {text}: {entry!r} is not the size of an axis ({', '.join(sizes)}); "
+                f"--mesh {quoted(text, str)}: {quoted(entry)} is not the size of an axis ({', '.join(sizes)}); "
                 "sizes of axes are expected, such as fsdp=16,tensor=4"
             )
         sizes[axis] = int(size)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from medllm_jax.errors import RunError
+from medllm_jax.errors import RunError, UserError
 
 Result = TypeVar("Result")
 
@@ -21,12 +21,27 @@ def join(heartbeat_seconds: int) -> None:
     JAX_NUM_PROCESSES and JAX_PROCESS_ID say where they are. heartbeat_seconds: a process that is silent for so long is
     taken for dead, and all end.
     """
-    number, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-    jax.distributed.initialize(
-        num_processes=None if number is None else int(number),
-        process_id=None if index is None else int(index),
-        heartbeat_timeout_seconds=heartbeat_seconds,
-    )
+    number, index = _count("JAX_NUM_PROCESSES"), _count("JAX_PROCESS_ID")
+    try:
+        jax.distributed.initialize(num_processes=number, process_id=index, heartbeat_timeout_seconds=heartbeat_seconds)
+    except ValueError as error:  # what JAX was not told, and did not find
+        raise UserError(
+            f"distributed is true and JAX finds no cluster ({str(error).splitlines()[0][:100]}): neither a TPU pod, "
+            "GKE nor Slurm, and JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID are not all "
+            "set; set them, or distributed: false for one process"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        raise RunError(
+            f"the processes of the run did not find each other ({str(error).splitlines()[0][:60]}): see that all are "
+            "started and reach JAX_COORDINATOR_ADDRESS"
+        ) from error
+
+
+def _count(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text is not None and not text.isdecimal():
+        raise UserError(f"the environment variable {variable} is {text[:60]!r}: a whole number is expected")
+    return None if text is None else int(text[:18])
 
 
 def run_on_all(what: str, act: Callable[[], Result], known: type[Exception] = RunError) -> Result:

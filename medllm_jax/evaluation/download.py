@@ -8,6 +8,7 @@ from typing import NamedTuple
 from etils import epath
 
 from medllm_jax.errors import RunError, UserError
+from medllm_jax.storage.lease import sole_writer
 
 _RETRIES = 6
 _BACKOFF = 1.0  # seconds before the second repetition; each further wait is twice as long
@@ -48,6 +49,7 @@ def igakuqa_files(years: Sequence[int] | None = None, *, baselines: bool = False
     }
 
 
+@sole_writer("output")
 def fetch(
     files: Mapping[str, str],
     source: str,

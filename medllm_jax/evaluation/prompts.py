@@ -13,8 +13,9 @@ from typing import Any
 from etils import epath
 
 from medllm_jax.config.schema_reader import build, read_yaml_file
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 from medllm_jax.evaluation.exam import LETTERS, Question
+from medllm_jax.ranges import NewTokens, Ranged
 
 CONDITIONS = ("answer_only", "explain")
 Prompt = str | list[dict[str, str]]  # text to continue, or chat messages to answer
@@ -33,7 +34,7 @@ class Shot:
 
 
 @dataclasses.dataclass(frozen=True)
-class Condition:
+class Condition(Ranged):
     """What one condition adds after a question.
 
     `cue` ends the prompt, and the model's text follows it directly; `solution` is what follows the cue in a solved
@@ -41,7 +42,7 @@ class Condition:
     """
 
     cue: str
-    max_new_tokens: int
+    max_new_tokens: NewTokens
     solution: str = " {answer}"
     stop: tuple[str, ...] = ()
 
@@ -96,7 +97,9 @@ class PromptTemplate:
     def condition(self, name: str) -> Condition:
         """The settings of a condition; UserError where the template lacks it."""
         if name not in self.conditions:
-            raise UserError(f"template {self.name!r} has no condition {name!r}; it has {', '.join(self.conditions)}")
+            raise UserError(
+                f"template {quoted(self.name)} has no condition {quoted(name)}; it has {', '.join(self.conditions)}"
+            )
         return self.conditions[name]
 
     def _ask(self, text: str, choices: tuple[str, ...], k: int) -> str:
@@ -124,7 +127,8 @@ def load_template(name_or_path: epath.PathLike) -> PromptTemplate:
     file = _TEMPLATES / f"{name_or_path}.yaml" if str(name_or_path) in shipped else epath.Path(name_or_path)
     if not file.is_file():
         raise UserError(
-            f"no prompt template {str(name_or_path)!r}; give {', '.join(shipped)}, or the path of a YAML file"
+            f"no prompt template {quoted(str(name_or_path), most=300)}; "
+            f"give {', '.join(shipped)}, or the path of a YAML file"
         )
     return _template(read_yaml_file(file), str(file), file.name.removesuffix(".yaml"))
 
@@ -158,7 +162,7 @@ def _template(content: Any, where: str, name: str) -> PromptTemplate:
     _check_placeholders(where, "number_question", file.number_question, "question")
     _check_placeholders(where, "choice", file.choice, "letter text")
     if not file.conditions or file.conditions.keys() - set(CONDITIONS):
-        found = ", ".join(map(str, file.conditions)) or "none"
+        found = quoted(", ".join(map(str, file.conditions)) or "none", str)
         raise UserError(
             f"{where}: conditions: found {found}; {' and '.join(CONDITIONS)} (or one of them) were expected"
         )
@@ -185,8 +189,6 @@ def _condition(content: Any, where: str) -> Condition:
     _check_placeholders(where, "cue", condition.cue, "")
     _check_placeholders(where, "solution", condition.solution, "answer explanation")
     _check_no_empty_text(where, "stop", condition.stop)
-    if condition.max_new_tokens < 1:
-        raise UserError(f"{where}: 'max_new_tokens' is {condition.max_new_tokens}; at least 1 was expected")
     return condition
 
 
@@ -204,11 +206,11 @@ def _check_placeholders(where: str, key: str, text: str, allowed: str) -> None:
     try:
         fields = [(name, spec, conv) for _, name, spec, conv in string.Formatter().parse(text) if name is not None]
     except ValueError as e:
-        raise UserError(f"{where}: {key!r}: {e}; write {{{{ and }}}} for plain braces") from e
+        raise UserError(f"{where}: {key!r}: {quoted(e, str)}; write {{{{ and }}}} for plain braces") from e
     for name, spec, conversion in fields:
         if name not in allowed.split() or spec or conversion:
             known = ", ".join(f"{{{a}}}" for a in allowed.split()) or "none"
-            raise UserError(f"{where}: {key!r} has the unknown placeholder {{{name}}}; known are {known}")
+            raise UserError(f"{where}: {key!r} has the unknown placeholder {{{quoted(name, str)}}}; known are {known}")
 
 
 def _check_no_empty_text(where: str, key: str, texts: Collection[str]) -> None:

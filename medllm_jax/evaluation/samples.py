@@ -22,6 +22,7 @@ from medllm_jax.evaluation.prompts import Prompt, PromptTemplate
 from medllm_jax.evaluation.sampling import UNANSWERED, Completion, Sampler, SamplingParams, finish_reason_of
 from medllm_jax.storage.append import AppendedFile
 from medllm_jax.storage.json_lines import Row, parse_row
+from medllm_jax.storage.lease import sole_writer
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def prompt_of(question: Question, template: PromptTemplate, condition: str, *, c
     return (template.render_messages if chat else template.render)(question, condition)
 
 
+@sole_writer("file", beside=True)
 def sample_exam(
     exam: Exam,
     template: PromptTemplate,

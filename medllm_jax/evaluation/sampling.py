@@ -1,16 +1,16 @@
 """What a model is asked for, and what it answers: the same types for every way to ask one."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.prompts import Prompt
+from medllm_jax.ranges import NewTokens, Ranged, Samples, Seed, Temperature, TopP
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(Ranged):
     """How completions are drawn; the names are vLLM's, but for `max_new_tokens`.
 
     n: completions of each prompt. temperature: 0 takes the likeliest token. top_p: draws from the smallest set of
@@ -18,24 +18,17 @@ class SamplingParams:
     most (default as vLLM's). stop: strings that end a completion and are cut off.
     """
 
-    n: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    max_new_tokens: int = 16
+    n: Samples = 1
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    seed: Seed = 0
+    max_new_tokens: NewTokens = 16
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.n < 1:
-            raise UserError(f"samples is {self.n}: it must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature is {self.temperature}: a number of at least 0 was expected")
+        super().__post_init__()
         if not self.temperature and self.n > 1:
             raise UserError(f"temperature is {self.temperature}: {self.n} samples would all be the same")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
 
 
 UNANSWERED = "unanswered"  # why a completion ended that a server, whatever was tried, did not give

@@ -11,6 +11,7 @@ from medllm_jax.evaluation.exam import Exam
 from medllm_jax.evaluation.grading import TIERS, Grade, Summary, grade_by_tier, has_official, summarize, write_grades
 from medllm_jax.evaluation.predictions import Prediction
 from medllm_jax.evaluation.significance import Comparison, Estimate, accuracy, compare
+from medllm_jax.storage.lease import sole_writer
 from medllm_jax.storage.remote import write_whole
 from medllm_jax.terminal.tables import aligned
 
@@ -33,6 +34,7 @@ class SystemScore:
         grades = {tier: [by_tier[tier] for by_tier in found] for tier in tiers}
         return cls(name, condition, grades, {tier: summarize(found) for tier, found in grades.items()})
 
+    @sole_writer("folder")
     def write(self, folder: epath.Path, exam: Exam) -> None:
         """A folder of results as `medllm evaluate` writes them, of the strict tier."""
         folder.mkdir(parents=True, exist_ok=True)

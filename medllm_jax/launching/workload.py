@@ -13,6 +13,7 @@ from medllm_jax.distributed.chips import parse_topology
 from medllm_jax.distributed.mesh_sizes import mesh_sizes
 from medllm_jax.errors import UserError
 from medllm_jax.launching.slices import TpuSlices, slices_of
+from medllm_jax.ranges import GraceSeconds, Ranged, Restarts
 from medllm_jax.terminal.secrets import holds_secret, is_secret_name
 
 # What medllm's exit codes ask for (the table is in docs/launch.md).
@@ -25,7 +26,7 @@ ENVIRONMENT = {"JAX_PLATFORMS": "tpu,cpu"}
 
 
 @dataclass(frozen=True)
-class Workload:
+class Workload(Ranged):
     """A run to launch.
 
     program: verb of `medllm`, train or reference; restarts: at most so many after failures, preemptions not counted
@@ -37,8 +38,8 @@ class Workload:
     slices: TpuSlices
     image: str
     program: str = "train"
-    restarts: int = 10
-    grace: int = 300
+    restarts: Restarts = 10
+    grace: GraceSeconds = 300
     environment: tuple[tuple[str, str], ...] = ()
 
     def command(self, config_file: str) -> list[str]:
@@ -82,8 +83,6 @@ def make_workload(
         )
     _check_paths(config)
     _check_mesh(config, taken)
-    if more.get("restarts", 0) < 0 or more.get("grace", 1) < 1:
-        raise UserError("--max-restarts can't be negative, and --grace-seconds must be at least 1")
     return Workload(name, config, taken, environment=_environment(environment), **more)
 
 

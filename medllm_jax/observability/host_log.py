@@ -1,30 +1,37 @@
 """What one process of a run did, and when."""
 
-import contextlib
 import logging
 import time
+from collections.abc import Callable
 
 import jax
 from etils import epath
 
+from medllm_jax.errors import RunError
 from medllm_jax.storage.append import AppendedFile
+from medllm_jax.storage.best_effort import BestEffort
 
 _log = logging.getLogger(__name__)
 
 
 class HostLog:
-    """``logs/process-N.log`` of a run folder: what this process did and when. In a bucket it comes now and then."""
+    """``logs/process-N.log`` of a run folder: what this process did and when. In a bucket it comes now and then.
 
-    def __init__(self, run: epath.Path, *, every_seconds: float = 60.0):
+    A log that can't be written ends no run. check: raises RunError where the folder is another program's by now, which
+    the log is then too.
+    """
+
+    def __init__(self, run: epath.Path, *, check: Callable[[], None], every_seconds: float = 60.0):
         self._index, self._count = jax.process_index(), jax.process_count()
         path = run / "logs" / f"process-{self._index}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._check, self._attempt = check, BestEffort()
+        self._attempt("logs", lambda: path.parent.mkdir(parents=True, exist_ok=True))
         self._file, self._every, self._written = AppendedFile(path), every_seconds, 0.0
 
     def note(self, text: str) -> None:
         """Adds a line."""
         line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} [{self._index} of {self._count}] {text}\n"
-        self._file.add(line.encode())
+        self._write(lambda: self._file.add(line.encode()))
         if time.monotonic() - self._written > self._every:
             self.close()
 
@@ -35,7 +42,13 @@ class HostLog:
             _log.warning(f"[{self._index} of {self._count}] {text}")
 
     def close(self) -> None:
-        """Writes what is not written; a log that can't be written ends no run."""
+        """Writes what is not written."""
         self._written = time.monotonic()
-        with contextlib.suppress(OSError):
-            self._file.flush()
+        self._write(self._file.flush)
+
+    def _write(self, act: Callable[[], None]) -> None:
+        try:
+            self._check()
+        except RunError:
+            return  # the run hears of it where it writes what counts
+        self._attempt("logs", act)

@@ -4,7 +4,7 @@ import logging
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ class Progress:
 
     name: of the objective. start: step that the run goes on from. started: when it was first started, seconds since the
     epoch. step_flops: that the model needs for a step. mixed: whether each corpus has epochs of its own. settings: the
-    run's config as plain values, for W&B.
+    run's config as plain values, for W&B. check: raises RunError where the folder is another program's by now.
     """
 
     def __init__(
@@ -50,10 +50,11 @@ class Progress:
         step_flops: float,
         mixed: bool,
         settings: Mapping[str, Any],
+        check: Callable[[], None],
     ):
         writes = jax.process_index() == 0
         self._every = logging.every
-        self._seen, self._mixed, self._guard = seen, mixed, guard
+        self._seen, self._mixed, self._guard, self._check = seen, mixed, guard, check
         self._newest: jax.Array | None = None
         self._waited = 0.0
         self._row_ids: dict[int, np.ndarray] = {}
@@ -62,9 +63,9 @@ class Progress:
         self._seconds: list[float] = []  # of each step of this session, but the first
         self._log = None
         if writes:
-            self._log = MetricsLog(folder, after_step=start, wandb=logging.wandb, config=settings)
+            self._log = MetricsLog(folder, after_step=start, wandb=logging.wandb, config=settings, check=check)
             self._goodput = Goodput(started, self._log.seconds_before)
-        self._host = HostLog(folder)
+        self._host = HostLog(folder, check=check)
         self._host.note_and_show(f"from step {start} on, of {steps}; {len(jax.local_devices())} devices here")
         self._console = Console(f"{name} {folder.name}", steps, done=start, enabled=writes)
 
@@ -92,10 +93,11 @@ class Progress:
             self.flush(step)
 
     def flush(self, step: int) -> None:
-        """Fetches and writes what has gathered. RunError where the guard ends the run."""
+        """Fetches and writes what has gathered. RunError where the guard ends the run, or another program writes it."""
         rows = self._meter.take(self._waited)
         if not rows:
             return
+        self._check()
         memory = memory_in_use()
         last = rows[-1]
         for row in rows:

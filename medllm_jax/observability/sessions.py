@@ -12,7 +12,9 @@ import jax
 from etils import epath
 
 from medllm_jax.reliability import crash_report
-from medllm_jax.storage.json_lines import read_rows
+from medllm_jax.storage.append import keep_damaged
+from medllm_jax.storage.best_effort import BestEffort
+from medllm_jax.storage.json_lines import AppendedRows, read_appended_rows
 from medllm_jax.storage.remote import write_whole
 
 _log = logging.getLogger(__name__)
@@ -25,8 +27,9 @@ def begin(run: epath.Path, step: int, changes: dict[str, Any]) -> list[dict[str,
 
     step: that it goes on from. changes: settings that were changed by force, with what they were and are.
     """
-    file = run / FILE
-    before = [row.fields for row in read_rows(file)] if file.exists() else []
+    file, attempt = run / FILE, BestEffort()
+    found = attempt(FILE, lambda: read_appended_rows(file, _is_session))
+    before, damaged = found or AppendedRows([], [])
     device = jax.devices()[0]
     session = {
         "time": time.time(),
@@ -39,8 +42,20 @@ def begin(run: epath.Path, step: int, changes: dict[str, Any]) -> list[dict[str,
     }
     if before and before[-1]["code"] != session["code"]:
         _log.info(f"the code was {before[-1]['code']} and is now {session['code']}")
-    write_whole(file, "".join(json.dumps(line) + "\n" for line in [*before, session]))
-    return [*before, session]
+    sessions = [*before, session]
+
+    def write() -> None:
+        if found is None:  # it is there and can't be read now: it is not for this start to replace it
+            raise OSError(f"{file} can't be read")
+        keep_damaged(file, damaged)
+        write_whole(file, "".join(json.dumps(line) + "\n" for line in sessions))
+
+    attempt(FILE, write)
+    return sessions
+
+
+def _is_session(line: dict[str, Any]) -> bool:
+    return type(line.get("time")) in (int, float) and isinstance(line.get("code"), str)
 
 
 def code_version() -> str:

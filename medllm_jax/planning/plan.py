@@ -26,28 +26,23 @@ from medllm_jax.planning.estimate import (
 )
 from medllm_jax.planning.hlo import parse
 from medllm_jax.planning.search import try_settings
+from medllm_jax.ranges import NewTokens, PairsPerRow, Ranged, SequenceLength, Tokens
 from medllm_jax.training.resolve import ResolvedConfig, resolve
 
 DECODE_CHUNK = 16  # tokens that one call of the decoding program adds
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanOptions:
+class PlanOptions(Ranged):
     """What to plan. sequence_length: tokens of a row, or of a prompt; new_tokens: tokens of a completion; tokens: those
     of the whole run, if its hours are wanted."""
 
     topology: Topology
     program: Literal["train", "reference", "generate"] = "train"
-    sequence_length: int = 4096
-    pairs_per_row: int = 2
-    new_tokens: int = 512
-    tokens: int | None = None
-
-    def __post_init__(self):
-        for name in ("sequence_length", "pairs_per_row", "new_tokens", "tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    sequence_length: SequenceLength = 4096
+    pairs_per_row: PairsPerRow = 2
+    new_tokens: NewTokens = 512
+    tokens: Tokens | None = None
 
 
 def plan(config: RunConfig, options: PlanOptions, *, memory_only: bool = False) -> dict[str, Any]:

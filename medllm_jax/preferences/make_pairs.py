@@ -23,6 +23,7 @@ from medllm_jax.evaluation.grading import grade
 from medllm_jax.evaluation.prompts import PromptTemplate
 from medllm_jax.evaluation.samples import Samples, prompt_of
 from medllm_jax.evaluation.sampling import UNANSWERED, Completion
+from medllm_jax.ranges import Characters, PairsPerPrompt, Ranged
 
 Strategy = Literal["gold", "onpolicy", "both"]
 
@@ -33,7 +34,7 @@ _MAX_PLACES = 20  # first cases that the report names for each reason
 
 
 @dataclasses.dataclass(frozen=True)
-class PairOptions:
+class PairOptions(Ranged):
     """How pairs are made.
 
     strategy: what is preferred over a wrong sample: `gold` the ground-truth explanation and answer, `onpolicy` a right
@@ -43,19 +44,17 @@ class PairOptions:
     """
 
     strategy: Strategy = "both"
-    max_pairs_per_prompt: int = 10
-    min_characters: int = 1
-    max_characters: int | None = None
+    max_pairs_per_prompt: PairsPerPrompt = 10
+    min_characters: Characters = 1
+    max_characters: Characters | None = None
     format_failures: Literal["reject", "drop"] = "reject"
 
     def __post_init__(self):
-        if self.max_pairs_per_prompt < 1:
-            raise UserError(f"max_pairs_per_prompt is {self.max_pairs_per_prompt}: it must be at least 1")
-        longest = self.min_characters if self.max_characters is None else self.max_characters
-        if not 1 <= self.min_characters <= longest:
+        super().__post_init__()
+        if self.max_characters is not None and self.max_characters < self.min_characters:
             raise UserError(
                 f"a sample of {self.min_characters} to {self.max_characters} characters can't be: "
-                "min_characters is at least 1, and max_characters no less"
+                "max_characters must be no less than min_characters"
             )
 
 

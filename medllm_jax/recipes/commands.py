@@ -6,9 +6,12 @@ interrupted continues when it is asked for again, and any stage can be repeated 
 
 import shlex
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from medllm_jax.errors import PREEMPTED, Preempted, UserError
+from etils import epath
+
+from medllm_jax.errors import PREEMPTED, Preempted, RunError, UserError
+from medllm_jax.storage.json_files import read_json
 
 Main = Callable[[Sequence[str]], int]
 
@@ -20,15 +23,39 @@ class Runner:
         self._main = main
 
     def __call__(self, *arguments: Any) -> None:
-        """Prints `medllm ARGUMENTS` and runs it; UserError where it does not end well."""
+        """Prints `medllm ARGUMENTS` and runs it; what ends it is raised here as the error of that kind."""
         words = [str(argument) for argument in arguments]
         line = f"medllm {shlex.join(words)}"
         print(f"\n$ {line}", flush=True)
         code = self._main(words)
         if code == PREEMPTED:
             raise Preempted(f"in: {line}")
-        if code:
+        if code == 2:
             raise UserError(f"stopped at: {line}")
+        if code:  # which may pass, so that whoever starts it again is right to
+            raise RunError(f"stopped at: {line}")
+
+
+class Score(NamedTuple):
+    """Accuracy under one condition, from 0 to 1, and the number of questions."""
+
+    accuracy: float
+    questions: int
+
+
+def read_scores(folder: epath.PathLike, conditions: Sequence[str]) -> dict[str, Score]:
+    """Condition -> score, from the scores.json that `medllm evaluate` wrote; UserError where it is damaged."""
+    file = epath.Path(folder) / "scores.json"
+    found = read_json(file).get("conditions")
+    scores = {}
+    for condition in conditions:
+        entry = found.get(condition) if isinstance(found, dict) else None
+        accuracy, questions = (entry.get(key) if isinstance(entry, dict) else None for key in ("accuracy", "n"))
+        numbers = isinstance(accuracy, int | float) and isinstance(questions, int)
+        if not (numbers and 0 <= accuracy <= 1):
+            raise UserError(f"{file} has no score under {condition}: it is damaged; remove it, and it is made again")
+        scores[condition] = Score(accuracy, questions)
+    return scores
 
 
 def heading(text: str) -> None:

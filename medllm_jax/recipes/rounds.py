@@ -7,7 +7,7 @@ a round is in its folder.
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from etils import epath
 
@@ -17,15 +17,17 @@ from medllm_jax.config.schema_reader import build, read_yaml, rename_old_keys
 from medllm_jax.config.shipped import find_config
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.sampling import SamplingParams
-from medllm_jax.preferences.make_pairs import PairOptions
-from medllm_jax.recipes.commands import Runner, heading
-from medllm_jax.storage.remote import write_whole
+from medllm_jax.ranges import BatchSize, PairsPerPrompt, Range, Ranged, Samples, Seed, SequenceLength, Temperature, TopP
+from medllm_jax.recipes.commands import Runner, Score, heading, read_scores
+from medllm_jax.storage import lease
+from medllm_jax.storage.json_files import read_json
+from medllm_jax.storage.remote import names_in, write_whole
 from medllm_jax.storage.run_folder import recorded_config
 from medllm_jax.terminal.tables import markdown
 
 
 @dataclasses.dataclass(frozen=True)
-class RoundsConfig:
+class RoundsConfig(Ranged):
     """Rounds of RPO.
 
     Attributes:
@@ -52,28 +54,26 @@ class RoundsConfig:
     train: str
     questions: str
     held_out: str
-    rounds: int = 3
+    rounds: Annotated[int, Range(1, 1000)] = 3
     template: str = "igakuqa"
     conditions: tuple[str, ...] = ("answer_only", "explain")
-    samples: int = 8
-    temperature: float | tuple[float, ...] = 0.8
-    top_p: float = 1.0
-    seed: int = 0
+    samples: Samples = 8
+    temperature: Temperature | tuple[Temperature, ...] = 0.8
+    top_p: TopP = 1.0
+    seed: Seed = 0
     strategy: Literal["gold", "onpolicy", "both"] = "both"
-    max_pairs_per_prompt: int = dataclasses.field(default=10, metadata=renamed("most", {}))
-    sequence_length: int = 4096
-    batch_size: int = 8
+    max_pairs_per_prompt: PairsPerPrompt = dataclasses.field(default=10, metadata=renamed("most", {}))
+    sequence_length: SequenceLength = 4096
+    batch_size: BatchSize = 8
 
     def __post_init__(self):
-        if self.rounds < 1:
-            raise UserError(f"rounds is {self.rounds}: it must be at least 1")
+        super().__post_init__()
         if not isinstance(self.temperature, float) and len(self.temperature) < self.rounds:
             raise UserError(f"temperature has {len(self.temperature)} numbers and there are {self.rounds} rounds")
         # What can't be sampled or paired is known now, and not after the start has been examined.
         for number in range(1, self.rounds + 1):
-            drawn = {"temperature": self.temperature_of(number), "top_p": self.top_p, "seed": self.seed}
+            drawn = {"temperature": self.temperature_of(number), "top_p": self.top_p, "seed": self.seed + number}
             SamplingParams(n=self.samples, **drawn)
-        PairOptions(self.strategy, self.max_pairs_per_prompt)
 
     def temperature_of(self, number: int) -> float:
         return self.temperature if isinstance(self.temperature, float) else self.temperature[number - 1]
@@ -102,6 +102,11 @@ def run_rounds(config: RoundsConfig, medllm: Runner) -> epath.Path:
     train = load_run_config(config.train)
     if train.objective.name != "rpo":
         raise UserError(f"{config.train}: objective.name is {train.objective.name}: rounds are of rpo")
+    with lease.Lease(folder):
+        return _make_rounds(folder, config, train, medllm)
+
+
+def _make_rounds(folder: epath.Path, config: RoundsConfig, train: RunConfig, medllm: Runner) -> epath.Path:
     _open_folder(folder, config, train)
     results = [_examine(medllm, config, folder / "round-0", config.start)]
     for number in range(1, config.rounds + 1):
@@ -128,21 +133,24 @@ def _open_folder(folder: epath.Path, config: RoundsConfig, train: RunConfig) -> 
         del settings["rounds"][name]
     marker = folder / "rounds.json"
     if not marker.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if names_in(folder) - {lease.FILE}:
             raise UserError(f"{folder} is not empty and holds no rounds: choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(marker, json.dumps(settings, indent=2))
         return
-    found = _current(json.loads(marker.read_text()))
+    found = _current(read_json(marker), str(marker))
     if found != settings:
         section = next(section for section in settings if found[section] != settings[section])
-        name = next(name for name in settings[section] if found[section].get(name) != settings[section][name])
+        was, now = found[section], settings[section]
+        name = next(name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name))
         raise UserError(f"{folder} holds rounds of another {section} {name}: set it back, or choose another folder")
 
 
-def _current(recorded: dict[str, Any]) -> dict[str, Any]:
+def _current(recorded: dict[str, Any], where: str) -> dict[str, Any]:
     """Recorded settings as today's names have them, with the defaults of settings that are newer than the record."""
-    train = build(RunConfig, recorded["train"], where="rounds.json")
+    if not isinstance(recorded.get("rounds"), dict):
+        raise UserError(f"{where} has no settings of rounds: it is damaged; choose another folder")
+    train = build(RunConfig, recorded.get("train"), where)
     return json.loads(
         json.dumps({"rounds": rename_old_keys(RoundsConfig, recorded["rounds"]), "train": to_plain(train)})
     )
@@ -164,14 +172,23 @@ def _make_pairs(medllm: Runner, config: RoundsConfig, place: epath.Path, model: 
                 *("--seed", config.seed + number, "--output", rows),
             )
         except UserError:
-            if report.exists() and not json.loads(report.read_text())["prompts"].get("with pairs"):
+            if report.exists() and _has_no_pairs(report):
                 return False
             raise
     if not (place / "store" / "store.json").exists():
         tokenizer = epath.Path(model) / "tokenizer"
         length = ("--sequence-length", config.sequence_length, "--on-long", "skip")
-        medllm("data", "pairs", "--input", rows, "--tokenizer", tokenizer, "--output", place / "store", *length)
+        # A model makes up telephone numbers that are nobody's: they are masked and counted, and no round ends by them.
+        place_of = ("--input", rows, "--tokenizer", tokenizer, "--output", place / "store")
+        medllm("data", "pairs", *place_of, *length, "--pii", "mask")
     return True
+
+
+def _has_no_pairs(report: epath.Path) -> bool:
+    prompts = read_json(report).get("prompts")
+    if not isinstance(prompts, dict):
+        raise UserError(f"{report} does not count prompts: it is damaged; remove it, and the pairs are made again")
+    return not prompts.get("with pairs")
 
 
 def _train(medllm: Runner, config: RoundsConfig, place: epath.Path, before: str) -> None:
@@ -183,12 +200,12 @@ def _train(medllm: Runner, config: RoundsConfig, place: epath.Path, before: str)
     medllm("train", *run)
 
 
-def _examine(medllm: Runner, config: RoundsConfig, place: epath.Path, model: str) -> dict[str, Any]:
+def _examine(medllm: Runner, config: RoundsConfig, place: epath.Path, model: str) -> dict[str, Score]:
     """The held-out scores of a model, by condition."""
     output = place / "evaluation"
     if not (output / "scores.json").exists():
         medllm("evaluate", "--run", model, "--exam", config.held_out, *_prompts(config), "--output", output)
-    return json.loads((output / "scores.json").read_text())["conditions"]
+    return read_scores(output, config.conditions)
 
 
 def _prompts(config: RoundsConfig) -> tuple[Any, ...]:
@@ -198,18 +215,18 @@ def _prompts(config: RoundsConfig) -> tuple[Any, ...]:
 # --- what came of it -------------------------------------------------------------------------------------------------
 
 
-def _mean(result: dict[str, Any]) -> float:
-    return sum(scores["accuracy"] for scores in result.values()) / len(result)
+def _mean(result: dict[str, Score]) -> float:
+    return sum(score.accuracy for score in result.values()) / len(result)
 
 
-def _best(results: Sequence[dict[str, Any]]) -> int:
+def _best(results: Sequence[dict[str, Score]]) -> int:
     return max(range(len(results)), key=lambda number: _mean(results[number]))
 
 
-def _write_table(folder: epath.Path, conditions: Sequence[str], results: Sequence[dict[str, Any]]) -> epath.Path:
+def _write_table(folder: epath.Path, conditions: Sequence[str], results: Sequence[dict[str, Score]]) -> epath.Path:
     rows = [["round", *conditions, "mean", ""]]
     for number, result in enumerate(results):
-        scores = [f"{result[condition]['accuracy']:.3f}" for condition in conditions]
+        scores = [f"{result[condition].accuracy:.3f}" for condition in conditions]
         mark = "best" if number == _best(results) else ""
         rows.append([str(number or "start"), *scores, f"{_mean(result):.3f}", mark])
     write_whole(folder / "table.md", markdown(rows, numbers=False))

@@ -12,6 +12,7 @@ from etils import epath
 from medllm_jax.config.schema import GuardConfig
 from medllm_jax.errors import RunError
 from medllm_jax.storage.append import AppendedFile
+from medllm_jax.storage.best_effort import BestEffort
 
 _log = logging.getLogger(__name__)
 
@@ -23,12 +24,12 @@ class BadStepGuard:
 
     def __init__(self, config: GuardConfig, skipped: int, run: epath.Path):
         self.skipped = skipped
-        self._config, self._file = config, AppendedFile(run / FILE)
+        self._config, self._file, self._attempt = config, AppendedFile(run / FILE), BestEffort()
 
     def check(self, rows: list[dict[str, Any]], row_ids: Mapping[int, np.ndarray]) -> None:
         """Takes the metrics of steps, and the ids of the rows that each had.
 
-        RunError where the run must end; the model is then as it was before the step.
+        RunError where the run must end, before anything is saved of the state that a bad step has left.
         """
         for row in rows:
             if not row["skipped"]:
@@ -36,7 +37,20 @@ class BadStepGuard:
             self.skipped += 1
             cause = self._cause(row)
             numbers = {name: str(row[name]) for name in ("loss", "grad_norm")}  # JSON has no word for infinity
-            self._note({"step": row["step"], "cause": cause, **numbers, "rows": row_ids[row["step"]].tolist()})
+            self._note(
+                {
+                    "step": row["step"],
+                    "cause": cause or "the update is not finite",
+                    **numbers,
+                    "rows": row_ids[row["step"]].tolist(),
+                }
+            )
+            if cause is None:
+                raise RunError(
+                    f"step {row['step']} made parameters or moments that are not finite, of a loss and a gradient that "
+                    "are: look at the optimizer's settings, such as eps. Nothing was saved since; started again the "
+                    "run goes on from its last checkpoint"
+                )
             where = f"{cause} (step {row['step']}; rows and numbers are in {FILE} of the run folder)"
             if self._config.action == "stop":
                 raise RunError(
@@ -49,15 +63,18 @@ class BadStepGuard:
                     f"{self.skipped} steps were skipped, guard.max_skipped is {self._config.max_skipped}: {where}"
                 )
 
-    def _cause(self, row: dict[str, Any]) -> str:
+    def _cause(self, row: dict[str, Any]) -> str | None:
+        """Why a step changed nothing; None where it did change the state, to numbers that are not finite."""
         if np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]):
             if self._config.loss and row["loss"] > self._config.loss:
                 return f"the loss {row['loss']:.4g} is above guard.loss {self._config.loss:g}"
-            return f"the gradient's norm {row['grad_norm']:.4g} is above guard.grad_norm {self._config.grad_norm:g}"
+            if self._config.grad_norm and row["grad_norm"] > self._config.grad_norm:
+                return f"the gradient's norm {row['grad_norm']:.4g} is above guard.grad_norm {self._config.grad_norm:g}"
+            return None
         return f"loss {row['loss']} and gradient norm {row['grad_norm']}: not finite numbers"
 
     def _note(self, line: dict[str, Any]) -> None:
         if jax.process_index() != 0:
             return
-        self._file.add(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        self._attempt(FILE, lambda: self._file.add(json.dumps(line).encode() + b"\n"))
+        self._attempt(FILE, self._file.flush)

@@ -18,10 +18,10 @@ from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.distributed.processes import run_on_all
 from medllm_jax.errors import Preempted, RunError, UserError
 from medllm_jax.reliability import crash_report
-from medllm_jax.reliability.lease import Lease
 from medllm_jax.reliability.preemption import PreemptionHandler
 from medllm_jax.reliability.watchdog import Watchdog
 from medllm_jax.storage.faults import as_told
+from medllm_jax.storage.lease import Lease
 
 _log = logging.getLogger(__name__)
 

@@ -15,12 +15,11 @@ from medllm_jax.evaluation.prompts import CONDITIONS
 from medllm_jax.evaluation.samples import Samples
 from medllm_jax.evaluation.sampling import Completion
 from medllm_jax.storage.json_files import read_json
-from medllm_jax.storage.json_lines import Row, read_appended_rows
+from medllm_jax.storage.json_lines import Row
 from medllm_jax.storage.remote import names_in
-from medllm_jax.storage.run_folder import recorded_config
+from medllm_jax.storage.run_folder import METRICS, read_metrics, recorded_config
 
 _log = logging.getLogger(__name__)
-_MAX_STEP = 2**53
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +83,15 @@ def collect(paths: Iterable[str]) -> tuple[list[RecordedRun], list[Results]]:
     names |= {
         f: run_names[run] if of_run[run] == 1 else f"{run_names[run]}/{f.name}" for f, run in results.items() if run
     }
-    read = [RecordedRun(run_names[f], config, _metrics(f / "metrics.jsonl")) for f, config in runs.items()]
+    read = [RecordedRun(run_names[f], config, _metrics(f)) for f, config in runs.items()]
     return read, [_results(folder, names[folder]) for folder in results]
+
+
+def _metrics(run: epath.Path) -> list[dict[str, Any]]:
+    rows, damaged = read_metrics(run)
+    if damaged:
+        _log.warning(f"warning: {len(damaged)} lines of {run / METRICS} can't be read, the first is line {damaged[0]}")
+    return rows
 
 
 def _is_results(names: set[str]) -> bool:
@@ -141,15 +147,6 @@ def _json(file: epath.Path, fields: Mapping[str, Any]) -> dict[str, Any] | None:
         if not isinstance(row.get(name, kind), list) and not _is_number(content[name]):
             raise row.error(f"the field {name!r} is no number that can be shown")
     return content
-
-
-def _metrics(file: epath.Path) -> list[dict[str, Any]]:
-    """The numbers of every step. Left out are values that are no numbers, and, with a word, lines without a step."""
-    rows = read_appended_rows(file)
-    kept = [row for row in rows if type(row.get("step")) is int and 0 <= row["step"] < _MAX_STEP]
-    if len(kept) < len(rows):
-        _log.warning(f"{file}: {len(rows) - len(kept)} of {len(rows)} lines have no step, and are left out")
-    return [{name: value for name, value in row.items() if _is_number(value)} for row in kept]
 
 
 def _short(value: Any) -> str:

@@ -16,6 +16,7 @@ from medllm_jax.evaluation.prompts import CONDITIONS
 from medllm_jax.evaluation.significance import Comparison, Estimate, accuracy, compare
 from medllm_jax.report import plots
 from medllm_jax.report.collect import RecordedRun, Results
+from medllm_jax.storage.lease import sole_writer
 from medllm_jax.storage.remote import write_whole
 
 _CONDITION_NAMES = {"answer_only": "answer only", "explain": "with explanation"}
@@ -61,6 +62,7 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
+@sole_writer("output", unit="report")  # a run may be written in the same folder
 def write_page(
     runs: Sequence[RecordedRun], results: Sequence[Results], output: epath.PathLike, examples: Sequence[str] = ()
 ) -> epath.Path:

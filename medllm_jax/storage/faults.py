@@ -52,6 +52,8 @@ _TEXTS: dict[Kind, str] = {
     "full": "no space is left ({}): make room, then start again",
     "damaged": "storage gave back something else than was written, or only part of it ({})",
 }
+# What clients add to their words, for those who wrote them.
+_DETAILS = re.compile(r"\[(?:tensorstore_spec|http_response\w*|os_error_code|source locations)=.*", re.DOTALL)
 
 
 class Fault(NamedTuple):
@@ -66,7 +68,7 @@ def fault_of(error: BaseException | None) -> Fault | None:
     for each in _causes(error):
         kind = _kind(each)
         if kind is not None:
-            return Fault(kind, _words(each))
+            return Fault(kind, words_of(each))
     return None
 
 
@@ -146,7 +148,7 @@ def _of_http(status: int) -> Kind | None:
 
 
 def _of_tensorstore(text: str) -> Kind | None:
-    number = re.search(r"OS error (\d+)", text)
+    number = re.search(r"\[os_error_code='(\d+)'\]", text)
     if number:
         return _BY_ERRNO.get(int(number[1]))
     status, colon, _ = text.partition(": ")
@@ -163,9 +165,9 @@ def _is_a(error: BaseException, module: str, name: str) -> bool:
     return isinstance(of, type) and isinstance(error, of)
 
 
-def _words(error: BaseException) -> str:
-    """One line: the type where the text alone would say little, and what the client says without its own details."""
-    text = str(error).split(" [tensorstore_spec=")[0].split(" [http_response")[0].split(" [source locations")[0]
+def words_of(error: BaseException) -> str:
+    """One short line: the type where the text alone would say little, and what the client says without its details."""
+    text = _DETAILS.sub("", str(error))
     text = re.sub(r"\s+", " ", text).strip()
     name = type(error).__name__
     short = text if len(text) <= 200 else text[:197] + "..."

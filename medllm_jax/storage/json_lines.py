@@ -10,7 +10,7 @@ import json
 import math
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from etils import epath
@@ -22,6 +22,7 @@ from medllm_jax.storage.remote import open_buffered
 _REQUIRED = object()
 _WORDS = {str: "a string", list: "a list", bool: "true or false", int: "a whole number", float: "a number"}
 
+_MOST_APPENDED_BYTES = 2**24  # of a line that a program appends
 _BLOCK = 2**20  # bytes: how much of a line that is too long is read at a time
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape for half of a pair, which most lines lack
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors begin a file with it
@@ -142,21 +143,37 @@ def read_rows(file: epath.PathLike) -> list[Row]:
     return list(iterate_rows(file))
 
 
-def read_appended_rows(file: epath.PathLike) -> list[dict[str, Any]]:
+class AppendedRows(NamedTuple):
+    """What a file holds that a program appends to: its objects, and the numbers of the lines that are none.
+
+    A last line without an end, which a killed program leaves, is neither.
+    """
+
+    rows: list[dict[str, Any]]
+    damaged: list[int]
+
+
+def read_appended_rows(file: epath.PathLike, is_row: Callable[[dict[str, Any]], bool] = bool) -> AppendedRows:
     """The objects of a file that a program appends to; none where there is no file.
 
-    The first line that is not a JSON object ends them: a killed program leaves its last line torn.
+    is_row: whether an object is what the program writes; by default one that is not empty.
     """
-    rows: list[dict[str, Any]] = []
-    file = epath.Path(file)
-    if file.exists():
-        with open_buffered(file) as stream:
-            for line in read_lines(stream):
-                try:
-                    rows.append(parse_object(line.content or b""))
-                except LineError:
-                    break
-    return rows
+    found, file = AppendedRows([], []), epath.Path(file)
+    if not file.exists():
+        return found
+    with open_buffered(file) as stream:
+        for number, content in read_lines(stream, max_line_bytes=_MOST_APPENDED_BYTES):
+            if content is not None and content.isspace():
+                continue
+            try:
+                row = parse_object(content or b"")
+            except LineError:
+                row = None
+            if row is not None and is_row(row):
+                found.rows.append(row)
+            elif content is None or content.endswith(b"\n"):
+                found.damaged.append(number)
+    return found
 
 
 def parse_row(line: bytes | str, where: str) -> Row:

@@ -70,13 +70,14 @@ def open_buffered(path: "epath.Path", buffer_bytes: int = 2**20) -> "Iterator[io
         yield io.BufferedReader(raw, buffer_bytes)  # pyrefly: ignore[bad-specialization]
 
 
-def write_whole(path: "epath.Path", text: str) -> None:
+def write_whole(path: "epath.Path", content: str | bytes) -> None:
     """Writes a file that is there whole or not at all: in a bucket every object is, elsewhere it takes a rename."""
+    data = content.encode() if isinstance(content, str) else content
     if is_remote(path):
-        path.write_text(text)
+        path.write_bytes(data)
         return
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text)
+    unfinished.write_bytes(data)
     unfinished.replace(path)
 
 

@@ -7,8 +7,10 @@ sessions.jsonl  each start of the run        skipped.jsonl   steps that changed 
 logs/           what each process did        crashes/        how it failed, if it did
 profile/        traces for xprof             damaged/        checkpoints that did not hold what was written
 writer.json     which program writes now
+*.damaged-N     what could not be read of metrics.jsonl or sessions.jsonl, as it was
 """
 
+import math
 from typing import Any, Literal
 
 from etils import epath
@@ -17,8 +19,10 @@ from medllm_jax.config.load import to_plain, to_yaml
 from medllm_jax.config.schema import RunConfig
 from medllm_jax.config.schema_reader import build, metadata_along, read_yaml
 from medllm_jax.errors import UserError
+from medllm_jax.storage.json_lines import AppendedRows, read_appended_rows
 from medllm_jax.storage.remote import move_folder, names_in, remove_folder, write_whole
 
+METRICS = "metrics.jsonl"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -107,6 +111,22 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def read_metrics(run: str | epath.Path) -> AppendedRows:
+    """The numbers of a run's steps, in order, each step once: as it was last made. What was no number is NaN."""
+    found = read_appended_rows(epath.Path(run) / METRICS, _is_of_a_step)
+    by_step = {row["step"]: {name: math.nan if v is None else v for name, v in row.items()} for row in found.rows}
+    return AppendedRows([by_step[step] for step in sorted(by_step)], found.damaged)
+
+
+def _is_of_a_step(row: dict[str, Any]) -> bool:
+    numbers = (value is None or type(value) is float or _is_count(value) for value in row.values())
+    return _is_count(row.get("step")) and all(numbers)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
 
 
 def find_tokenizer(*runs: str | epath.Path | None) -> epath.Path | None:

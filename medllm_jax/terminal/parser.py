@@ -2,23 +2,49 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
+from medllm_jax.ranges import ranges_in
+
+
+class number:  # noqa: N801 (used as `int` is: type=number(Seed))
+    """The value of an option that is a number of a range: the same type that the setting of its name has.
+
+    kind: like ``Annotated[int, Range(1, 100)]``.
+    """
+
+    def __init__(self, kind: Any):
+        ((self.kind, self.within),) = ranges_in(kind)
+
+    def __call__(self, text: str) -> float:
+        form = r"[-+]?[0-9]{1,30}" if self.kind is int else r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
+        value = self.kind(text) if re.fullmatch(form, text) else None
+        if value is None or (self.within and value not in self.within):
+            expected = "a whole number" if self.kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{quoted(text)}: {expected} is expected, {self.within}")
+        return value
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, with the likely option where one is unknown."""
+    """argparse whose errors are one line, with the likely option where one is unknown, and whose help names ranges."""
+
+    def add_argument(self, *names: Any, **more: Any) -> argparse.Action:
+        action = super().add_argument(*names, **more)
+        if isinstance(action.type, number) and action.help != argparse.SUPPRESS:
+            action.help = f"{action.help}; {action.type.within}"
+        return action
 
     def error(self, message: str):
-        raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+        raise UserError(f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)")
 
     def unknown(self, arguments: Sequence[str]) -> None:
         options = [option for action in self._actions for option in action.option_strings]
         near = difflib.get_close_matches(arguments[0].partition("=")[0], options, n=1)
         hint = f": did you mean {near[0]}?" if near else f" (see {self.prog} --help)"
-        raise UserError(f"{self.prog}: unknown argument {arguments[0]}{hint}")
+        raise UserError(f"{self.prog}: unknown argument {quoted(arguments[0], str)}{hint}")
 
 
 def verb(

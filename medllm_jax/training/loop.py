@@ -59,7 +59,7 @@ def train(config: RunConfig, *, force: bool = False) -> epath.Path:
         put = functools.partial(put_batch, mesh=mesh)
         with (
             open_stream(config, rows, meta["position"], reference) as stream,
-            open_progress(config, folder, start, started, seen, guard, rows.sequence_length) as progress,
+            open_progress(config, folder, start, started, seen, guard, rows.sequence_length, lease.check) as progress,
             Prefetcher(map(put, stream), busy=progress.device_is_busy) as batches,
             CheckpointWriter(folder, every=config.checkpoint.every, keep=config.checkpoint.keep) as checkpoints,
             Profiler(config.profiled, folder) as profiler,
@@ -75,11 +75,11 @@ def train(config: RunConfig, *, force: bool = False) -> epath.Path:
                 if held_out is not None and held_out.due(step):
                     metrics |= held_out.measure(state.params, frozen)
                 progress.add(step, metrics, batch.row_ids, batches.waited)
-                lease.check()
                 last = preemption.requested(step) or step == config.steps
                 if last or checkpoints.due(step):
                     watch.stage(f"saving step {step}")
                     progress.settle(step)  # first: a run that goes on must find the lines of steps that it passes over
+                    lease.check()
                     now = {"position": batch.position, "seen": seen.counts, "skipped": progress.skipped}
                     checkpoints.save(step, state, meta | now, force=last)
                 if last:

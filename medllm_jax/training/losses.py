@@ -3,6 +3,8 @@
 Everything after the LM head is float32. Shapes as in data/batch.py.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,16 +21,28 @@ HostOrDevice = Array | np.ndarray  # as a batch's arrays
 Model = Any  # a Qwen2: callable to hidden states, with head_weight
 
 
+Mean = tuple[Float32[Array, ""], Float32[Array, ""]]  # a sum and its weight
+
+
 class LossSum(NamedTuple):
     """Sums over rows; all float32 scalars.
 
-    The loss is ``total / weight``. means: name -> (sum, weight), reported as their ratio; counts: name -> sum.
+    What a step minimises is ``total / weight``. means: name -> parts, each a sum and its weight, reported as the sum of
+    their ratios, which is the same however rows are grouped; counts: name -> sum.
     """
 
     total: Float32[Array, ""]
     weight: Float32[Array, ""]
-    means: dict[str, tuple[Float32[Array, ""], Float32[Array, ""]]]
+    means: dict[str, tuple[Mean, ...]]
     counts: dict[str, Float32[Array, ""]]
+
+
+def averages(sums: LossSum) -> dict[str, Any]:
+    """Name -> float32 scalar that is reported of sums over all rows, on the device or fetched; 0 without weight."""
+    return {
+        name: functools.reduce(operator.add, (total / weight.clip(1e-8) for total, weight in parts))
+        for name, parts in sums.means.items()
+    }
 
 
 # (model, rows, whole) -> sums over the rows, which are all or some of a step's whole batch.
@@ -51,7 +65,7 @@ def next_token(config: ObjectiveConfig) -> Loss:
         counts = {"tokens": _tokens(batch)}
         if config.name == "sft":
             counts["response_tokens"] = weight
-        return LossSum(total, weight, {"loss": (total, weight)}, counts)
+        return LossSum(total, weight, {"loss": ((total, weight),)}, counts)
 
     return loss
 
@@ -91,24 +105,25 @@ def rpo(config: ObjectiveConfig) -> Loss:
         by_sequence = config.nll_reduction == "sequence"
         nll = -log_probs[..., 0] / jnp.maximum(lengths[..., 0] if by_sequence else _mean_chosen_length(whole, pairs), 1)
 
-        def mean(
-            value: Float32[Array, "B P"] | Bool[Array, "B P"], where: Bool[Array, "B P"]
-        ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+        def mean(value: Float32[Array, "B P"] | Bool[Array, "B P"], where: Bool[Array, "B P"]) -> Mean:
             return jnp.sum(value * where, dtype=jnp.float32), jnp.sum(where, dtype=jnp.float32)
 
         total, weight = mean(is_pair * preference + config.alpha * nll, exists)
         chosen = batch.loss_weights * (batch.branch_ids != 2)
-        means = {
-            "loss": (total, weight),
-            config.pair_loss: mean(preference, is_pair),
-            "nll": mean(nll, exists),
-            "rewards/chosen": mean(rewards[..., 0], is_pair),
-            "rewards/rejected": mean(rewards[..., 1], is_pair),
-            "rewards/margins": mean(margins, is_pair),
-            "rewards/accuracies": mean(margins > 0, is_pair),
-            "logps/chosen": mean(log_probs[..., 0], is_pair),
-            "logps/rejected": mean(log_probs[..., 1], is_pair),
-            "entropy": (jnp.sum(scores.entropies * chosen), jnp.sum(chosen)),
+        # Of tokens that count alike the mean needs no length of the whole batch, of which measuring has none.
+        of_tokens = (-jnp.sum(log_probs[..., 0]), jnp.sum(lengths[..., 0]))
+        nll_mean = mean(nll, exists) if by_sequence else of_tokens
+        means: dict[str, tuple[Mean, ...]] = {
+            "loss": (mean(is_pair * preference, exists), (config.alpha * nll_mean[0], nll_mean[1])),
+            config.pair_loss: (mean(preference, is_pair),),
+            "nll": (nll_mean,),
+            "rewards/chosen": (mean(rewards[..., 0], is_pair),),
+            "rewards/rejected": (mean(rewards[..., 1], is_pair),),
+            "rewards/margins": (mean(margins, is_pair),),
+            "rewards/accuracies": (mean(margins > 0, is_pair),),
+            "logps/chosen": (mean(log_probs[..., 0], is_pair),),
+            "logps/rejected": (mean(log_probs[..., 1], is_pair),),
+            "entropy": ((jnp.sum(scores.entropies * chosen), jnp.sum(chosen)),),
         }
         return LossSum(total, weight, means, {"tokens": _tokens(batch), "pairs": jnp.sum(is_pair, dtype=jnp.float32)})
 

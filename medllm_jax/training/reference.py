@@ -1,5 +1,7 @@
 """Reference log-probabilities of a pair store, computed once by the model that RPO starts from."""
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,11 +14,13 @@ from medllm_jax.checkpoint.load_model import initial_weights
 from medllm_jax.config.schema import RunConfig
 from medllm_jax.data.loader import in_order
 from medllm_jax.data.prefetch import put_batch
-from medllm_jax.data.reference_log_probs import write_references
+from medllm_jax.data.reference_log_probs import reference_folder, write_references
 from medllm_jax.data.rows import Rows
+from medllm_jax.distributed.processes import run_on_all
 from medllm_jax.distributed.sharding import check_divisible, make_mesh
 from medllm_jax.errors import UserError
 from medllm_jax.model.abstract import AbstractModel, abstract_model, merge_params
+from medllm_jax.storage.lease import Lease
 from medllm_jax.terminal.progress import Console
 from medllm_jax.training.programs import score_program
 from medllm_jax.training.resolve import ResolvedConfig, resolve
@@ -46,11 +50,20 @@ def cache_reference(config: RunConfig) -> int:
     initial = initial_weights(model, source, config.seed)  # by the same road as the run itself, adapters and all
     params = merge_params(initial.params, initial.frozen)
     fingerprint = model_fingerprint(params)
-    for rows in sources:
-        values = _score(config, model, mesh, params, rows)
-        if jax.process_index() == 0:
-            write_references(rows, fingerprint, values)
+    with contextlib.ExitStack() as stack:
+        run_on_all("taking the stores", lambda: _take(stack, sources, fingerprint))
+        for rows in sources:
+            values = _score(config, model, mesh, params, rows)
+            if jax.process_index() == 0:
+                write_references(rows, fingerprint, values)
     return sum(corpus.examples for rows in sources for corpus in rows.corpora)
+
+
+def _take(stack: contextlib.ExitStack, sources: Sequence[Rows], fingerprint: str) -> None:
+    """The right to write the values of a model beside each store of pairs, on the process that writes them."""
+    stores = {store.path: store for rows in sources for store in rows.stores if store.metadata.kind == "pairs"}
+    for store in stores.values() if jax.process_index() == 0 else ():
+        stack.enter_context(Lease.beside(reference_folder(store, fingerprint)))
 
 
 def _score(config: ResolvedConfig, model: AbstractModel, mesh: Mesh, params: Any, rows: Rows) -> np.ndarray:

@@ -1,12 +1,15 @@
 """A config whose model is known: what programs, sizes and checks are made from."""
 
 import dataclasses
+import math
 
 from medllm_jax.checkpoint.handle import Checkpoint, open_on_all
 from medllm_jax.config.load import to_plain
 from medllm_jax.config.schema import ModelConfig, RunConfig
 from medllm_jax.errors import UserError
 from medllm_jax.storage import run_folder
+
+_SPREAD = 0.02  # standard deviation of Qwen2.5's weights, about, and the size of what adapters begin with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +36,41 @@ def resolve(config: RunConfig, source: Checkpoint | None = None, *, elsewhere: b
 
     source: the checkpoint of `config.init`, where the caller has opened it; it is opened here otherwise, if needed.
     elsewhere: the run is not made here, so that a shape that the config gives is taken without a look at run folder or
-    checkpoint, which need not be there. UserError where config and checkpoint differ in shape.
+    checkpoint, which need not be there. UserError where config and checkpoint differ in shape, and for a new
+    run whose steps would be rounded away.
     """
     if elsewhere and config.model is not None:
+        _check_rounding(config)
         return _with_model(config, config.model)
     recorded = run_folder.recorded_config(config.run)
     if recorded is not None:  # a run that goes on no longer needs the checkpoint that it started from
         found = config.model or recorded.model
     elif config.init.checkpoint is None:
+        _check_rounding(config)
         found = config.model
     else:
+        _check_rounding(config)
         found = (source or open_on_all(config.init.checkpoint)).model
         _check_same_shape(config, found)
     if found is None:  # a config is refused that has neither, and a run records what it found
         raise UserError(f"run {config.run} names no model: set model, or init.checkpoint")
     return _with_model(config, found)
+
+
+def _check_rounding(config: RunConfig) -> None:
+    """UserError where weights, or adapters, would be stored so coarsely that most do not move.
+
+    AdamW changes a weight by about the learning rate. A bfloat16 has 8 significant bits, so that less than 1/512 of a
+    weight is always lost in rounding; 1/256 never is.
+    """
+    rate = config.optimizer.learning_rate
+    if config.precision.params == "bfloat16" and 256 * rate < _SPREAD:
+        moved = math.erf(384 * rate / _SPREAD / 2**0.5)
+        raise UserError(
+            f"precision.params is bfloat16 and optimizer.learning_rate is {rate:g}: steps that small are lost in "
+            f"rounding, and about {100 * moved:.2g} % of weights would move at all; set precision.params to float32, "
+            f"or a learning rate of at least {_SPREAD / 256:.0e}"
+        )
 
 
 def _check_same_shape(config: RunConfig, found: ModelConfig) -> None:

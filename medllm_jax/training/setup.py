@@ -1,6 +1,6 @@
 """The parts of the story that `train` tells."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -86,6 +86,12 @@ def open_rows(config: ResolvedConfig, stores: Sequence[str]) -> Rows:
             vocab_size=config.model.vocab_size,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None,
         )
+        longest = config.model.max_position_embeddings
+        if store.metadata.sequence_length > longest:
+            raise UserError(
+                f"store {store.path} has rows of {store.metadata.sequence_length} tokens, and the model was made for "
+                f"{longest} (max_position_embeddings): prepare shorter rows, or set model.max_position_embeddings"
+            )
     if config.objective.name == "rpo" and rows.kind != "pairs":
         raise UserError(f"{rows} holds no pairs, which an RPO run needs: add a store of pairs, or choose objective sft")
     return rows
@@ -155,8 +161,12 @@ def open_progress(
     seen: Seen,
     guard: BadStepGuard,
     sequence_length: int,
+    check: Callable[[], None],
 ) -> Progress:
-    """Where the metrics of this start go; started: when the run was first started, in seconds since the epoch."""
+    """Where the metrics of this start go; started: when the run was first started, in seconds since the epoch.
+
+    check: raises RunError where the folder is another program's by now.
+    """
     return Progress(
         folder,
         config.logging,
@@ -169,6 +179,7 @@ def open_progress(
         step_flops=train_flops(config.model, config.data.batch_size, sequence_length, config.adapter),
         mixed=config.data.mix is not None,
         settings=to_plain(config),
+        check=check,
     )
 
 

@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool
 
 from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.data.batch import Batch
 from medllm_jax.model.abstract import AbstractModel
-from medllm_jax.training.losses import Loss, LossSum
+from medllm_jax.training.losses import Loss, LossSum, averages
 
 
 def train_step(
@@ -29,7 +30,8 @@ def train_step(
 
     frozen: tree of the parameters that are not trained, if there are any. schedule: the optimizer's learning rate by
     step. largest_norm, largest_loss: a larger gradient norm, or loss, is a spike; with 0 none is. Where either is not
-    finite, or a spike, nothing is updated but the random key, and the metric `skipped` is 1.
+    finite, or a spike, nothing is updated but the random key, and the metric `skipped` is 1. So it is where an update
+    has made a parameter or moment that is not finite: that state must not be saved.
     """
     next_key, key = jax.random.split(jax.random.wrap_key_data(state.key))
     grads, sums = summed_gradients(state.params, batch, key, frozen, model=model, loss=loss, accumulate=accumulate)
@@ -37,15 +39,23 @@ def train_step(
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {name: total / jnp.maximum(count, 1e-8) for name, (total, count) in sums.means.items()}
+    metrics = averages(sums)
     norm = optax.global_norm(grads).astype(jnp.float32)
     good = jnp.isfinite(norm) & (norm <= (largest_norm or jnp.inf))
     good &= jnp.isfinite(metrics["loss"]) & (metrics["loss"] <= (largest_loss or jnp.inf))
-    metrics |= sums.counts | {"grad_norm": norm, "skipped": 1 - good.astype(jnp.float32)}
+    metrics |= sums.counts | {"grad_norm": norm}
     metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
     after = TrainState(state.step + 1, params, opt_state, state.key)
     kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state)
+    # Looked at when it is made: to choose by it would hold both states, and cost the memory of another model.
+    finite = all_finite(jax.lax.optimization_barrier(kept[:3]))
+    metrics["skipped"] = 1 - (good & finite).astype(jnp.float32)
     return kept._replace(key=jax.random.key_data(next_key)), metrics
+
+
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether every number of every array is finite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def summed_gradients(

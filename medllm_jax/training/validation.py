@@ -10,6 +10,7 @@ from medllm_jax.data.loader import in_order
 from medllm_jax.data.prefetch import put_batch
 from medllm_jax.data.rows import Rows
 from medllm_jax.inference.likelihood import Likelihood
+from medllm_jax.training.losses import averages
 from medllm_jax.training.programs import TrainProgram
 
 
@@ -61,5 +62,5 @@ class HeldOut:
             sums = found if sums is None else jax.tree.map(np.add, sums, found)
         if sums is None:
             return {}
-        means = {name: float(total / max(count, 1e-8)) for name, (total, count) in sums.means.items()}
+        means = {name: float(value) for name, value in averages(sums).items()}
         return means | {name: float(count) for name, count in sums.counts.items()}

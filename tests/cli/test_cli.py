@@ -3,12 +3,16 @@
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+import medllm_jax.cli
 from medllm_jax.cli import main
+from medllm_jax.errors import Preempted
 from tests.tiny import write_json_lines
 from tests.world import SEQUENCE_LENGTH
 
@@ -58,6 +62,22 @@ def test_mistakes_exit_2_with_one_line(arguments, line, capsys, monkeypatch, tmp
     errors = capsys.readouterr().err
     assert line in errors and errors.startswith("error: ") and errors.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (Preempted("before its first step"), 42)])
+def test_what_is_stopped_ends_at_once(monkeypatch, capsys, error, code):
+    """Without taking the interpreter apart under threads that compile, which ends in a segmentation fault."""
+    ended = []
+
+    def stop(*_):
+        raise error
+
+    monkeypatch.setattr(medllm_jax.cli, "parse", stop)
+    monkeypatch.setattr(medllm_jax.cli.os, "_exit", ended.append)
+    monkeypatch.setattr(sys, "argv", ["medllm", "train"])
+    assert main(["train"]) == code and not ended, "a caller's process is not ended"
+    main()
+    assert ended == [code] and len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_a_misspelt_setting_names_the_likely_one(world, tmp_path, capsys):
@@ -121,7 +141,7 @@ def test_a_config_file_lists_corpora_and_settings(world, tmp_path, capsys):
     for wrong, line in (
         ({"corpora": [corpus | {"license": "x"}]}, "corpora[0]: unknown key license: did you mean licence?"),
         ({"packings": "split"}, "unknown key packings: did you mean packing?"),
-        ({"corpora": 3}, "corpora is a list"),
+        ({"corpora": 3}, "corpora: expected a list of"),
     ):
         file.write_text(yaml.safe_dump(config | wrong))
         assert run("data", "cpt", "--config", file, "--overwrite") == 2
@@ -185,3 +205,26 @@ def test_a_bad_mesh_is_one_line(world, exam, capsys):
 def test_reference_of_a_cpt_config_is_refused(world, tmp_path, capsys):
     assert run("reference", "--config", config_file(tmp_path, world)) == 2
     assert "belong to an RPO run" in capsys.readouterr().err
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("medllm_jax.data.store.RowStore.open", lambda path: {}["a secret: token=hf_0123456789abcdefgh"])
+    with pytest.raises(KeyError):
+        run("data", "verify", tmp_path)
+    monkeypatch.delenv("MEDLLM_TRACEBACK")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert run("data", "verify", tmp_path) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    (report,) = tmp_path.glob("*/crashes/*.json")
+    assert line.startswith("error: this was not foreseen (KeyError: ") and str(report) in line
+    told = json.loads(report.read_text())
+    assert told["error"] == "KeyError" and any("test_cli.py" in frame for frame in told["traceback"])
+    assert "0123456789" not in line + report.read_text()
+
+
+def test_a_reader_that_leaves_is_no_error(world):
+    """As `medllm data show ... | head` does."""
+    program = [sys.executable, "-m", "medllm_jax.cli", "data", "show", str(world.token_store)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1

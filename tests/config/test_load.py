@@ -113,19 +113,19 @@ def test_a_mix_and_one_weight_of_it(run_file, tmp_path):
         (["--optimizer.b1", "true"], "optimizer.b1: expected a number, got True"),
         (["--optimizer.b1", ".nan"], "optimizer.b1: expected a number, got nan"),
         (["--distributed", "1"], "distributed: expected true or false, got 1"),
-        (["--run", "2024-01-01"], "run: expected text, got datetime.date(2024, 1, 1)"),
+        (["--seed", "2026-13-45"], "seed: expected a whole number, got '2026-13-45'"),
         (["--data", "{}"], "data.store is not set: it has no default"),
         (["--adapter", "{projections: [z]}"], "adapter.projections: expected a list of one of q_proj, k_proj"),
         (["--run", "5"], "run: expected text, got 5"),
         (["--objective.name", "dpo"], "objective.name: expected one of cpt, sft, rpo, got 'dpo'"),
         (["--data", "5"], "data: a mapping is expected, got 5"),
         (["--model.head_dim", "x"], "model.head_dim: expected a whole number or null, got 'x'"),
-        (["--steps", "0"], "steps is 0: it must be positive"),
+        (["--steps", "0"], "steps is 0: it must be at least 1 and at most 1,000,000,000"),
         (["--data.accumulate", "3"], "data.batch_size 8 is not a multiple of data.accumulate 3"),
         (["--data.prefetch", "1"], "data.prefetch 1 is less than data.threads 4"),
         (["--mesh.fsdp", "-1", "--mesh.data", "-1"], "at most one is -1"),
         (["--model.num_key_value_heads", "3"], "num_attention_heads 2 is not a multiple of"),
-        (["--objective.beta", "0"], "objective.beta is 0.0: it must be positive"),
+        (["--objective.beta", "0"], "objective.beta is 0.0: it must be at least 1e-06 and at most 1,000"),
         (["--objective.vocab_chunks", "3"], "objective.vocab_chunks 3 does not divide the vocabulary of 100"),
         (["--model", "null"], "neither model nor init.checkpoint is set"),
         (["stray"], "unexpected argument 'stray'"),
@@ -174,7 +174,7 @@ def test_not_utf8(tmp_path):
 
 def test_yaml_can_not_make_objects(tmp_path):
     (tmp_path / "run.yaml").write_text("run: !!python/object/apply:os.getcwd []\n")
-    with pytest.raises(UserError, match="could not determine a constructor"):
+    with pytest.raises(UserError, match=r"the tag .* is not read here"):
         load_run_config(tmp_path / "run.yaml")
 
 

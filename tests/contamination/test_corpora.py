@@ -63,7 +63,7 @@ def test_the_command(corpus, tmp_path, capsys):
         ([str(corpus / "store")], "is a store of tokens: give the --tokenizer"),
         ([str(corpus / "store"), "--tokenizer", str(tmp_path / "other")], "tokenizer"),
         (["nowhere"], "nowhere does not exist"),
-        ([str(corpus / "corpus.jsonl"), "--threshold", "0"], "the threshold in (0, 1]"),
+        ([str(corpus / "corpus.jsonl"), "--threshold", "0"], "--threshold: '0': a number is expected, above 0"),
     ):
         assert main([*arguments, *more]) == 2
         error = capsys.readouterr().err

@@ -181,3 +181,18 @@ def test_licence_and_notice_travel_with_the_model(place, capsys):
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=place / "out1", capture_output=True, check=False)
     assert done.returncode == 0, done.stdout
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "a\u2028b", '"); import os; ("', "", "a|b", "x" * 300])
+def test_base_names_that_are_none(place, capsys, name):
+    assert main(["to-hf", str(place / "rpo"), str(place / "out"), "--base-name", name]) == 2
+    error = capsys.readouterr().err
+    assert "a name in one line" in error and error.count("\n") == 1 and len(error) < 250
+    assert not (place / "out").exists()
+
+
+def test_a_run_that_names_itself_as_its_beginning_ends(place):
+    config = config_of(place, "circle", "circle", "texts")
+    write(place / "circle", config=to_plain(config))
+    text = documents(open_checkpoint(place / "circle", STEP), adapter=False, parameters=1)["README.md"]
+    assert "What came before the first of these stages is not known here" in text

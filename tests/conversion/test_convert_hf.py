@@ -1,3 +1,5 @@
+import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -18,8 +21,9 @@ from medllm_jax.checkpoint.write_model import write_model
 from medllm_jax.cli.convert import main
 from medllm_jax.config.load import to_plain
 from medllm_jax.config.schema import AdapterConfig, MeshConfig, ModelConfig, PrecisionConfig
+from medllm_jax.conversion.finite import non_finite
 from medllm_jax.conversion.hf_config import config_json, read_config
-from medllm_jax.conversion.hf_weights import open_hf
+from medllm_jax.conversion.hf_weights import open_hf, read_header
 from medllm_jax.conversion.names import WEIGHTS, parameter_shapes, tensors_of
 from medllm_jax.conversion.to_hf import parse_size
 from medllm_jax.conversion.verify import stacked_weights
@@ -28,7 +32,7 @@ from medllm_jax.distributed.sharding import make_mesh, parameter_shardings
 from medllm_jax.errors import UserError
 from medllm_jax.model.abstract import abstract_model
 from medllm_jax.training.loop import train
-from tests.tiny_hf import make_hf_folder, write_weights
+from tests.tiny_hf import DTYPES, make_hf_folder, write_weights
 from tests.training.test_train import config_of
 
 CONFIG = ModelConfig(
@@ -184,6 +188,15 @@ def test_export_of_a_step_is_that_step(converted, tmp_path, capsys):
     assert run("to-hf", two, tmp_path / "none", "--step", 3) == 2
     assert capsys.readouterr().err == f"error: {two} has no checkpoint of step 3: it has 0, 7\n"
 
+    (two / "checkpoints" / "7" / "commit_success.txt").unlink()
+    assert run("to-hf", two, tmp_path / "older") == 0
+    said = f"warning: {two}: step 7 lacks commit_success.txt, so it is still being written, or was cut off or damaged; "
+    assert f"{said}step 0, the newest that is whole, is taken" in "".join(capsys.readouterr())
+    assert_same_tensors(tmp_path / "older", tmp_path / "first")
+    (two / "checkpoints" / "0" / "commit_success.txt").unlink()
+    assert run("to-hf", two, tmp_path / "none") == 1
+    assert "holds no whole checkpoint: step 0, 7 lack commit_success.txt" in capsys.readouterr().err
+
 
 def test_a_run_on_a_mesh_of_eight_exports_on_one_cpu(world, tmp_path):
     config = config_of(world, tmp_path / "run", steps=1, mesh=MeshConfig(fsdp=4, tensor=2))
@@ -264,6 +277,7 @@ def test_quantised_models_are_exported_as_what_they_stand_for(tmp_path):
         (("--quantize", "nf4"), "blocks of 64 don't divide its rows"),
         (("--part", "0/2"), "--part 0/2"),
         (("--part", "half"), "--part half"),
+        (("--part", "1/99999999999999999"), "--part 1/99999999999999999"),
     ],
 )
 def test_options_that_make_no_sense(source, tmp_path, capsys, options, message):
@@ -322,10 +336,26 @@ def test_config_of_a_run_without_head_dim_names_none():
     [
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "only Qwen2ForCausalLM"),
         ({"architectures": ["Qwen2ForSequenceClassification"]}, "only Qwen2ForCausalLM"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope scaling 'dynamic'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling: type is 'yarn': rope scaling changes"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling: factor is 4.0: this key is not known here"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_parameters: rope_type is 'dynamic'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_parameters: full_attention is {"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"rope_type": "yarn"}},
+            "rope_scaling: rope_type is 'yarn'",
+        ),
+        ({"rope_parameters": {"rope_theta": 2e4}}, "rope_theta 10000.0 and 20000.0, rope_parameters: readers differ"),
+        ({"rope_parameters": "yarn"}, "rope_parameters is 'yarn': a mapping is expected"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"use_sliding_window": True}, "sliding-window attention"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu': only 'silu'"),
+        ({"use_sliding_window": True, "sliding_window": 64}, "sliding-window attention"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window attention"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1: only 0 can be converted"),
+        ({"per_layer_config": {"0": {"rms_norm_eps": 1e-3}}}, "per_layer_config is {'0': "),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "a model with code of its own"),
+        ({"something_new": "x" * 10_000}, "something_new is 'xxx"),
+        ({"k" * 10_000: None}, "kkk... is None: this key is not known here"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu': only 'silu' can be converted"),
         ({"quantization_config": {"bits": 4}}, "quantised weights"),
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"hidden_size": "32"}, "hidden_size"),
@@ -346,7 +376,27 @@ def assert_refused(source, tmp_path, capsys, message) -> None:
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
+    assert len(error) < 500
     assert names_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": None, "num_attention_heads": 2, "head_dim": 16},
+        {"use_sliding_window": True, "sliding_window": None},
+        {"sliding_window": 16, "max_window_layers": 0, "layer_types": ["full_attention"] * 2},
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000}},
+        {"rope_scaling": {"type": "default"}},
+        {"use_mrope": False, "quantization_config": None, "architectures": None, "vocab_size": 288.0},
+        {"dtype": "float16", "_name_or_path": "/home/me", "transformers_version": "9.0", "id2label": {"0": "A"}},
+    ],
+)
+def test_configs_that_ask_for_nothing_more(source, tmp_path, changes):
+    content = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | changes))
+    expected = {key: changes[key] for key in ("num_attention_heads", "head_dim") if key in changes}
+    assert read_config(tmp_path) == dataclasses.replace(read_config(source), **expected)
 
 
 # --- folders that are refused --------------------------------------------------------------------------------------
@@ -402,12 +452,26 @@ def padded_vocabulary(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(content | {"vocab_size": 284}))
 
 
+def change_config(folder: Path, **changes) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | changes))
+
+
+def frequencies(theta: float) -> np.ndarray:
+    """What old checkpoints keep as `rotary_emb.inv_freq`, for heads of 8."""
+    return (1.0 / theta ** (np.arange(0, 8, 2) / 8)).astype(np.float32)
+
+
+INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 SECOND = "model-00002-of-00002.safetensors"
 BROKEN = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config cut short": (lambda folder: (folder / "config.json").write_text('{"vocab'), "is not JSON"),
-    "config a list": (lambda folder: (folder / "config.json").write_text("[]"), "a mapping is expected, found list"),
+    "config a list": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        "a JSON object is expected, found a list",
+    ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no .safetensors file"),
     "pickles only": (pickles_only, "only pytorch_model.bin: pickle files are refused"),
     "shards without index": (no_index, "no model.safetensors.index.json"),
@@ -415,8 +479,44 @@ BROKEN = {
     "missing tensor": (rewrite(lambda w: w.pop(Q_PROJ)), f"missing tensors: {Q_PROJ}"),
     "extra tensor": (rewrite(lambda w: w.update(extra=w[Q_PROJ])), "does not have: extra"),
     "head though tied": (
-        rewrite(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"]})),
-        "though config.json sets tie_word_embeddings",
+        rewrite(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1})),
+        "lm_head.weight differs from the embedding though config.json sets tie_word_embeddings",
+    ),
+    "frequencies of another base": (
+        rewrite(lambda w: w.update({INV_FREQ: frequencies(20_000.0)})),
+        f"{INV_FREQ} has other frequencies than rope_theta 10000 gives",
+    ),
+    "blocks without end": (
+        lambda folder: change_config(folder, num_hidden_layers=20_000_000),
+        "config.json asks for 20000000 blocks, and the files hold 26 tensors",
+    ),
+    "a config that is a folder": (
+        lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").mkdir()),
+        "config.json is a folder",
+    ),
+    "a config 100,000 deep": (
+        lambda folder: (folder / "config.json").write_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"),
+        "config.json is not JSON",
+    ),
+    "a number of 5,000 digits": (
+        lambda folder: (folder / "config.json").write_text('{"vocab_size": ' + "1" * 5000 + "}"),
+        "config.json is not JSON",
+    ),
+    "generation config cut short": (
+        lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 0'),
+        "generation_config.json is not JSON",
+    ),
+    "generation config of another model": (
+        lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": [0, 288]}'),
+        "eos_token_id is [0, 288]: token ids below vocab_size 288 are expected",
+    ),
+    "a licence that is a link": (
+        lambda folder: (folder / "LICENSE").symlink_to("/etc/hostname"),
+        "LICENSE is a link to /etc/hostname, which is outside the folder",
+    ),
+    "a licence in bytes": (
+        lambda folder: (folder / "LICENSE").write_bytes(b"\xff\xfe"),
+        "LICENSE: not UTF-8 text at byte 0",
     ),
     "transposed": (
         rewrite(lambda w: w.update({Q_PROJ: w[Q_PROJ][:, :16].copy()})),
@@ -438,7 +538,7 @@ BROKEN = {
         reindex(lambda _, names: names.update({k: SECOND for k in names if k == "model.embed_tokens.weight"})),
         "does not say where model.embed_tokens.weight is",
     ),
-    "index empty": (reindex(lambda _, names: names.clear()), "weight_map is missing"),
+    "index empty": (reindex(lambda _, names: names.clear()), "weight_map is empty"),
     "index and a single file": (
         reindex(lambda folder, _: save_file({"x": np.ones(1)}, folder / "model.safetensors")),
         "remove one of them",
@@ -453,6 +553,147 @@ def test_folders_that_are_refused(broken, tmp_path, capsys, case):
     change, message = BROKEN[case]
     change(broken)
     assert_refused(broken, tmp_path, capsys, message)
+
+
+def test_tensors_that_say_nothing_new_are_taken(source, broken):
+    extra = {"model.layers.1.self_attn.rotary_emb.inv_freq": frequencies(10_000.0).astype(np.float16)}
+    extra |= {INV_FREQ: frequencies(10_000.0), "lm_head.weight": tensors_in(source)["model.embed_tokens.weight"]}
+    rewrite(lambda w: w.update(extra))(broken)
+    ours, theirs = (stacked_weights(open_hf(folder)) for folder in (broken, source))
+    assert ours.keys() == theirs.keys()
+    for path, value in theirs.items():
+        np.testing.assert_array_equal(ours[path], value)
+
+
+HEADERS = {
+    "longer than the file": (b"\xff" * 8, "its header should have 18446744073709551615 bytes"),
+    "no JSON": (b"{]", "is not JSON"),
+    "a list": (b"[]", "a JSON object is expected"),
+    "a name twice": (b'{"a":{},"a":{}}', "the key 'a' stands twice"),
+    "no fields": (b'{"a":7}', "is not a whole safetensors file"),
+    "no offsets": (b'{"a":{"dtype":"F32","shape":[2]}}', "is not a whole safetensors file"),
+    "text for offsets": (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":["0","8"]}}', "than whole numbers"),
+    "backwards": (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}', "is not where the tensor before it ends"),
+    "one over another": (
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+        "'b' is not where the tensor before it ends",
+    ),
+    "beyond the end": (b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}', "bytes and has"),
+    "a shape without end": (
+        b'{"a":{"dtype":"F32","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,8]}}',
+        "which is not what its shape (4294967296, 4294967296, 4294967296) takes",
+    ),
+    "a negative shape": (b'{"a":{"dtype":"F32","shape":[-1,-2],"data_offsets":[0,8]}}', "than whole numbers"),
+    "a shape of words": (b'{"a":{"dtype":"F32","shape":["2"],"data_offsets":[0,8]}}', "than whole numbers"),
+    "deep": (b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}", "is not a whole safetensors file"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_headers_that_are_refused(tmp_path, case):
+    header, message = HEADERS[case]
+    data = header if case == "longer than the file" else len(header).to_bytes(8, "little") + header
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(data + bytes(8))
+    with pytest.raises(UserError) as raised:
+        read_header(epath.Path(file))
+    assert message in str(raised.value)
+    assert len(str(raised.value)) < 500 and "\n" not in str(raised.value)
+
+
+def test_links_into_a_hub_cache_are_followed(source, tmp_path):
+    """As `huggingface_hub` keeps models: the files in blobs, and links to them in a snapshot of each revision."""
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(source.iterdir())):
+        shutil.copy(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
+    assert run("from-hf", snapshot, tmp_path / "run") == 0
+    carried = tmp_path / "run" / "tokenizer" / "generation_config.json"
+    assert not carried.is_symlink() and carried.read_bytes() == (source / "generation_config.json").read_bytes()
+
+
+# --- checksums, and weights that are no numbers --------------------------------------------------------------------
+
+
+def write_sums(folder: Path) -> None:
+    sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    (folder / "SHA256SUMS").write_text("".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
+
+
+def flip(folder: Path) -> None:
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+
+
+SUMS = {
+    "flipped": (flip, "SHA256SUMS says"),
+    "missing": (lambda folder: (folder / "tokenizer_config.json").unlink(), "tokenizer_config.json missing, which"),
+    "no sum": (
+        lambda folder: (folder / "SHA256SUMS").write_text("config.json\n"),
+        "SHA256SUMS:1: 'config.json': a sha",
+    ),
+    "elsewhere": (
+        lambda folder: (folder / "SHA256SUMS").write_text(f"{'0' * 64}  ../hostname\n"),
+        "the name of a file beside it are expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SUMS)
+def test_folders_that_are_not_what_their_sums_say(broken, tmp_path, capsys, case):
+    change, message = SUMS[case]
+    write_sums(broken)
+    change(broken)
+    assert_refused(broken, tmp_path, capsys, message)
+
+
+def test_files_without_a_sum_are_said(broken, tmp_path, capsys):
+    write_sums(broken)
+    (broken / "notes.txt").write_text("mine")
+    assert run("from-hf", broken, tmp_path / "run") == 0
+    assert "not in SHA256SUMS, so not checked: notes.txt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_values_that_are_no_numbers_are_counted(dtype):
+    values = np.random.default_rng(0).standard_normal((3, 700_001)).astype(DTYPES[dtype])
+    assert non_finite(values) == (0, 0)
+    values[0, :5], values[2, -3:], values[1, 7] = np.nan, np.inf, -np.inf
+    assert non_finite(values) == (5, 4)
+    assert non_finite(values[:, ::2]) == (3, 2)
+
+
+def odd_weights(folder: Path) -> None:
+    rewrite(lambda w: (w[Q_PROJ].__setitem__((0, slice(3)), np.nan), w[NORM].__setitem__(0, -np.inf)))(folder)
+
+
+NORM = "model.norm.weight"
+
+
+def test_weights_that_are_no_numbers_pass_only_if_asked_for(broken, tmp_path, capsys):
+    odd_weights(broken)
+    said = f"in 2 tensors: {Q_PROJ} (3 NaN), {NORM} (1 infinite); --allow-non-finite takes them as they are\n"
+    assert run("from-hf", broken, tmp_path / "run") == 2
+    assert said in capsys.readouterr().err
+    assert run("from-hf", broken, tmp_path / "run", "--resume") == 2  # what was odd is looked at again
+    assert said in capsys.readouterr().err
+    assert run("from-hf", broken, tmp_path / "run", "--resume", "--allow-non-finite") == 0
+    assert run("to-hf", tmp_path / "run", tmp_path / "out") == 2
+    assert said in capsys.readouterr().err
+    assert run("to-hf", tmp_path / "run", tmp_path / "out", "--resume", "--allow-non-finite") == 0
+    assert_same_tensors(broken, tmp_path / "out")
+
+
+def test_what_float16_cannot_hold_is_counted(broken, tmp_path, capsys):
+    rewrite(lambda w: w[Q_PROJ].__setitem__((0, slice(2)), 7e4))(broken)
+    assert run("from-hf", broken, tmp_path / "run") == 0
+    assert run("to-hf", tmp_path / "run", tmp_path / "out", "--dtype", "float16") == 2
+    error = capsys.readouterr().err
+    assert f"in 1 tensors: {Q_PROJ} (2 infinite); float16 can't hold all of bfloat16: give another --dtype" in error
+    assert error.count("\n") == 1
 
 
 def test_a_missing_source_is_refused(tmp_path, capsys):
@@ -498,7 +739,7 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "five", "-1GB", "0", "5TB"])
+@pytest.mark.parametrize("text", ["", "five", "-1GB", "0", "5TB", "9" * 400])
 def test_sizes_that_are_refused(text):
     with pytest.raises(UserError, match="--max-shard-size"):
         parse_size(text)

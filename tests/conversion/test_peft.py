@@ -16,6 +16,7 @@ from medllm_jax.checkpoint.handle import open_checkpoint
 from medllm_jax.checkpoint.load_model import load_model
 from medllm_jax.cli.convert import main
 from medllm_jax.config.schema import AdapterConfig, MeshConfig, PrecisionConfig
+from medllm_jax.conversion.peft import open_adapter
 from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.training.loop import train
 from tests.tiny_hf import make_hf_folder
@@ -155,6 +156,10 @@ def test_adapters_trained_by_peft_work_here(place, theirs, tmp_path, capsys):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert convert("to-hf", tmp_path / "run", tmp_path / "merged") == 0
     np.testing.assert_allclose(logits_of_torch(torch_model(tmp_path / "merged")), theirs, atol=1e-4)
+    text = (tmp_path / "merged" / "README.md").read_text()
+    assert "nothing was trained" not in text
+    assert "Adapters of hf were trained with PEFT, outside medllm_jax (theirs)" in text
+    assert "rank 3, scale 2.33333" in text and "exported merged into the base" in text
 
 
 def test_adapters_of_peft_are_trained_on(world, place, theirs, tmp_path, metrics_of):
@@ -203,12 +208,44 @@ REFUSED = {
     "no module": (change_config(target_modules=[]), "target_modules has []"),
     "a regular expression": (change_config(target_modules=".*q_proj"), "target_modules has '.*q_proj': some of"),
     "another rank": (change_config(r=5), "[4, 128], for the base it would be [5, 128]"),
-    "rank in words": (change_config(r="four"), "r is 'four': a number is expected"),
+    "rank in words": (change_config(r="four"), "r is 'four': a whole number is expected"),
+    "a broken rank": (change_config(r=4.5), "r is 4.5: a whole number is expected"),
+    "PiSSA": (change_config(init_lora_weights="pissa"), "init_lora_weights is 'pissa': its A and B stand on another"),
+    "PiSSA, fast": (change_config(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
+    "OLoRA": (change_config(init_lora_weights="olora"), "init_lora_weights is 'olora'"),
+    "LoftQ": (change_config(init_lora_weights="loftq"), "init_lora_weights is 'loftq'"),
+    "CorDA": (change_config(init_lora_weights="corda"), "init_lora_weights is 'corda'"),
+    "aLoRA": (change_config(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens is [1, 2]"),
+    "some blocks": (change_config(layers_to_transform=[0]), "layers_to_transform is [0]"),
+    "whole modules": (change_config(modules_to_save=["embed_tokens"]), "modules_to_save is ['embed_tokens']"),
+    "parameters": (change_config(target_parameters=["x"]), "target_parameters is ['x']"),
+    "another task": (change_config(task_type="SEQ_CLS"), "task_type is 'SEQ_CLS'"),
+    "a newer key": (change_config(use_newest=False), "use_newest is False: this key is not known here"),
     "missing": (change_weights(lambda w: w.pop(FIRST)), f"missing tensors: {FIRST}"),
     "extra": (change_weights(lambda w: w.update(extra=w[FIRST])), "tensors of no projection here: extra"),
     "integers": (change_weights(lambda w: w.update({k: v.astype(np.int8) for k, v in w.items()})), "is I8"),
     "two dtypes": (change_weights(lambda w: w.update({FIRST: w[FIRST].astype(np.float16)})), "several dtypes"),
 }
+
+
+NOTHING = {
+    "r": 4.0,
+    "init_lora_weights": "gaussian",
+    "modules_to_save": [],
+    "exclude_modules": [],
+    "rank_pattern": {},
+    "layers_to_transform": None,
+    "eva_config": None,
+    "peft_version": "9",
+    "auto_mapping": {"unsloth_fixed": True},
+}
+
+
+def test_what_asks_for_nothing_is_taken(place, tmp_path):
+    folder = shutil.copytree(place / "adapter", tmp_path / "adapter")
+    expected = open_adapter(str(folder), MODEL, {"base": "float32"})
+    change_config(**NOTHING)(folder)
+    assert open_adapter(str(folder), MODEL, {"base": "float32"}) == expected
 
 
 @pytest.mark.parametrize("case", REFUSED)

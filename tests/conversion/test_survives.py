@@ -18,7 +18,7 @@ from medllm_jax.checkpoint.orbax import steps
 from medllm_jax.cli.convert import main
 from medllm_jax.conversion import folders, run_weights, shards
 from medllm_jax.conversion.hf_weights import HFFolder, open_hf
-from medllm_jax.errors import UserError
+from medllm_jax.errors import RunError, UserError
 from tests.gcs import Faults, Gcs, be_impatient
 from tests.gcs_programs import Python, faults_crash_python, run
 from tests.tiny_hf import make_hf_folder
@@ -101,7 +101,7 @@ def steps_in(root, source=None):
 
 def assert_not_loadable(folder):
     for open_it in (open_hf, open_checkpoint):
-        with pytest.raises(UserError):
+        with pytest.raises((UserError, RunError)):
             open_it(folder)
 
 
@@ -255,6 +255,25 @@ def test_a_replacement_that_was_stopped_between_its_renames_is_gone_on_with(plac
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
+NOTES = [
+    "",
+    "[]",
+    '{"what": 1}',
+    '{"what": {}, "finished": 0, "done": {}}',
+    '{"done": {"x": 5}, "what": {}, "finished": true}',
+]
+
+
+@pytest.mark.parametrize("text", NOTES)
+def test_damaged_notes_are_one_line(place, tmp_path, capsys, text):
+    unfinished = folders.unfinished_folder(tmp_path / "out")
+    unfinished.mkdir()
+    (unfinished / ".conversion-0.json").write_text(text)
+    assert main([*steps_in(tmp_path, place)[1], "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert f"these notes are damaged: remove {unfinished} and begin anew" in error and error.count("\n") == 1
+
+
 def counting(read, reads):
     def counted(*arguments):
         reads.append(arguments[1])
@@ -273,7 +292,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_that_looks_whole(place, tmp_
     program = of_this_file(convert_with_little_disk, limit, *step)
     process = WarmPython(*program, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 2, said
+    assert process.returncode == 1, said
     assert said.count("\n") == 1
     assert "the disk is full" in said
     target = Path(step[2])

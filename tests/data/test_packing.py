@@ -61,7 +61,9 @@ def test_long_documents_come_back_from_their_pieces(lengths, size):
     assert sum(len(part) < size for part in parts) <= len(documents)
     rows = unpack(best_fit(map(document_segment, parts), size), size)
     assert Counter(tokens for row in rows for tokens, _ in row) == Counter(map(tuple, parts))
-    assert np.array_equal(np.concatenate([*parts, [0]]), np.concatenate([*documents, [0]]))
+    # A token that would stand alone in a last piece is left out.
+    whole = [each[: len(each) - (len(each) > 1 and len(each) % size == 1 % size)] for each in documents]
+    assert np.array_equal(np.concatenate([*parts, [0]]), np.concatenate([*whole, [0]]))
 
 
 @given(st.lists(st.integers(0, 50), max_size=20), SIZE)

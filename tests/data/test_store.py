@@ -1,5 +1,7 @@
-import dataclasses
+import contextlib
 import hashlib
+import itertools
+import json
 import pickle
 import shutil
 
@@ -7,7 +9,8 @@ import numpy as np
 import pytest
 
 from medllm_jax.data import store_writer as writer_module
-from medllm_jax.data.store import RowStore, StoreMetadata, check_compatible, verify
+from medllm_jax.data.prepare.store_report import report
+from medllm_jax.data.store import RowStore, check_compatible, verify
 from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
 from medllm_jax.errors import UserError
 from medllm_jax.storage.remote import kvstore_spec
@@ -130,7 +133,7 @@ def test_storage_that_cannot_be_reached_is_not_damage(tmp_path, monkeypatch):
             raise ValueError("UNAVAILABLE: the network is down")
 
     monkeypatch.setattr(store, "_array", Unreachable())
-    with pytest.raises(ConnectionError, match=r"row 1 of store .* cannot be read now: UNAVAILABLE"):
+    with pytest.raises(ValueError, match="UNAVAILABLE"):  # storage's own error, which the command line tells
         store.read([1])
 
 
@@ -175,8 +178,10 @@ def test_a_store_replaced_in_place_reads_anew(tmp_path):
 
 def broken(path, **changes):
     """A store.json that says something else, with a checksum that agrees."""
-    metadata = StoreMetadata.from_json((path / "store.json").read_bytes())
-    (path / "store.json").write_text(dataclasses.replace(metadata, **changes).to_json())
+    content = json.loads((path / "store.json").read_text()) | changes
+    del content["checksum"]
+    checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (path / "store.json").write_text(json.dumps(content | {"checksum": checksum}))
 
 
 def test_open_refuses_what_is_not_a_complete_store(tmp_path):
@@ -196,11 +201,44 @@ def test_open_refuses_what_is_not_a_complete_store(tmp_path):
     damaged("not a complete store", lambda: (path / "store.json").unlink())
     damaged("format version 99", lambda: broken(path, format_version=99))
     damaged("cannot be understood", lambda: (path / "store.json").write_text('{"format_version": 3, "checksum": 1}'))
-    damaged("cannot be understood", lambda: (path / "store.json").write_text('{"rows": 5'))
-    damaged("cannot be understood", lambda: (path / "store.json").write_text("[]"))
-    damaged("rows are int32", lambda: broken(path, rows=6))
+    damaged("is not JSON", lambda: (path / "store.json").write_text('{"rows": 5'))
+    damaged("a JSON object is expected", lambda: (path / "store.json").write_text("[]"))
+    damaged("is not JSON", lambda: (path / "store.json").write_text("[" * 100_000))
+    damaged("not the sums", lambda: broken(path, rows=6))
     damaged("rows are int32", lambda: broken(path, sequence_length=13))
     damaged("has lost its rows/zarr.json", lambda: shutil.rmtree(path / "rows"))
+
+
+def test_a_store_json_with_wrong_values_and_the_right_checksum_is_one_line(tmp_path):
+    """Each value in turn, in store.json and its corpora, is of another type or beyond all bounds."""
+    write_rows(tmp_path / "good", numbered_rows(5))
+    original = (tmp_path / "good" / "store.json").read_text()
+    content = json.loads(original)
+    names = [name for name in content if name != "checksum"]
+    wrong = (None, "x" * 100_000, -1, 2**63, 1.5, [], [{}], {"a": None}, True)
+    loose = {"packing", "recipe", "dropped", "digest", "tokenizer_fingerprint", "fill", "eos_token_id", "shard_rows"}
+    refused = 0
+    for name, value in itertools.product(names, wrong):
+        broken(tmp_path / "good", **{name: value})
+        try:
+            store = RowStore.open(tmp_path / "good")
+            store.tokens_per_row  # noqa: B018 (read)
+            report(store.metadata)
+        except UserError as error:
+            refused += 1
+            assert len(str(error)) < 600 and "\n" not in str(error), (name, value)
+        else:
+            assert name in loose or value == content[name] or name in ("vocab_size", "max_token_id", "pairs_per_row")
+        (tmp_path / "good" / "store.json").write_text(original)
+    for name, value in itertools.product(content["corpora"][0], wrong):
+        broken(tmp_path / "good", corpora=[content["corpora"][0] | {name: value}])
+        with contextlib.suppress(UserError):
+            report(RowStore.open(tmp_path / "good").metadata)
+        (tmp_path / "good" / "store.json").write_text(original)
+    assert refused > 100
+    broken(tmp_path / "good", newer=1)
+    with pytest.raises(UserError, match="unknown key newer"):
+        RowStore.open(tmp_path / "good")
 
 
 @pytest.fixture(params=["local", "in place"])

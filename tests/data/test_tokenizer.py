@@ -11,10 +11,12 @@ from medllm_jax.data import tokenizer as tokenizer_module
 from medllm_jax.data.tokenizer import (
     byte_pieces,
     control_tokens,
+    encode_parts,
     encode_plain,
     encode_rendered,
     fingerprint,
     load_tokenizer,
+    same_tokenizer,
 )
 from medllm_jax.errors import UserError
 from tests.tiny import SPECIAL_TOKENS, make_tokenizer
@@ -107,9 +109,9 @@ def test_sentencepiece_as_a_file_and_as_a_folder(sentencepiece_file, tokenizer_d
     assert encode_plain(load_tokenizer(tmp_path), TEXTS) == encode_plain(load_tokenizer(tokenizer_dir), TEXTS)
     assert fingerprint(tmp_path) == fingerprint(tokenizer_dir)
     (tmp_path / "broken.model").write_bytes(b"not a model")
-    assert fingerprint(tmp_path / "broken.model") != fingerprint(sentencepiece_file)
-    with pytest.raises(UserError, match="not a SentencePiece model"):
-        load_tokenizer(tmp_path / "broken.model")
+    for use in (load_tokenizer, fingerprint):
+        with pytest.raises(UserError, match="not a SentencePiece model"):
+            use(tmp_path / "broken.model")
 
 
 def test_byte_pieces_of_a_byte_level_vocabulary(tokenizer_dir):
@@ -148,10 +150,80 @@ def test_no_tokenizer_there(tmp_path):
         with pytest.raises(UserError, match=r"expected tokenizer\.json"):
             use(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot be loaded"):
-        load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="not a tokenizer file"):
-        fingerprint(tmp_path)
+    for use in (load_tokenizer, fingerprint):
+        with pytest.raises(UserError, match="cannot be loaded"):
+            use(tmp_path)
+
+
+def changed(folder, tmp_path, name, **files):
+    """A copy of a tokenizer's folder with some entries of its JSON files set anew."""
+    copy = shutil.copytree(folder, tmp_path / name)
+    for file, entries in files.items():
+        path = copy / f"{file}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    return copy
+
+
+def test_a_file_that_the_loaded_class_does_not_follow_is_refused(tokenizer_dir, tmp_path):
+    qwen = {"tokenizer_class": "Qwen2Tokenizer"}
+    nfkc = changed(tokenizer_dir, tmp_path, "nfkc", tokenizer={"normalizer": {"type": "NFKC"}}, tokenizer_config=qwen)
+    with pytest.raises(UserError, match=r"tokenizer\.json and Qwen2Tokenizer, .* read '.*' differently") as refused:
+        load_tokenizer(nfkc)
+    assert len(str(refused.value).splitlines()) == 1
+    (nfkc / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    [ids] = encode_plain(load_tokenizer(nfkc), ["ＡＢ㎎"])
+    assert [ids] == encode_plain(load_tokenizer(nfkc), ["ABmg"])
+
+    model = json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]
+    chance = changed(tokenizer_dir, tmp_path, "chance", tokenizer={"model": model | {"dropout": 0.1}})
+    with pytest.raises(UserError, match="by chance"):
+        load_tokenizer(chance)
+
+
+def test_fingerprint_is_of_what_the_loaded_tokenizer_does(tokenizer_dir, tmp_path):
+    known = fingerprint(tokenizer_dir)
+    token = {"content": "fever", "special": False, "lstrip": False, "rstrip": False, "normalized": False}
+    token |= {"single_word": False}
+    content = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    last = max(content["model"]["vocab"].values())
+    others = {
+        "added": {"added_tokens_decoder": {str(last + 1): token}},
+        "prefix": {"add_prefix_space": True, "tokenizer_class": "GPT2Tokenizer"},
+        "eos": {"eos_token": "<|im_end|>"},
+    }
+    for name, entries in others.items():
+        other = fingerprint(changed(tokenizer_dir, tmp_path, name, tokenizer_config=entries))
+        assert not same_tokenizer(known, other), name
+        # Of what older stores keep nothing tells them apart.
+        assert same_tokenizer(known.partition("/")[2], other)
+
+    again = load_tokenizer(tokenizer_dir)
+    again.pad_token = again.eos_token
+    again.chat_template = "{{ messages }}"
+    again.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "tokenizer.json").read_text())
+    written["post_processor"] = None
+    (tmp_path / "again" / "tokenizer.json").write_text(json.dumps(written))
+    saved = fingerprint(tmp_path / "again")
+    assert same_tokenizer(known, saved) and known.partition("/")[2] != saved.partition("/")[2]
+
+
+def test_parts_read_as_the_whole_text(sentencepiece_file, tokenizer_dir):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    parts = [("答え:", "患者は"), ("The patient", " has"), ("熱", "a", "fever")]
+    for source in (sentencepiece_file, tokenizer_dir):
+        tokenizer = load_tokenizer(source)
+        for text, found in zip(parts, encode_parts(tokenizer, parts, rendered=False), strict=True):
+            assert [tokenizer.decode(ids) for ids in found] == list(text) or source == sentencepiece_file
+            assert tokenizer.decode([token for ids in found for token in ids]) == "".join(text)
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "▁a": 1, "▁b": 2, "b": 3, "▁": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert encode_parts(tokenizer, [("a", "b"), ("a b",), ("a", " b")], rendered=False)[:2] == [None, [[1, 2]]]
 
 
 def test_fingerprint_sees_the_vocabulary_and_nothing_else(tokenizer_dir, tmp_path):
@@ -163,7 +235,9 @@ def test_fingerprint_sees_the_vocabulary_and_nothing_else(tokenizer_dir, tmp_pat
     content["model"]["merges"] = [" ".join(merge) for merge in merges]
     content["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
     (same / "tokenizer.json").write_text(json.dumps(content, indent=None))
-    (same / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    (same / "tokenizer_config.json").write_text(
+        (tokenizer_dir / "tokenizer_config.json").read_text().replace("{", '{"chat_template": "{{ messages }}",', 1)
+    )
     assert fingerprint(same) == fingerprint(tokenizer_dir)
 
     load_tokenizer(tokenizer_dir).save_pretrained(tmp_path / "saved")
@@ -174,14 +248,6 @@ def test_fingerprint_sees_the_vocabulary_and_nothing_else(tokenizer_dir, tmp_pat
     assert fingerprint(same) != fingerprint(tokenizer_dir)
     make_tokenizer(tmp_path / "other", texts=["something else entirely"])
     assert fingerprint(tmp_path / "other") != fingerprint(tokenizer_dir)
-
-
-def test_fingerprint_without_tokenizer_json(tmp_path):
-    (tmp_path / "vocab.json").write_text('{"a": 0}')
-    (tmp_path / "merges.txt").write_text("")
-    first = fingerprint(tmp_path)
-    (tmp_path / "merges.txt").write_text("a b")
-    assert fingerprint(tmp_path) != first
 
 
 def test_the_copy_for_object_storage_is_the_same_tokenizer(tokenizer_dir, tmp_path, monkeypatch):

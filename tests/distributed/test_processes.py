@@ -8,11 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from medllm_jax.checkpoint.orbax import steps
 from medllm_jax.config.load import to_yaml
 from medllm_jax.config.schema import WatchdogConfig
+from medllm_jax.distributed.processes import join
+from medllm_jax.errors import RunError, UserError
 from medllm_jax.training.loop import train
 from medllm_jax.training.reference import cache_reference
 from tests.training.test_train import HALVES, config_of, parts_of
@@ -43,6 +46,27 @@ def start_processes(*arguments, processes=2, devices=4, **environment):
 
 def medllm_in_two(*arguments):
     return start_processes("-m", "medllm_jax.cli", *map(str, arguments))
+
+
+@pytest.mark.parametrize(
+    ("environment", "fails_with", "error", "line"),
+    [
+        ({}, ValueError("coordinator_address should be defined."), UserError, "no cluster .coordinator_address should"),
+        ({}, jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: a\nb"), RunError, "did not find each other .DEADLINE_EXC"),
+        ({"JAX_PROCESS_ID": "-1"}, None, UserError, "JAX_PROCESS_ID is '-1': a whole number is expected"),
+        ({"JAX_NUM_PROCESSES": "two"}, None, UserError, "JAX_NUM_PROCESSES is 'two': a whole number is expected"),
+    ],
+)
+def test_processes_that_can_not_join_say_why_in_a_line(monkeypatch, environment, fails_with, error, line):
+    def initialize(**_):
+        raise fails_with
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(error, match=line) as caught:
+        join(100)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["cpt", "rpo"])

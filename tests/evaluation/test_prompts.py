@@ -117,7 +117,10 @@ def test_the_shown_examples_are_answered_by_their_own_letters():
         ({"conditions": {}}, r"conditions: found none; answer_only and explain"),
         ({"conditions": {"explian": {}}}, r"conditions: found explian; answer_only and explain"),
         ({"conditions": {"explain": {"cue": "A:"}}}, r"conditions: explain: max_new_tokens is not set"),
-        ({"conditions": {"explain": {"cue": "A:", "max_new_tokens": 0}}}, r"'max_new_tokens' is 0; at least 1"),
+        (
+            {"conditions": {"explain": {"cue": "A:", "max_new_tokens": 0}}},
+            r"conditions: explain: max_new_tokens is 0: it must be at least 1",
+        ),
         (
             {"conditions": {"explain": {"cue": "A:", "max_new_tokens": True}}},
             r"max_new_tokens: expected a whole number, got True",

@@ -174,7 +174,7 @@ def test_other_files_are_refused(whole, tmp_path, lines, line):
 @pytest.mark.parametrize(
     ("wrong", "name"),
     [
-        ({"n": 0}, "samples"),
+        ({"n": 0}, "n is 0"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),

@@ -85,7 +85,7 @@ def test_samples_of_transformers_depend_on_question_and_seed_alone(place):
         (("--hf", "nowhere"), "nowhere: no config.json in it"),
         ((), "--output is missing"),
         (("--output", "EMPTY"), "holds no samples: name the model"),
-        (("--run", "RUN", "--samples", "0"), "samples is 0"),
+        (("--run", "RUN", "--samples", "0"), "argument --samples: '0': a whole number is expected, at least 1"),
         (("--run", "RUN", "--chat"), "the tokenizer has no chat template"),
     ],
 )

@@ -1,13 +1,20 @@
 """What a run writes: every step once, also after an interruption; progress on a terminal and in a log."""
 
+import errno
 import json
+import math
+import os
 import time
 
 import jax.numpy as jnp
+import pytest
 from etils import epath
 
+from medllm_jax.errors import RunError
+from medllm_jax.observability.host_log import HostLog
 from medllm_jax.observability.metrics import Meter, MetricsLog
-from medllm_jax.storage.json_lines import read_appended_rows
+from medllm_jax.storage import append
+from medllm_jax.storage.run_folder import read_metrics
 from medllm_jax.terminal.progress import Console
 
 
@@ -31,9 +38,91 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     write(tmp_path, 0, range(1, 4))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    assert [row["step"] for row in read_appended_rows(epath.Path(tmp_path / "metrics.jsonl"))] == [1, 2, 3]
+    assert [row["step"] for row in read_metrics(tmp_path).rows] == [1, 2, 3]
     write(tmp_path, 3, [4])
     assert steps_in(tmp_path) == [1, 2, 3, 4]
+
+
+DAMAGED = {
+    "a flipped byte": b'{"step": 2, "lo\xf3s": 2.0}',
+    "a lost byte": b'{"step": 2 "loss": 2.0}',
+    "no step": b'{"loss": 2.0}',
+    "a step of another type": b'{"step": "2"}',
+    "a number of another type": b'{"step": 2, "step_seconds": "2"}',
+    "a number that no float holds": b'{"step": 2, "tokens": 1' + b"0" * 400 + b"}",
+    "two lines in one": b'{"step": 1}{"step": 2}',
+    "deep": b"[" * 10**5,
+    "not an object": b"2",
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED)
+def test_what_can_not_be_read_is_set_aside_and_the_rest_is_used(tmp_path, capsys, line):
+    write(tmp_path, 0, range(1, 4))
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    damaged = b"\n".join([lines[0], line, lines[2], b""])
+    (tmp_path / "metrics.jsonl").write_bytes(damaged)
+    write(tmp_path, 3, [4])
+    assert steps_in(tmp_path) == [1, 3, 4]
+    assert (tmp_path / "metrics.jsonl.damaged-1").read_bytes() == damaged
+    assert "(line 2): it is kept as metrics.jsonl.damaged-1" in capsys.readouterr().err
+
+
+def test_lines_are_json_and_what_is_no_finite_number_is_null(tmp_path):
+    log = MetricsLog(epath.Path(tmp_path), after_step=0)
+    log.write([{"step": 1, "loss": math.nan}, {"step": 2, "loss": math.inf}, {"step": 3, "loss": 1.0}])
+    log.close()
+    write(tmp_path, 3, [4])
+    text = (tmp_path / "metrics.jsonl").read_text()
+    read = [json.loads(line, parse_constant=pytest.fail)["loss"] for line in text.splitlines()]
+    assert read == [None, None, 1.0, 4.0]
+    assert [str(row["loss"]) for row in read_metrics(tmp_path).rows] == ["nan", "nan", "1.0", "4.0"]
+
+
+def test_a_step_that_stands_twice_counts_as_it_was_last_made(tmp_path):
+    lines = [(1, 1.0), (2, 2.0), (2, 3.0), (1, 4.0)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "loss": {v}}}\n' for n, v in lines))
+    assert read_metrics(tmp_path).rows == [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0}]
+
+
+def test_what_can_not_be_written_ends_no_run_and_is_written_later(tmp_path, capsys, monkeypatch):
+    log = MetricsLog(epath.Path(tmp_path), after_step=0)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(append, "_append", full)
+        disk.setattr(log._events, "write_event", full)
+        for step in (1, 2):
+            log.write([{"step": step, "loss": 1.0}])
+            log.settle()
+    log.write([{"step": 3, "loss": 1.0}])
+    log.close()
+    assert steps_in(tmp_path) == [1, 2, 3]
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1].split()[0] for line in warnings] == ["tensorboard", "metrics.jsonl"], "each is told once"
+    assert all("No space left on device" in line for line in warnings)
+
+
+def test_a_log_that_can_not_be_opened_ends_no_run(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "tensorboard").write_text("")
+    write(tmp_path, 0, [1])
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_nothing_is_written_where_another_program_writes_now(tmp_path):
+    def check():
+        raise RunError("is written by another program now")
+
+    log = MetricsLog(epath.Path(tmp_path), after_step=0, check=check)
+    log.write([{"step": 1, "loss": 1.0}])
+    with pytest.raises(RunError, match="by another program"):
+        log.close()
+    assert steps_in(tmp_path) == []
+    HostLog(epath.Path(tmp_path), check=check).note("what it does")
+    assert not list((tmp_path / "logs").iterdir())
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import yaml
+from etils import epath
 
 from medllm_jax.errors import UserError
 from medllm_jax.observability import sessions
@@ -38,6 +39,25 @@ def test_a_start_says_what_ran(config, tmp_path):
     (line,) = lines_of(tmp_path / "copy")
     assert (line["step"], line["changes"], line["processes"]) == (0, {}, 1)
     assert line["devices"] == "8 x cpu" and line["versions"]["jax"] and line["code"] == code_version()
+
+
+DAMAGED = [b'{"time": 1.0, "c\xffde": "a"}', b'{"time": "now", "code": "a"}', b'{"code": "a"}', b"[]", b'{"time": 1.0}']
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_starts_that_can_not_be_read_are_set_aside(tmp_path, line, capsys):
+    content = b'{"time": 5.0, "code": "a"}\n' + line + b"\n"
+    (tmp_path / "sessions.jsonl").write_bytes(content)
+    first, now = sessions.begin(epath.Path(tmp_path), 3, {})
+    assert first == {"time": 5.0, "code": "a"} and now["step"] == 3
+    assert lines_of(tmp_path) == [first, now] and (tmp_path / "sessions.jsonl.damaged-1").read_bytes() == content
+    assert "(line 2)" in capsys.readouterr().err
+
+
+def test_starts_that_can_not_be_written_down_end_no_run(tmp_path, capsys):
+    (tmp_path / "sessions.jsonl").mkdir()
+    assert len(sessions.begin(epath.Path(tmp_path), 0, {})) == 1
+    assert "sessions.jsonl can't be written" in capsys.readouterr().err
 
 
 def test_force_goes_on_with_another_config_and_says_so(config, tmp_path, metrics_of, monkeypatch, capsys):

@@ -68,7 +68,7 @@ def test_an_unknown_topology_is_one_line(file, capsys):
 
 def test_no_rows_are_refused(file, capsys):
     assert run(file, "--pairs-per-row", "0") == 2
-    assert "--pairs-per-row is 0" in capsys.readouterr().err
+    assert "--pairs-per-row: '0': a whole number is expected, at least 1" in capsys.readouterr().err
 
 
 def test_programs_for_other_devices_have_no_options():

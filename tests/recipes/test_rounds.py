@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from medllm_jax.checkpoint.fingerprint import model_fingerprint
 from medllm_jax.checkpoint.handle import open_checkpoint
@@ -11,9 +12,9 @@ from medllm_jax.cli import main
 from medllm_jax.config.load import load_run_config
 from medllm_jax.config.schema import MeshConfig, PrecisionConfig
 from medllm_jax.distributed.sharding import make_mesh
-from medllm_jax.errors import UserError
+from medllm_jax.errors import Preempted, RunError, UserError
 from medllm_jax.recipes import rounds as rounds_module
-from medllm_jax.recipes.commands import Runner
+from medllm_jax.recipes.commands import Runner, Score
 from medllm_jax.recipes.rounds import load_rounds_config, run_rounds
 from tests.tiny import write_json_lines
 from tests.world import SEQUENCE_LENGTH
@@ -65,7 +66,7 @@ def test_rounds_follow_each_other_go_on_and_end(file, tmp_path, monkeypatch, wor
     monkeypatch.setattr(
         rounds_module,
         "_examine",
-        lambda run, config, place, model: {"answer_only": {"accuracy": accuracies[place.name]}},
+        lambda run, config, place, model: {"answer_only": Score(accuracies[place.name], 10)},
     )
     commands, run = [], Runner(main)
 
@@ -100,6 +101,21 @@ def test_rounds_follow_each_other_go_on_and_end(file, tmp_path, monkeypatch, wor
     file.write_text(file.read_text().replace("samples: 3", "samples: 4"))
     with pytest.raises(UserError, match="holds rounds of another rounds samples"):
         run_rounds(load_rounds_config(str(file)), run)
+
+
+def test_what_a_model_makes_up_like_a_telephone_number_ends_no_round(file, tmp_path, world, capsys):
+    config = load_rounds_config(str(file))
+    pair = {"prompt": "Q", "chosen": " call 090-1234-5678", "rejected": " no"}
+    (tmp_path / "round-1").mkdir()
+    write_json_lines(tmp_path / "round-1" / "pairs.jsonl", [pair, pair | {"chosen": " yes"}])
+    assert rounds_module._make_pairs(Runner(main), config, epath.Path(tmp_path / "round-1"), str(world.model), 1)
+    assert "personal data, masked: in 1 of 2 pairs" in capsys.readouterr().out
+
+
+def test_a_stage_that_may_pass_when_it_is_started_again_says_so():
+    for code, error in ((1, RunError), (2, UserError), (42, Preempted)):
+        with pytest.raises(error, match="medllm train"):
+            Runner(lambda words, code=code: code)("train")
 
 
 def test_without_pairs_it_ends_and_says_so(file, capsys):

@@ -6,12 +6,14 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from medllm_jax.checkpoint.orbax import steps
 from medllm_jax.config.schema import GuardConfig
 from medllm_jax.data.loader import BatchStream
 from medllm_jax.data.rows import Rows
 from medllm_jax.errors import RunError, UserError
+from medllm_jax.reliability.bad_steps import BadStepGuard
 from medllm_jax.training import loop as train_module
 from medllm_jax.training.loop import train
 from tests.training.test_train import assert_equal_bits, config_of, params_of
@@ -84,6 +86,15 @@ def test_a_spike_changes_nothing(world, tmp_path, metrics_of):
         train(dataclasses.replace(config, run=str(tmp_path / "other"), guard=GuardConfig(grad_norm=1e-9)))
     with pytest.raises(RunError, match=r"the loss .* is above guard\.loss 0\.01"):
         train(dataclasses.replace(config, run=str(tmp_path / "third"), guard=GuardConfig(loss=0.01)))
+
+
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_a_state_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, action):
+    guard = BadStepGuard(GuardConfig(action), 0, epath.Path(tmp_path))
+    with pytest.raises(RunError, match="step 3 made parameters or moments that are not finite"):
+        guard.check([{"step": 3, "loss": 1.0, "grad_norm": 1.0, "skipped": 1.0}], {3: np.arange(2)})
+    (line,) = map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())
+    assert (line["step"], line["cause"], line["rows"]) == (3, "the update is not finite", [0, 1])
 
 
 @pytest.mark.parametrize("wrong", [{"max_skipped": 0}, {"grad_norm": -1.0}, {"loss": -1.0}])

@@ -1,10 +1,13 @@
 """A file that grows holds the same in a folder and in a bucket."""
 
+import errno
+import resource
+
 import pytest
 from etils import epath
 
 from medllm_jax.storage import append
-from medllm_jax.storage.append import AppendedFile
+from medllm_jax.storage.append import AppendedFile, keep_damaged
 
 
 @pytest.fixture(params=["disk", "bucket"])
@@ -42,3 +45,48 @@ def test_a_disk_has_a_line_at_once_and_a_bucket_after_the_flush(tmp_path, monkey
     assert (tmp_path / "lines.txt").exists() == (not remote)
     log.flush()
     assert (tmp_path / "lines.txt").read_text() == "a\n"
+
+
+def test_a_torn_last_line_is_left_alone(file):
+    file.write_text("whole\ntor")
+    log = AppendedFile(file)
+    log.add(b"a\n")
+    log.flush()
+    log.add(b"b\n")
+    log.flush()
+    assert file.read_text() == "whole\ntor\na\nb\n"
+
+
+def test_bytes_that_are_no_text_are_left_alone(file):
+    file.write_bytes(b"\xff\n")
+    log = AppendedFile(file)
+    log.add(b"a\n")
+    log.flush()
+    assert file.read_bytes() == b"\xff\na\n"
+
+
+def test_what_did_not_fit_is_written_whole_and_once_when_there_is_room(tmp_path):
+    path = epath.Path(tmp_path / "lines.txt")
+    log, limits = AppendedFile(path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    log.add(b"first\n")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        for _ in range(2):
+            with pytest.raises(OSError) as caught:
+                log.add(b"second\n")
+            assert caught.value.errno == errno.EFBIG and path.read_text() == "first\n"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.add(b"third\n")
+    assert path.read_text() == "first\nsecond\nsecond\nthird\n"
+
+
+def test_a_damaged_file_is_kept_under_another_name(tmp_path, capsys):
+    path = epath.Path(tmp_path / "lines.txt")
+    for content in ("one", "two"):
+        path.write_text(content)
+        keep_damaged(path, [])
+        keep_damaged(path, [3, 7])
+    assert [(tmp_path / f"lines.txt.damaged-{n}").read_text() for n in (1, 2)] == ["one", "two"]
+    warning = capsys.readouterr().err.splitlines()
+    assert len(warning) == 2 and "2 lines, the first of them line 3): it is kept as lines.txt.damaged-2" in warning[1]

@@ -59,11 +59,18 @@ def test_rows_know_their_place(tmp_path):
 
 def test_a_torn_line_ends_a_file_that_is_appended_to(tmp_path):
     file = tmp_path / "rows.jsonl"
-    assert read_appended_rows(file) == []
+    assert read_appended_rows(file) == ([], [])
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
-    assert read_appended_rows(file) == [{"step": 1}, {"step": 2}]
+    assert read_appended_rows(file) == ([{"step": 1}, {"step": 2}], [])
     with pytest.raises(UserError, match=r"rows.jsonl:3: not JSON"):
         read_rows(file)
+
+
+def test_of_a_file_that_is_appended_to_the_rest_of_what_can_be_read_is_read(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"step": 1}\n{"st\xffp": 2}\n[3]\n\n{}\n{"step": "6"}\n' + b"[" * 10**5 + b'\n{"step": 8}\n')
+    assert read_appended_rows(file) == ([{"step": 1}, {"step": "6"}, {"step": 8}], [2, 3, 5, 7])
+    assert read_appended_rows(file, lambda row: row.get("step") == 8) == ([{"step": 8}], [1, 2, 3, 5, 6, 7])
 
 
 IN_STORAGE = """

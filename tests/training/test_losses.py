@@ -10,7 +10,7 @@ import pytest
 
 from medllm_jax.config.schema import ObjectiveConfig
 from medllm_jax.data.batch import TARGET, batch_of
-from medllm_jax.training.losses import hidden_before, objective, pair_log_probs, score_targets
+from medllm_jax.training.losses import averages, hidden_before, objective, pair_log_probs, score_targets
 
 VOCAB, WIDTH = 24, 6
 CPT = ObjectiveConfig()
@@ -114,7 +114,7 @@ def test_next_token_is_the_mean_cross_entropy_of_tokens_with_a_past(rng, chunks)
                 expected.append(-log_softmax(hidden[row, place - 1] @ head.T)[batch.tokens[row, place]])
     assert float(sums.weight) == len(expected) == 36
     np.testing.assert_allclose(sums.total, np.sum(expected), rtol=1e-5)
-    np.testing.assert_allclose(sums.means["loss"][0], np.sum(expected), rtol=1e-5)
+    np.testing.assert_allclose(sums.means["loss"][0][0], np.sum(expected), rtol=1e-5)
     assert float(sums.counts["tokens"]) == 40
 
 
@@ -140,13 +140,12 @@ def test_rpo_is_its_formula(rng, chunks):
         ("logps/chosen", "logp_w"),
         ("logps/rejected", "logp_l"),
     ):
-        total, weight = sums.means[name]
-        np.testing.assert_allclose(total, np.sum(expected[key]), rtol=1e-5, err_msg=name)
-        assert float(weight) == 3
+        assert [float(weight) for _, weight in sums.means[name]] == [3] * len(sums.means[name])
+        np.testing.assert_allclose(averages(sums)[name], np.mean(expected[key]), rtol=1e-5, err_msg=name)
     margins = np.subtract(expected["chosen"], expected["rejected"])
-    np.testing.assert_allclose(sums.means["rewards/margins"][0], margins.sum(), rtol=1e-4)
-    assert float(sums.means["rewards/accuracies"][0]) == (margins > 0).sum()
-    total, weight = sums.means["entropy"]
+    np.testing.assert_allclose(sums.means["rewards/margins"][0][0], margins.sum(), rtol=1e-4)
+    assert float(sums.means["rewards/accuracies"][0][0]) == (margins > 0).sum()
+    ((total, weight),) = sums.means["entropy"]
     np.testing.assert_allclose(total, np.sum(expected["entropies"]), rtol=1e-5)
     assert float(weight) == len(expected["entropies"]) == 3 + 1 + 6
 
@@ -194,8 +193,8 @@ def test_a_policy_that_is_its_reference_has_no_margin(rng):
     batch, model = pair_batch(rng), model_of(rng, len(PAIRS))
     own = pair_log_probs(model, batch, PAIRS_A_ROW, vocab_chunks=1)
     sums = objective(RPO)(model, batch._replace(reference_log_probs=own), batch)
-    np.testing.assert_allclose(sums.means["dpo"][0], 3 * np.log(2), rtol=1e-6)
-    assert float(sums.means["rewards/margins"][0]) == 0
+    np.testing.assert_allclose(sums.means["dpo"][0][0], 3 * np.log(2), rtol=1e-6)
+    assert float(sums.means["rewards/margins"][0][0]) == 0
     assert not np.asarray(own[2]).any()
     assert not np.asarray(own[1, 1:]).any()
 
@@ -229,7 +228,7 @@ def test_other_losses_of_pairs(rng, changes, of_pair):
     batch, model = pair_batch(rng), model_of(rng, len(PAIRS))
     sums = objective(dataclasses.replace(RPO, **changes))(model, batch, batch)
     h, nll, lengths = parts_of(batch, model)
-    np.testing.assert_allclose(sums.means[changes.get("pair_loss", "dpo")][0], of_pair(h).sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums.means[changes.get("pair_loss", "dpo")][0][0], of_pair(h).sum(), rtol=1e-5)
     np.testing.assert_allclose(sums.total, (of_pair(h) + RPO.alpha * nll / lengths).sum(), rtol=1e-5)
 
 
@@ -239,6 +238,21 @@ def test_token_reduction_has_all_chosen_tokens_count_alike(rng):
     h, nll, lengths = parts_of(batch, model)
     expected = np.log1p(np.exp(-h)).mean() + RPO.alpha * nll.sum() / lengths.sum()
     np.testing.assert_allclose(sums.total / sums.weight, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_what_is_reported_is_the_same_in_parts_of_any_size(rng, reduction):
+    """As held-out rows are measured: a part knows nothing of the others, and their sums are divided once."""
+    batch, model = pair_batch(rng), model_of(rng, len(PAIRS))
+    loss = objective(dataclasses.replace(RPO, nll_reduction=reduction))
+    whole = loss(model, batch, batch)
+    np.testing.assert_allclose(averages(whole)["loss"], whole.total / whole.weight, rtol=1e-5)
+    parts = []
+    for row in range(len(PAIRS)):
+        part = jax.tree.map(lambda x, row=row: x[row : row + 1], batch)
+        parts.append(loss(model._replace(hidden=model.hidden[row : row + 1]), part, part))
+    for name, value in averages(jax.tree.map(lambda *sums: sum(sums), *parts)).items():
+        np.testing.assert_allclose(value, averages(whole)[name], rtol=1e-5, err_msg=name)
 
 
 def test_an_example_without_a_rejected_response_counts_its_nll(rng):

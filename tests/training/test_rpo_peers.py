@@ -12,7 +12,7 @@ from medllm_jax.config.schema import ObjectiveConfig
 from medllm_jax.conversion.names import tensors_of
 from medllm_jax.data.batch import Batch, batch_of
 from medllm_jax.data.packing import best_fit, pair_segment
-from medllm_jax.training.losses import LossSum, objective, pair_log_probs
+from medllm_jax.training.losses import LossSum, averages, objective, pair_log_probs
 from tests.tiny_hf import make_hf_folder, our_model
 
 BETA, ALPHA = 0.1, 1.0
@@ -116,7 +116,7 @@ def test_the_loss_of_a_real_model_is_that_of_float64(models, pairs, reduction):
     nll = -np.mean(chosen / lengths) if reduction == "sequence" else -np.sum(chosen) / lengths.sum()
     found, _, sums = loss_and_gradient(policy, batch, nll_reduction=reduction)
     np.testing.assert_allclose(found, np.mean(dpo) + ALPHA * nll, rtol=1e-6)
-    np.testing.assert_allclose(sums.means["dpo"][0] / sums.means["dpo"][1], np.mean(dpo), rtol=1e-6)
+    np.testing.assert_allclose(averages(sums)["dpo"], np.mean(dpo), rtol=1e-6)
 
 
 # --- LLaMA-Factory ---------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_nll_is_llama_factorys_pref_ftx_by_transformers(models, pairs, repeat_pr
         values.append(-log_probs[range(len(chosen)), tokens[0, len(prompt) :]].sum().item() / len(chosen))
     batch = batch_with_reference(pairs, reference, repeat_prompt=repeat_prompt)
     _, _, sums = loss_and_gradient(policy, batch, nll_reduction="sequence")
-    total, weight = sums.means["nll"]
+    ((total, weight),) = sums.means["nll"]
     assert float(weight) == len(pairs)
     np.testing.assert_allclose(total / weight, np.mean(values), rtol=1e-6)
 

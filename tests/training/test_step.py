@@ -3,9 +3,12 @@
 import dataclasses
 import functools
 import math
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -15,7 +18,7 @@ from medllm_jax.data.batch import batch_of
 from medllm_jax.data.prefetch import put_batch
 from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.model.abstract import AbstractModel, abstract_model, random_params
-from medllm_jax.training.losses import objective
+from medllm_jax.training.losses import LossSum, objective
 from medllm_jax.training.optimizer import make_optimizer, make_schedule
 from medllm_jax.training.step import summed_gradients, train_step
 from tests.world import tiny_config
@@ -43,6 +46,36 @@ def rows_of(kind, seed):
                 at += length
             reference[row, pair] = rng.normal(-20, 3, 2)
     return batch_of(rows, "pairs", reference)
+
+
+def one_step(optimizer, params, gradient, **limits):
+    """The state before and after a step of parameters whose gradients are given, and its metrics."""
+
+    def loss(params, rows, whole):
+        total = sum(jnp.sum(params[name] * gradient[name]) for name in params)
+        return LossSum(total, jnp.float32(1), {"loss": ((total, jnp.float32(1)),)}, {})
+
+    state = new_state(jax.tree.map(jnp.float32, params), optimizer, seed=0)
+    model = types.SimpleNamespace(merge=lambda params, frozen, key: params)
+    run = functools.partial(train_step, model=model, loss=loss, optimizer=optimizer, schedule=lambda _: 0.1, **limits)
+    return state, *jax.jit(functools.partial(run, accumulate=1))(state, jnp.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "params", "gradient"),
+    [
+        (optax.adamw(0.1, eps=0.0), {"used": [1.0, 2.0], "unused": [1.0]}, {"used": [1.0, 1.0], "unused": [0.0]}),
+        (optax.sgd(1e38), {"weight": [1.0]}, {"weight": [1e3]}),
+        (optax.sgd(3e38), {"weight": [-3e38]}, {"weight": [1.0]}),  # an update that is finite, and a sum that is not
+        (optax.trace(decay=2.0), {"weight": [1.0]}, {"weight": [1.0]}),  # and one that does nothing, which is none
+    ],
+    ids=["eps 0", "a large step", "a large weight", "a good one"],
+)
+def test_an_update_that_is_not_finite_is_seen(optimizer, params, gradient, request):
+    params, gradient = jax.tree.map(np.float32, (params, gradient), is_leaf=lambda x: isinstance(x, list))
+    *_, metrics = one_step(optimizer, params, {name: jnp.asarray(g) for name, g in gradient.items()})
+    good = request.node.callspec.id == "a good one"
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]) and metrics["skipped"] == 1 - good
 
 
 OBJECTIVES = {

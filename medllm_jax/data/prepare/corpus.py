@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from etils import epath
 
-from medllm_jax.data.packing import best_fit, check_sequence_length, concatenate_and_split, document_segment, pieces
+from medllm_jax.data.packing import best_fit, concatenate_and_split, document_segment, pieces
 from medllm_jax.data.prepare.dedup import DocumentHashes, find_duplicates
 from medllm_jax.data.prepare.files import DOCUMENT_FILES, find_files
 from medllm_jax.data.prepare.inventory import Inventory, manifest_of
@@ -46,7 +46,9 @@ from medllm_jax.data.prepare.tasks import (
 from medllm_jax.data.store import StoreMetadata
 from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter, check_replaceable
 from medllm_jax.data.tokenizer import eos_of, fingerprint, load_tokenizer
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
+from medllm_jax.ranges import Characters, MaxBytes, Ranged, SequenceLength, Share, SimilarityThreshold
+from medllm_jax.storage.lease import sole_writer
 from medllm_jax.storage.remote import remove_folder
 
 Packing = Literal["best_fit", "split"]
@@ -84,11 +86,11 @@ class Corpus:
 
     def __post_init__(self):
         if not self.name or set(self.name) & set("/ \t\n"):
-            raise UserError(f"a corpus is named {self.name!r}: give a name without white space and slashes")
+            raise UserError(f"a corpus is named {quoted(self.name)}: give a name without white space and slashes")
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(Ranged):
     """How documents become rows.
 
     Attributes:
@@ -106,27 +108,21 @@ class Recipe:
         pii_patterns: files with more patterns
     """
 
-    sequence_length: int = 4096
+    sequence_length: SequenceLength = 4096
     packing: Packing = "best_fit"
     append_eos: bool = True
     on_bad: OnBad = "error"
     normalise: Form = "none"
-    min_characters: int = 1
-    max_bytes: int = 2**26
+    min_characters: Characters = 1
+    max_bytes: MaxBytes = 2**26
     duplicates: Literal["keep", "exact", "near"] = "exact"
-    near_threshold: float = 0.8
+    near_threshold: SimilarityThreshold = 0.8
     pii: PiiMode = "fail"
-    pii_rate: float = 0.0
+    pii_rate: Share = 0.0
     pii_patterns: tuple[str, ...] = ()
 
-    def __post_init__(self):
-        check_sequence_length(self.sequence_length)
-        if self.min_characters < 1 or self.max_bytes < 1:
-            raise UserError("min_characters and max_bytes must be positive")
-        if not 0 < self.near_threshold <= 1:
-            raise UserError(f"near_threshold is {self.near_threshold}: give a share above 0, at most 1")
 
-
+@sole_writer("output", beside=True)
 def prepare_corpus(
     corpora: Sequence[Corpus],
     tokenizer_dir: str | epath.PathLike,
@@ -143,6 +139,7 @@ def prepare_corpus(
     a row is cut (counted as ``split_documents``); each piece is a segment that sees only itself. Rows hold one corpus
     each, in the order given. The same input and recipe give the same rows, whatever the executor.
 
+    One program at a time prepares an output (`lease.sole_writer`); on how many machines is the executor's affair.
     Work in progress is kept beside the output, in ``.NAME.preparing``: the same call after an interruption or an error
     resumes the preparation. executor: where the tasks run (see ``jobs.py``).
 
@@ -152,7 +149,8 @@ def prepare_corpus(
     """
     output = epath.Path(output)
     check_replaceable(output, overwrite=overwrite)
-    tokenizer, tokenizer_fingerprint = load_tokenizer(tokenizer_dir), fingerprint(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer_fingerprint = fingerprint(tokenizer_dir, tokenizer)
     ending = (eos_of(tokenizer, tokenizer_dir),) if recipe.append_eos else ()
     gate = PiiGate(recipe.pii, recipe.pii_rate, recipe.pii_patterns)
     cleaning = Cleaning(recipe.normalise, recipe.min_characters)
@@ -216,7 +214,7 @@ class _PreparedCorpus:
 
     def add_survey(self, outputs: Sequence[TaskOutput]) -> None:
         for result, _ in outputs:
-            self.rejections.merge(RejectionCounts.from_dict(result["dropped"]))
+            self.rejections.merge(RejectionCounts.from_dict(result["dropped"], result["rows"], result["of_files"]))
             self.findings.merge(result["personal_data"])
         if not self.findings.documents:
             raise UserError(f"no document to prepare in {self.corpus.input}; left out: {self.rejections}")
@@ -229,9 +227,11 @@ class _PreparedCorpus:
             self.tokens.merge(TokenStatistics.from_dict(result["tokens"]))
 
     def facts(self) -> CorpusFacts:
+        self.rejections.check_kept(self.kept, f"corpus {self.name}")
         stated = ("provenance", "licence", "processing", "contact")
         manifest = {field: getattr(self.corpus, field) for field in stated} | {
             **self.input,
+            "rows": self.rejections.rows,
             "dropped": self.rejections.as_dict(),
             "personal_data": self.findings.as_dict(),
             "text": self.text.as_dict(),
@@ -252,21 +252,23 @@ def _take_inventories(
     names = [corpus.name for corpus in corpora]
     if len(set(names)) < len(names):
         raise UserError(f"corpora share a name: {', '.join(names)}")
-    found = [find_files(corpus.input, DOCUMENT_FILES) for corpus in corpora]
+    passed_over = [RejectionCounts() for _ in corpora]
+    found = [find_files(corpus.input, DOCUMENT_FILES, over) for corpus, over in zip(corpora, passed_over, strict=True)]
     with ThreadPoolExecutor(16) as pool:  # in a bucket, a request each
         listed = list(pool.map(_listed, [path for paths in found for path in paths]))
     outputs = run_job(TakeInventory(_TASK_BYTES), list(_grouped(listed)), work, executor, progress)
     inventories = iter([Inventory.from_dict(each) for result, _ in outputs for each in result["files"]])
     prepared = []
-    for corpus, paths in zip(corpora, found, strict=True):
+    for corpus, paths, over in zip(corpora, found, passed_over, strict=True):
         own = list(itertools.islice(inventories, len(paths)))
         rejections = RejectionCounts()
         for inventory in own:
             if not inventory.ranges:
                 reject(Rejected(inventory.file, "the file is empty"), on_bad, rejections)
+                rejections.of_files += 1
         ranges = [(part, inventory.sha256) for inventory in own for part in inventory.ranges]
         options = ReadOptions(corpus.text_field, max_bytes, on_bad)
-        manifest = manifest_of(own)
+        manifest = manifest_of(own, over)
         prepared.append(_PreparedCorpus(corpus, manifest, list(read_tasks(ranges, options, _TASK_BYTES)), rejections))
         if corpus.checksum not in (None, manifest["checksum"]):
             raise UserError(

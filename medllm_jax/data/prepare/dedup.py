@@ -6,6 +6,7 @@ A document is represented by a digest of its text, and for near duplicates by a 
 
 import functools
 import hashlib
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -44,8 +45,9 @@ class DocumentHashes(NamedTuple):
 
 
 def text_digests(texts: Sequence[str]) -> np.ndarray:
-    """uint64 [n, 2]: blake2b of 16 bytes over each text's UTF-8."""
-    joined = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts)
+    """uint64 [n, 2]: blake2b of 16 bytes over the UTF-8 of each text's NFC: composed or not, it is the same text."""
+    composed = (unicodedata.normalize("NFC", text) for text in texts)
+    joined = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in composed)
     return np.frombuffer(joined, "<u8").reshape(-1, 2)
 
 

@@ -28,12 +28,13 @@ from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts,
 from medllm_jax.data.store import StoreMetadata
 from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
 from medllm_jax.data.tokenizer import (
+    ChatTemplateError,
     control_tokens,
-    encode_plain,
-    encode_rendered,
+    encode_parts,
     eos_of,
     fingerprint,
     load_tokenizer,
+    render_chat,
 )
 from medllm_jax.errors import UserError
 
@@ -120,32 +121,60 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._dir = str(tokenizer_dir)
 
-    def render(self, messages: Messages, where: str, *, prompt: bool = False) -> str | None:
-        """Messages as the template writes them, or None where it refuses.
+    def render(self, messages: Messages, where: str, *, prompt: bool = False) -> str:
+        """Messages as the template writes them.
 
-        prompt: with the beginning of the assistant's turn. UserError where the tokenizer has no chat template.
+        prompt: with the beginning of the assistant's turn. Raises UserError where the tokenizer has no chat template,
+        and NotRendered where the template fails, or leaves out a part of a message.
         """
         if not self._tokenizer.chat_template:
             raise UserError(
                 f"{where} has chat messages, and the tokenizer in {self._dir} has no chat template: "
                 "use plain strings, or a tokenizer with a template"
             )
-        import jinja2
-
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except jinja2.TemplateError:
-            return None
+            text = render_chat(self._tokenizer, messages, generation_prompt=prompt)
+        except ChatTemplateError as error:
+            raise NotRendered(f"the chat template of {self._dir} {error}") from error
+        # Templates may set white space as they like. Some cut what a model thinks from what it says.
+        written = _without_space(text)
+        for message in messages:
+            if _without_space(message["content"]) not in written:
+                raise NotRendered(f"the chat template leaves out a part of the {message['role']}'s message")
+        return text
+
+    def response(self, messages: Messages, prompt: str, where: str) -> str:
+        """What the template adds to a rendered prompt for the message of the assistant that comes last.
+
+        Raises NotRendered, also where the template does not go on from the prompt.
+        """
+        text = self.render(messages, where)
+        if not text.startswith(prompt):
+            before = self.render(messages[:-1], where)
+            opening = prompt.removeprefix(before)
+            if prompt.startswith(before) and text.startswith(before):
+                raise NotRendered(f"the chat template opens an answer with {opening[:60]!r}, and this one otherwise")
+            raise NotRendered("the chat template rewrites earlier messages when one follows")
+        # The line break that templates write after a turn comes after the model has stopped: no part of the response.
+        return text.removeprefix(prompt).rstrip()
+
+
+class NotRendered(Exception):  # noqa: N818 (what is told of a row, beside others)
+    """Messages cannot be rendered; the message is the reason."""
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
 
 
 def render(
     examples: Iterable[Example],
     template: ChatTemplate,
-    chat_parts: Callable[[ChatExample, ChatTemplate], Sequence[str] | None],
+    chat_parts: Callable[[ChatExample, ChatTemplate], Sequence[str]],
 ) -> Iterator[Rendered | Rejected]:
     """The parts of each example as text, in order.
 
-    chat_parts: gives the parts of an example of messages as a template writes them, or None where it can't.
+    chat_parts: gives the parts of an example of messages as a template writes them; raises NotRendered.
     """
     for example in examples:
         # A control token written out is an accident, or an attempt to pass text that a template has rendered; it would
@@ -154,10 +183,11 @@ def render(
             yield Rejected(example.where, "a control token stands in the text (use chat messages)")
         elif isinstance(example, TextExample):
             yield Rendered(example.sides, False, example.where)
-        elif (parts := chat_parts(example, template)) is None:
-            yield Rejected(example.where, "the chat template cannot render the messages")
         else:
-            yield Rendered(parts, True, example.where)
+            try:
+                yield Rendered(chat_parts(example, template), True, example.where)
+            except NotRendered as problem:
+                yield Rejected(example.where, str(problem))
 
 
 # --- encode ----------------------------------------------------------------------------------------------------------
@@ -167,15 +197,21 @@ def encode(rendered: Iterable[Rendered | Rejected], tokenizer: Any) -> Iterator[
     """The token ids of each example's parts, in order; the tokenizer is called for many examples at a time."""
     rendered = iter(rendered)
     while batch := list(itertools.islice(rendered, _BATCH)):
-        plain = [part for each in _rendered(batch, by_template=False) for part in each.parts]
-        templated = [part for each in _rendered(batch, by_template=True) for part in each.parts]
-        token_ids = {False: iter(encode_plain(tokenizer, plain)), True: iter(encode_rendered(tokenizer, templated))}
+        token_ids = {
+            by_template: iter(
+                encode_parts(
+                    tokenizer, [each.parts for each in _rendered(batch, by_template=by_template)], rendered=by_template
+                )
+            )
+            for by_template in (False, True)
+        }
         for each in batch:
             if isinstance(each, Rejected):
                 yield each
+            elif (parts := next(token_ids[each.by_template])) is None:
+                yield Rejected(each.where, "the tokenizer puts a space between prompt and response, or takes one away")
             else:
-                own = itertools.islice(token_ids[each.by_template], len(each.parts))
-                yield Encoded([np.array(ids, np.int32) for ids in own], each.where)
+                yield Encoded([np.array(ids, np.int32) for ids in parts], each.where)
 
 
 def _rendered(batch: Sequence[Rendered | Rejected], *, by_template: bool) -> Iterator[Rendered]:
@@ -233,7 +269,12 @@ class ExampleWriter:
         self._name, self._inputs, self._tokenizer_dir = name, inputs, tokenizer_dir
         self._sequence_length, self._on_bad, self._on_long = sequence_length, on_bad, on_long
         self._gate, self._findings = gate, PiiFindings()
-        self._manifest = manifest_of(take_inventory(file) for file in find_files(inputs, RECORD_FILES))
+        passed_over = RejectionCounts()
+        found = [take_inventory(file) for file in find_files(inputs, RECORD_FILES, passed_over)]
+        for inventory in found:
+            if not inventory.bytes:
+                passed_over.add("empty", inventory.file)
+        self._manifest = manifest_of(found, passed_over)
 
     def __enter__(self) -> Self:
         return self
@@ -283,7 +324,8 @@ class ExampleWriter:
             self._rows.append(row[None], self._name)
         if not count:
             raise UserError(f"no {self._name} to prepare in {self._inputs}; left out: {self.rejections}")
-        manifest = self._manifest | {"personal_data": self._findings.as_dict()}
+        self.rejections.check_kept(count, f"the {self._name}")
+        manifest = self._manifest | {"rows": self.rejections.rows, "personal_data": self._findings.as_dict()}
         recipe = {
             "sequence_length": self._sequence_length,
             "on_bad": self._on_bad,
@@ -297,7 +339,7 @@ class ExampleWriter:
             {self._name: CorpusFacts(count, manifest=manifest)},
             packing=self._name,
             vocab_size=len(self.tokenizer),
-            tokenizer_fingerprint=fingerprint(self._tokenizer_dir),
+            tokenizer_fingerprint=fingerprint(self._tokenizer_dir, self.tokenizer),
             eos_token_id=self.tokenizer.eos_token_id,
             dropped=self.rejections.as_dict(),
             recipe=recipe,

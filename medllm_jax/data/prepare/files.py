@@ -1,92 +1,173 @@
 """Input files: which kinds there are, and finding them in files, folders and globs, local or under gs://.
 
-Kinds: ``.jsonl`` (one object a line) and ``.txt`` (one document a file), each also with ``.gz`` or ``.zst`` appended,
-and ``.parquet``.
+Kinds: JSON lines (``.jsonl``, ``.ndjson``: one object a line) and ``.txt`` (one document a file), each also with
+``.gz``, ``.zst``, ``.xz`` or ``.bz2`` appended, and ``.parquet``; in upper or lower case.
 """
 
 import itertools
+import stat
 from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 from etils import epath
 
+from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.errors import UserError
 from medllm_jax.storage.remote import is_remote
 
 Inputs = str | epath.PathLike | Sequence[str | epath.PathLike]
 
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-JSON_LINES = (".jsonl", *(f".jsonl{suffix}" for suffix in _COMPRESSIONS))
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
+PLAIN_LINES = (".jsonl", ".ndjson")
+JSON_LINES = (*PLAIN_LINES, *(line + suffix for line in PLAIN_LINES for suffix in _COMPRESSIONS))
 TEXT_FILES = (".txt", *(f".txt{suffix}" for suffix in _COMPRESSIONS))
 PARQUET = (".parquet",)
 RECORD_FILES = (*JSON_LINES, *PARQUET)  # what ``readers.read_records`` reads
 DOCUMENT_FILES = (*JSON_LINES, *TEXT_FILES, *PARQUET)  # what ``readers.read_documents`` reads
 
+# How a file begins that only says where its content is, and with which program to get it.
+_POINTERS = {b"version https://git-lfs": "git lfs pull", b"/annex/objects/": "git annex get"}
+POINTER_BYTES = max(map(len, _POINTERS))
+
+
+def is_kind(file: str, suffixes: Sequence[str]) -> bool:
+    """Whether a file is of the kinds that some suffixes, in lower case, stand for."""
+    return file.lower().endswith(tuple(suffixes))
+
 
 def compression_of(file: str) -> str | None:
-    """ "gzip" or "zstd", by the file's name; None where it is not compressed as a whole."""
-    return next((name for suffix, name in _COMPRESSIONS.items() if file.endswith(suffix)), None)
+    """ "gzip", "zstd", "xz" or "bzip2", by the file's name; None where it is not compressed as a whole."""
+    return next((name for suffix, name in _COMPRESSIONS.items() if is_kind(file, [suffix])), None)
 
 
-def find_files(inputs: Inputs, suffixes: Sequence[str]) -> list[epath.Path]:
+def refuse_pointer(file: str, beginning: bytes) -> None:
+    """UserError where a file, by its first POINTER_BYTES bytes, only points to its content."""
+    for start, command in _POINTERS.items():
+        if beginning.startswith(start):
+            raise UserError(f"{file} only says where its content is: fetch it with `{command}`")
+
+
+def find_files(inputs: Inputs, suffixes: Sequence[str], passed_over: RejectionCounts) -> list[epath.Path]:
     """The files with one of ``suffixes`` among files, folders (searched through) and globs; ordered, each once.
 
-    Raises UserError for an input that does not exist or holds no such file.
+    A file that several links, names or inputs lead to is one file. What is not read is counted in ``passed_over``.
+
+    Raises UserError for an input that does not exist or holds no such file, a link that leads nowhere, and an object
+    that can't be read under its name or as it was stored.
     """
-    kinds = ", ".join(suffixes)
-    files: dict[str, epath.Path] = {}
+    search = _Search(suffixes, passed_over)
     if isinstance(inputs, str) or not isinstance(inputs, Sequence):
         inputs = [inputs]
     for item in inputs:
         path = epath.Path(item)
-        found = _files_under(path)
-        if found == [path] and not path.name.endswith(tuple(suffixes)):
-            raise UserError(f"{path} is not a file of a kind that is read here ({kinds})")
-        if not found and _has_wildcard(str(path)):
-            found = _glob(path)
-        elif not found and not path.exists():
+        before = search.matches
+        if is_remote(path):
+            search.remote(path)
+        else:
+            search.local(path)
+        if search.matches == before:
+            raise UserError(f"no file of a kind that is read here ({', '.join(suffixes)}) at {path}")
+    return list(search.found.values())
+
+
+class _Search:
+    """found: what identifies a file -> its path; matches: how many paths led to one."""
+
+    def __init__(self, suffixes: Sequence[str], passed_over: RejectionCounts):
+        self.found: dict[object, epath.Path] = {}
+        self.matches = 0
+        self._suffixes = suffixes
+        self._passed_over = passed_over
+        self._folders: set[tuple[int, int]] = set()
+
+    def local(self, path: epath.Path) -> None:
+        there = Path(path)
+        self._folders.clear()
+        if there.is_symlink() or there.exists():
+            if there.is_file() and not is_kind(path.name, self._suffixes):
+                raise self._wrong_kind(path)
+            self._walk(there)
+        elif _has_wildcard(str(path)):
+            base = _fixed_part(_checked(path))
+            for match in sorted(base.glob(str(path.relative_to(base)))):
+                self._walk(Path(match))
+        else:
             raise UserError(f"{path} does not exist")
-        found = [file for file in found if file.name.endswith(tuple(suffixes))]
-        if not found:
-            raise UserError(f"no file of a kind that is read here ({kinds}) at {path}")
-        files.update((str(file), file) for file in found)
-    return list(files.values())
+
+    def _walk(self, path: Path) -> None:
+        try:
+            status = path.stat()
+        except OSError as error:
+            if path.is_symlink() and not isinstance(error, PermissionError):
+                raise UserError(f"{path} is a link that leads nowhere: mend it or remove it") from None
+            raise
+        identity = (status.st_dev, status.st_ino)
+        if not stat.S_ISDIR(status.st_mode):
+            self._add(str(path), identity, regular=stat.S_ISREG(status.st_mode))
+        elif identity in self._folders:
+            self._passed_over.add("a folder that was searched before", str(path))
+        else:
+            self._folders.add(identity)
+            for entry in sorted(path.iterdir()):
+                if entry.name.startswith("."):
+                    self._passed_over.add("hidden", str(entry))
+                else:
+                    self._walk(entry)
+
+    def remote(self, path: epath.Path) -> None:
+        """Asks for whole listings, each a request for a thousand files and more; not for each entry what it is."""
+        import fsspec
+
+        filesystem, root = fsspec.core.url_to_fs(str(path))
+        scheme = str(path).partition("://")[0]
+        entries, base = filesystem.find(root, detail=True), path
+        if not entries and _has_wildcard(str(path)):
+            base = _fixed_part(_checked(path))
+            entries = filesystem.glob(root, detail=True)
+            for name in [name for name, entry in entries.items() if entry["type"] == "directory"]:
+                entries |= filesystem.find(name, detail=True)
+        elif not entries:
+            raise UserError(f"{path} does not exist")
+        files = {f"{scheme}://{name}": entry for name, entry in entries.items() if entry["type"] == "file"}
+        if str(path) in files and not is_kind(path.name, self._suffixes):
+            raise self._wrong_kind(path)
+        for name in sorted(files, key=lambda name: name.split("/")):
+            file = epath.Path(name)
+            if str(file) != name:
+                raise UserError(f"{name} can't be read under this name, as a path it is {file}: rename the object")
+            if any(part.startswith(".") for part in file.relative_to(base).parts):
+                self._passed_over.add("hidden", name)
+            elif self._add(name, name, regular=True) and files[name].get("contentEncoding"):
+                raise UserError(
+                    f"{name} is stored with Content-Encoding: {files[name]['contentEncoding'][:20]}, so that its size "
+                    "is not that of what is read: upload it again without (such as gsutil's -z), as a .gz file or plain"
+                )
+
+    def _add(self, path: str, identity: object, *, regular: bool) -> bool:
+        """Whether the file is read."""
+        name = PurePosixPath(path).name
+        if not regular:
+            self._passed_over.add("neither a file nor a folder", path)
+        elif not is_kind(name, self._suffixes):
+            suffix = PurePosixPath(name).suffix.lower()[:12]
+            self._passed_over.add(f"of a kind that is not read ({suffix or 'no suffix'})", path)
+        else:
+            self.matches += 1
+            if identity not in self.found:
+                self.found[identity] = epath.Path(path)
+                return True
+            if str(self.found[identity]) != path:
+                self._passed_over.add("another path to a file that is read", path)
+        return False
+
+    def _wrong_kind(self, path: epath.Path) -> UserError:
+        return UserError(f"{path} is not a file of a kind that is read here ({', '.join(self._suffixes)})")
 
 
-def _files_under(path: epath.Path) -> list[epath.Path]:
-    """The file itself, or the visible files of a folder and its folders, in order; empty where nothing exists."""
-    if is_remote(path):
-        return _remote_files(path, glob=False)
-    if path.is_dir():
-        visible = (entry for entry in path.iterdir() if not entry.name.startswith("."))
-        return [file for entry in sorted(visible) for file in _files_under(entry)]
-    return [path] if path.exists() else []
-
-
-def _glob(pattern: epath.Path) -> list[epath.Path]:
+def _checked(pattern: epath.Path) -> epath.Path:
     if "**" in pattern.parts:
         raise UserError(f"{pattern}: `**` is not understood; give the folder itself, it is searched through")
-    if is_remote(pattern):
-        return _remote_files(pattern, glob=True)
-    base = _fixed_part(pattern)
-    return [file for match in sorted(base.glob(str(pattern.relative_to(base)))) for file in _files_under(match)]
-
-
-def _remote_files(path: epath.Path, glob: bool) -> list[epath.Path]:
-    """``_files_under`` a path, or all matches of a glob, in object storage.
-
-    Asks for whole listings, each a request for a thousand files and more; asking what an entry is costs one apiece.
-    """
-    import fsspec
-
-    filesystem, root = fsspec.core.url_to_fs(str(path))
-    entries = filesystem.glob(root, detail=True) if glob else filesystem.find(root, detail=True)
-    for name in [name for name, entry in entries.items() if entry["type"] == "directory"]:
-        entries |= filesystem.find(name, detail=True)
-    base = _fixed_part(path) if glob else path
-    scheme = str(path).partition("://")[0]
-    files = [epath.Path(f"{scheme}://{name}") for name, entry in entries.items() if entry["type"] == "file"]
-    visible = (file for file in files if not any(part.startswith(".") for part in file.relative_to(base).parts))
-    return sorted(visible, key=lambda file: file.parts)
+    return pattern
 
 
 def _fixed_part(pattern: epath.Path) -> epath.Path:

@@ -16,6 +16,7 @@ from medllm_jax.data.prepare.examples import (
     Encoded,
     Example,
     ExampleWriter,
+    NotRendered,
     TextExample,
     encode,
     ended,
@@ -28,6 +29,7 @@ from medllm_jax.data.prepare.pii_gate import PiiGate
 from medllm_jax.data.prepare.readers import ReadOptions, read_all_records, text_problem
 from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, reject
 from medllm_jax.data.store import StoreMetadata
+from medllm_jax.storage.lease import sole_writer
 
 _FIELDS = ("prompt", "response", "messages")
 
@@ -67,6 +69,7 @@ def _problem(row: dict[str, Any]) -> str | None:
     return None
 
 
+@sole_writer("output", beside=True)
 def prepare_instructions(
     inputs: Inputs,
     tokenizer_dir: str | epath.PathLike,
@@ -113,8 +116,8 @@ def prepare_instructions(
         return writer.write(segments, progress=progress)
 
 
-def _chat_parts(conversation: ChatExample, template: ChatTemplate) -> list[str] | None:
-    """Context and response in turn, as the chat template writes them; None where it refuses or rewrites a beginning."""
+def _chat_parts(conversation: ChatExample, template: ChatTemplate) -> list[str]:
+    """Context and response in turn, as the chat template writes them; raises NotRendered."""
     (messages,) = conversation.sides
     parts: list[str] = []
     written = ""
@@ -122,11 +125,9 @@ def _chat_parts(conversation: ChatExample, template: ChatTemplate) -> list[str] 
         if message["role"] != "assistant":
             continue
         before = template.render(messages[:number], conversation.where, prompt=True)
-        after = template.render(messages[: number + 1], conversation.where)
-        if before is None or after is None or not before.startswith(written) or not after.startswith(before):
-            return None
-        # The line break that templates write after a turn comes after the model has stopped: it is context.
-        response = after.removeprefix(before).rstrip()
+        if not before.startswith(written):
+            raise NotRendered("the chat template rewrites earlier messages when one follows")
+        response = template.response(messages[: number + 1], before, conversation.where)
         parts += [before.removeprefix(written), response]
         written = before + response
     return parts

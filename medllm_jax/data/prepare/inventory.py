@@ -6,7 +6,8 @@ from typing import IO, Any, NamedTuple, Self
 
 from etils import epath
 
-from medllm_jax.data.prepare.files import PARQUET
+from medllm_jax.data.prepare.files import PARQUET, PLAIN_LINES, is_kind, refuse_pointer
+from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.data.prepare.streams import WatchedFile, open_parquet
 
 _BLOCK = 2**20  # bytes read at a time
@@ -15,13 +16,14 @@ _BLOCK = 2**20  # bytes read at a time
 class ByteRange(NamedTuple):
     """Bytes of a file that one worker reads in one go.
 
-    file: path or gs:// URI. start, end: the first byte and one past the last. Lines begin at both in a .jsonl file;
-    other files are one range. first_line: number, from 1, of the first line. stored_bytes: end - start.
+    file: path or gs:// URI. start, end: the first byte and one past the last; None: to the end of the file. Lines begin
+    at both where lines are not compressed; other files are one range. first_line: number, from 1, of the first line.
+    stored_bytes: their number, where the end is not known as storage states it.
     """
 
     file: str
     start: int
-    end: int
+    end: int | None
     first_line: int
     stored_bytes: int
 
@@ -58,45 +60,48 @@ class Inventory(NamedTuple):
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
         """The inventory that ``as_dict`` was called on, from JSON."""
-        kind = RowGroupRange if content["file"].endswith(PARQUET) else ByteRange
+        kind = RowGroupRange if is_kind(content["file"], PARQUET) else ByteRange
         ranges = tuple(kind(*fields) for fields in content["ranges"])
         return cls(content["file"], content["bytes"], content["sha256"], ranges)
 
 
-def manifest_of(inventories: Iterable[Inventory]) -> dict[str, Any]:
-    """What a store keeps of its input: name, size and sha256 of each file, and a checksum of all of them.
+def manifest_of(inventories: Iterable[Inventory], passed_over: RejectionCounts) -> dict[str, Any]:
+    """What a store keeps of its input: name, size and sha256 of each file, a checksum of all, and what was not read.
 
     checksum: sha256 over the files' own, sorted; neither their names nor their place count.
     """
     files = [{"file": each.file, "bytes": each.bytes, "sha256": each.sha256} for each in inventories]
     digests = "".join(sorted(f"{file['sha256']}\n" for file in files))
-    return {"checksum": hashlib.sha256(digests.encode()).hexdigest(), "files": files}
+    checksum = hashlib.sha256(digests.encode()).hexdigest()
+    return {"checksum": checksum, "files": files, "passed_over": passed_over.as_dict()}
 
 
 def whole_file(file: epath.Path) -> FileRange:
     """All of a file."""
     size = file.stat().length
-    if file.name.endswith(PARQUET):
+    if is_kind(file.name, PARQUET):
         return RowGroupRange(str(file), 0, None, 1, size)
-    return ByteRange(str(file), 0, size, 1, size)
+    return ByteRange(str(file), 0, None, 1, size)
 
 
 def take_inventory(file: str | epath.PathLike, range_bytes: int | None = None) -> Inventory:
     """Reads a file once, for its digest and for ranges of about ``range_bytes`` bytes; None: one range.
 
     Ranges of a .jsonl file begin and end with lines, those of a .parquet file with row groups; what cannot be read from
-    the middle is one range. Raises UserError for a .parquet file that is none.
+    the middle is one range. Raises UserError for a .parquet file that is none, and a file that points to its content.
     """
     if range_bytes is not None and range_bytes < 1:
         raise ValueError(f"range_bytes is {range_bytes}")
     path = epath.Path(file)
     digest = hashlib.sha256()
-    cuts = _LineCuts(range_bytes if path.name.endswith(".jsonl") else None)
+    cuts = _LineCuts(range_bytes if is_kind(path.name, PLAIN_LINES) else None)
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK):
+            if not cuts.size:
+                refuse_pointer(str(path), block)
             digest.update(block)
             cuts.add(block)
-        if cuts.size and path.name.endswith(PARQUET):
+        if cuts.size and is_kind(path.name, PARQUET):
             ranges = _row_group_ranges(str(path), stream, range_bytes)
         else:
             ranges = cuts.ranges(str(path))

@@ -23,12 +23,13 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from etils import epath
 
 from medllm_jax.config.schema_reader import build, read_yaml_file
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
+from medllm_jax.ranges import Range, Ranged
 
 _SHIPPED = Path(__file__).parent / "pii.yaml"
 _SENTENCE_END = re.compile(r"[\n。]")
@@ -171,14 +172,14 @@ def _without_overlaps(findings: list[Finding]) -> list[Finding]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
+class _Entry(Ranged):
     """An entry of a pattern file; the module's docstring tells its keys."""
 
     name: str
     label: str | None = None
     regex: str | None = None
     mask: str | None = None
-    group: str | int = 0
+    group: str | Annotated[int, Range(0, 999)] = 0
     exceptions: tuple[str, ...] = dataclasses.field(default=(), metadata={"alias": "except"})
     check: str | None = None
     hint: str | None = None
@@ -196,7 +197,7 @@ def _entries(file: epath.Path) -> Iterator[tuple[_Entry, str]]:
         if not isinstance(entry, dict):
             raise UserError(f"{file}: pattern {position} is not a mapping; give name, label, regex and mask")
         name = entry.get("name")
-        where = f"{file}: pattern {repr(name) if name and isinstance(name, str) else position}"
+        where = f"{file}: pattern {quoted(name) if name and isinstance(name, str) else position}"
         built = build(_Entry, entry, where)
         _required(built.name, "name", where)
         yield built, where
@@ -205,16 +206,16 @@ def _entries(file: epath.Path) -> Iterator[tuple[_Entry, str]]:
 def _pattern(entry: _Entry, where: str) -> _Pattern:
     regex = _compiled(_required(entry.regex, "regex", where), f"{where}: regex")
     if entry.group not in (*range(regex.groups + 1), *regex.groupindex):
-        raise UserError(f"{where}: group {entry.group!r} is none of the regex's groups")
+        raise UserError(f"{where}: group {quoted(entry.group)} is none of the regex's groups")
     if entry.check is not None and entry.check not in _CHECKS:
-        raise UserError(f"{where}: there is no check {entry.check!r}; there is {', '.join(_CHECKS)}")
+        raise UserError(f"{where}: there is no check {quoted(entry.check)}; there is {', '.join(_CHECKS)}")
     return _Pattern(
         name=entry.name,
         label=_required(entry.label, "label", where),
         regex=regex,
         mask=_required(entry.mask, "mask", where),
         group=entry.group,
-        exceptions=tuple(_compiled(item, f"{where}: except {item!r}") for item in entry.exceptions),
+        exceptions=tuple(_compiled(item, f"{where}: except {quoted(item)}") for item in entry.exceptions),
         check=entry.check,
         hint=_compiled(_ANYTHING if entry.hint is None else entry.hint, f"{where}: hint"),
     )
@@ -230,7 +231,7 @@ def _compiled(source: str, where: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(source)
     except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"{where} is not a regular expression of Python: {error}") from error
+        raise UserError(f"{where} is not a regular expression of Python: {quoted(error, str, most=120)}") from error
     if compiled.match(""):
         raise UserError(f"{where} matches the empty text, so it would be everywhere; let it need a character")
     return compiled

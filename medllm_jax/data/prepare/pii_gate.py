@@ -8,6 +8,7 @@ from typing import Any, Literal
 from medllm_jax.data.prepare.pii import Scanner
 from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.errors import UserError
+from medllm_jax.ranges import Ranged, Share
 
 PiiMode = Literal["fail", "mask", "report"]
 
@@ -47,7 +48,7 @@ class PiiFindings:
 
 
 @dataclasses.dataclass(frozen=True)
-class PiiGate:
+class PiiGate(Ranged):
     """How a preparation treats personal data (see ``pii.py``).
 
     mode: "fail" stops where more than the stated rate of documents has any; "mask" replaces it; "report" counts it.
@@ -56,12 +57,8 @@ class PiiGate:
     """
 
     mode: PiiMode = "fail"
-    rate: float = 0.0
+    rate: Share = 0.0
     patterns: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        if not 0 <= self.rate <= 1:
-            raise UserError(f"pii_rate is {self.rate}: give a share from 0 to 1")
 
     @functools.cached_property
     def scanner(self) -> Scanner:

@@ -30,6 +30,7 @@ from medllm_jax.data.prepare.readers import ReadOptions, read_all_records, text_
 from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, reject
 from medllm_jax.data.store import StoreMetadata
 from medllm_jax.errors import UserError
+from medllm_jax.storage.lease import sole_writer
 
 Prompts = Literal["shared", "repeated"]
 
@@ -75,6 +76,7 @@ def _side_problem(messages: list[Any], side: str) -> str | None:
     return None if roles == ["assistant"] else "not exactly one assistant message"
 
 
+@sole_writer("output", beside=True)
 def prepare_pairs(
     inputs: Inputs,
     tokenizer_dir: str | epath.PathLike,
@@ -135,21 +137,15 @@ def prepare_pairs(
         )
 
 
-def _chat_parts(pair: ChatExample, template: ChatTemplate) -> tuple[str, str, str] | None:
-    """Prompt and responses as the chat template writes them, or None where it refuses or rewrites the prompt."""
-    messages, *responses = pair.sides
+def _chat_parts(pair: ChatExample, template: ChatTemplate) -> tuple[str, str, str]:
+    """Prompt and responses as the chat template writes them; raises NotRendered."""
+    messages, chosen, rejected = pair.sides
     prompt = template.render(messages, pair.where, prompt=True)
-    if prompt is None:
-        return None
-    written: list[str] = []
-    for response in responses:
-        text = template.render(messages + response, pair.where)
-        if text is None or not text.startswith(prompt):
-            return None
-        # The line break that templates write after a turn comes after the model has stopped: no part of the response.
-        written.append(text.removeprefix(prompt).rstrip())
-    chosen, rejected = written
-    return prompt, chosen, rejected
+    return (
+        prompt,
+        template.response(messages + chosen, prompt, pair.where),
+        template.response(messages + rejected, prompt, pair.where),
+    )
 
 
 def _segments(

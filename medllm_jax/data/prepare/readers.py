@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from medllm_jax.data.prepare.files import RECORD_FILES, TEXT_FILES, Inputs, compression_of, find_files
+from medllm_jax.data.prepare.files import RECORD_FILES, TEXT_FILES, Inputs, compression_of, find_files, is_kind
 from medllm_jax.data.prepare.inventory import ByteRange, FileRange, RowGroupRange, whole_file
 from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, reject
-from medllm_jax.data.prepare.streams import STREAM_DAMAGE, WatchedFile, open_parquet, open_stream
+from medllm_jax.data.prepare.streams import DamagedError, WatchedFile, open_parquet, open_stream
 from medllm_jax.errors import UserError
 from medllm_jax.storage.json_lines import LineError, parse_object, read_lines
 
@@ -52,7 +52,7 @@ def read_all_records(
     inputs: Inputs, options: ReadOptions, rejections: RejectionCounts, columns: Sequence[str]
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """The records of all inputs (see ``find_files``) of the kinds in RECORD_FILES, in order; see ``read_records``."""
-    for file in find_files(inputs, RECORD_FILES):
+    for file in find_files(inputs, RECORD_FILES, RejectionCounts()):
         yield from read_records(whole_file(file), options, rejections, columns)
 
 
@@ -75,7 +75,7 @@ def read_records(
 
 def read_documents(part: FileRange, options: ReadOptions, rejections: RejectionCounts) -> Iterator[Document]:
     """The documents of a range of a file of the kinds in DOCUMENT_FILES; errors and memory as with ``read_records``."""
-    is_text = part.file.endswith(TEXT_FILES)
+    is_text = is_kind(part.file, TEXT_FILES)
     texts = _text_of_file(part.file, options, rejections) if is_text else _text_fields(part, options, rejections)
     for text, where in texts:
         if problem := text_problem(text):
@@ -96,9 +96,10 @@ def _text_of_file(file: str, options: ReadOptions, rejections: RejectionCounts) 
     try:
         with open_stream(file) as stream:
             content = stream.read(options.max_bytes + 1)
-    except STREAM_DAMAGE as error:
+    except DamagedError as error:
         _reject_rest(file, 0, error, options.on_bad, rejections)
         return
+    rejections.rows += 1
     if len(content) > options.max_bytes:
         reject(Rejected(file, _too_long(options)), options.on_bad, rejections)
         return
@@ -116,12 +117,14 @@ def _json_records(
         with open_stream(part.file) as stream:
             if part.start:
                 stream.seek(part.start)
-            size = math.inf if compression_of(part.file) else part.end - part.start
+            size = math.inf if part.end is None or compression_of(part.file) else part.end - part.start
             lines = read_lines(
                 stream, first_line=part.first_line, max_stream_bytes=size, max_line_bytes=options.max_bytes
             )
             for number, line in lines:
                 where = f"{part.file}:{number}"
+                if line is None or line.strip():
+                    rejections.rows += 1
                 if line is None:
                     reject(Rejected(where, _too_long(options)), options.on_bad, rejections)
                 elif line.strip():
@@ -131,7 +134,9 @@ def _json_records(
                         reject(Rejected(where, error.reason), options.on_bad, rejections)
                     else:
                         yield record, where
-    except STREAM_DAMAGE as error:
+            if not math.isinf(size) and stream.tell() < part.start + size:
+                raise UserError(f"{part.file} has become shorter while it was read: prepare again")
+    except DamagedError as error:
         _reject_rest(part.file, number, error, options.on_bad, rejections)
 
 
@@ -155,6 +160,7 @@ def _parquet_records(
                 for batch in table.iter_batches(_BATCH_ROWS, [group], columns, use_threads=False):
                     for row in _python_rows(batch):
                         number += 1
+                        rejections.rows += 1
                         where = f"{part.file}:{number}"
                         if row is None:
                             reject(Rejected(where, "not UTF-8"), options.on_bad, rejections)
@@ -192,11 +198,13 @@ def _too_long(options: ReadOptions) -> str:
 
 def _reject_rest(file: str, line: int, error: Exception, on_bad: OnBad, rejections: RejectionCounts) -> None:
     """What cannot be read of a file after its line (or row) ``line``, as in ``reject``."""
+    problem = str(error) if isinstance(error, DamagedError) else "is damaged or cut short"
     compression = compression_of(file)
-    reason = f"the {f'{compression} stream' if compression else 'parquet file'} is damaged or cut short"
+    reason = f"the {f'{compression} stream' if compression else 'parquet file'} {problem}"
     if on_bad == "error":
         raise UserError(
             f"{file}: {reason} after line {line}; copy or make the file again, or have what cannot be read skipped "
             "and counted"
         ) from error
+    rejections.of_files += 1
     rejections.add(reason, f"{file}:{line}")

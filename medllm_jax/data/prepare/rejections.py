@@ -27,12 +27,16 @@ class RejectionCounts:
 
     counts: reason -> number of cases, in the order in which the reasons first occurred.
     first: reason -> places of the first ``max_places`` cases.
+    rows: how many rows or files of text were looked at; of_files: how many of the cases are no row, but (the rest of) a
+    file. So rows + of_files - total is the number of rows that are not among the cases.
     texts: reason -> the first ``max_texts`` texts, each ``{"id": place, "text": text}``; no reason without a text.
     """
 
     def __init__(self, *, max_places: int = 10, max_texts: int = 0) -> None:
         self.max_places = max_places
         self.max_texts = max_texts
+        self.rows = 0
+        self.of_files = 0
         self.counts: Counter[str] = Counter()
         self.first: dict[str, list[str]] = {}
         self.texts: dict[str, list[dict[str, str]]] = {}
@@ -45,6 +49,8 @@ class RejectionCounts:
 
     def merge(self, other: Self) -> None:
         """Adds the counts and places of another one; its places come after those that are here."""
+        self.rows += other.rows
+        self.of_files += other.of_files
         for reason, count in other.counts.items():
             self._add(reason, count, other.first[reason])
 
@@ -63,12 +69,21 @@ class RejectionCounts:
         return {reason: {"count": count, "first": self.first[reason]} for reason, count in counts}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Mapping[str, Any]]) -> Self:
+    def from_dict(cls, content: Mapping[str, Mapping[str, Any]], rows: int = 0, of_files: int = 0) -> Self:
         """The counts that ``as_dict`` was called on."""
         counts = cls()
+        counts.rows, counts.of_files = rows, of_files
         for reason, entry in content.items():
             counts._add(reason, entry["count"], entry["first"])
         return counts
+
+    def check_kept(self, kept: int, what: str) -> None:
+        """UserError unless every row is among those kept or among the cases: another pass has read other rows."""
+        if self.rows + self.of_files != kept + self.total:
+            raise UserError(
+                f"{what}: {self.rows:,} rows were read, {kept:,} kept and {self.total - self.of_files:,} left out: the "
+                "input changed while it was prepared; prepare it again"
+            )
 
     def __str__(self) -> str:
         parts = (f"{count} {reason} (first at {self.first[reason][0]})" for reason, count in self.counts.items())

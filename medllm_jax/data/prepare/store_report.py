@@ -5,14 +5,24 @@ from typing import Any
 
 from medllm_jax.data.prepare.statistics import TextStatistics, TokenStatistics, format_statistics
 from medllm_jax.data.store import CorpusRows, StoreMetadata
+from medllm_jax.errors import UserError
 
 _KINDS = {"cpt": "documents", "sft": "instructions", "pairs": "preference pairs"}
 _STATED = ("provenance", "licence", "processing", "contact")
 
 
 def report(metadata: StoreMetadata) -> str:
-    """Markdown, for people. Places are "file:line"; it quotes no document."""
-    return "\n\n".join(_parts(metadata)) + "\n"
+    """Markdown, for people. Places are "file:line"; it quotes no document.
+
+    Raises UserError where a manifest is not what a preparation writes.
+    """
+    try:
+        return "\n\n".join(_parts(metadata)) + "\n"
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError) as error:
+        problem = f"{type(error).__name__}: {str(error)[:60]}"
+        raise UserError(
+            f"what store.json says of its input cannot be understood ({problem}): prepare it again"
+        ) from error
 
 
 def _parts(metadata: StoreMetadata) -> Iterator[str]:
@@ -39,7 +49,8 @@ def _corpus(corpus: CorpusRows) -> Iterator[str]:
     stated = [f"* {name}: {about[name] or 'not stated'}" for name in _STATED if name in about]
     if "files" in about:
         size = sum(file["bytes"] for file in about["files"])
-        stated.append(f"* input: {len(about['files']):,} files of {size:,} bytes, checksum {about['checksum']}")
+        rows = f", {about['rows']:,} rows" if "rows" in about else ""
+        stated.append(f"* input: {len(about['files']):,} files of {size:,} bytes{rows}, checksum {about['checksum']}")
     if stated:
         yield "\n".join(stated)
     if "text" in about:
@@ -48,6 +59,7 @@ def _corpus(corpus: CorpusRows) -> Iterator[str]:
         found = about["personal_data"]
         yield f"Personal data: findings in {found['flagged']:,} of {found['documents']:,} documents scanned."
         yield from _left_out("Findings", found["findings"])
+    yield from _left_out("Files passed over", about.get("passed_over", {}))
     yield from _left_out("Left out", about.get("dropped", {}))
 
 

@@ -1,15 +1,16 @@
 """Opening files: decompressed streams and .parquet files; damaged content and failing storage are different errors."""
 
+import bz2
 import contextlib
-import gzip
 import io
+import lzma
 import zlib
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any
 
 from etils import epath
 
-from medllm_jax.data.prepare.files import compression_of
+from medllm_jax.data.prepare.files import POINTER_BYTES, compression_of, refuse_pointer
 from medllm_jax.errors import UserError
 from medllm_jax.storage.remote import open_buffered
 
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
 _BUFFER = 2**20
 
 
+# Compressed bytes that are decompressed at once: few where they become much, so that a line of a million equal
+# characters takes no more memory than others. At the highest ratio of any format 4096 become about 128 MiB.
+_COMPRESSED_BLOCKS = (16, 4096)
+_MUCH = 2**17
+_MAX_WINDOW = 2**30  # bytes of memory that a compressed stream may ask for: zstd's --long=30
+
+
 class DamagedError(Exception):
-    """A zstd stream cannot be decompressed to its end."""
-
-
-# What reading a compressed stream raises where its content is damaged or cut short.
-STREAM_DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, DamagedError)
+    """A compressed stream cannot be decompressed to its end; the message says why."""
 
 
 class WatchedFile:
@@ -46,36 +50,84 @@ class WatchedFile:
 
 @contextlib.contextmanager
 def open_stream(file: str) -> Iterator[io.BufferedIOBase]:
-    """The decompressed content of a file; reading raises one of STREAM_DAMAGE where that is not possible."""
+    """The decompressed content of a file; reading raises DamagedError where that is not possible.
+
+    Raises UserError for a file that only points to its content.
+    """
     with open_buffered(epath.Path(file), _BUFFER) as buffered:
-        match compression_of(file):
-            case "gzip":
-                yield gzip.GzipFile(fileobj=buffered)
-            case "zstd":
-                yield io.BufferedReader(_Zstandard(buffered))
-            case _:
-                yield buffered
+        refuse_pointer(file, buffered.peek(POINTER_BYTES)[:POINTER_BYTES])
+        compression = compression_of(file)
+        yield buffered if compression is None else io.BufferedReader(_Decompressed(buffered, compression), _MUCH)
 
 
-class _Zstandard(io.RawIOBase):
-    """The content of the frames of a zstd file; raises DamagedError where they are damaged or cut short."""
+class _Decompressed(io.RawIOBase):
+    """The content of a file of one compressed stream or several, one after the other.
 
-    def __init__(self, file: IO[bytes]):
-        import pyarrow as pa
+    Raises DamagedError where one is damaged, cut short, followed by something else, or needs too much memory.
+    """
 
-        self._file = WatchedFile(file)
-        self._stream = pa.CompressedInputStream(pa.PythonFile(self._file, "r"), "zstd")
+    def __init__(self, file: IO[bytes], compression: str):
+        self._file = file
+        self._compression = compression
+        self._stream: Any = None
+        self._block = b""  # compressed
+        self._block_bytes = _COMPRESSED_BLOCKS[0]
+        self._content = memoryview(b"")  # decompressed, and not yet read
+        self._streams = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
+        while not self._content and self._decompress():
+            pass
+        size = min(len(buffer), len(self._content))
+        buffer[:size] = self._content[:size]
+        self._content = self._content[size:]
+        return size
+
+    def _decompress(self) -> bool:
+        """Decompresses a block; False at the end of the file."""
+        self._block = self._block or self._file.read(self._block_bytes)
+        if not self._block:
+            if self._stream is not None:
+                raise DamagedError("is damaged or cut short")
+            return False
+        if self._stream is None and self._streams:
+            self._block = self._block.lstrip(b"\0")  # programs fill blocks with zeros
+            if not self._block:
+                return True
         try:
-            return self._stream.readinto(buffer)
-        except OSError as error:
-            if self._file.failed:
-                raise
-            raise DamagedError from error
+            if self._stream is None:
+                self._stream = _decompressor(self._compression)
+                self._streams += 1
+            self._content = memoryview(self._stream.decompress(self._block))
+        except Exception as error:  # each library has its own, raised for the content alone: nothing is read here
+            raise DamagedError(self._reason(error)) from error
+        size = self._block_bytes // 2 if len(self._content) > _MUCH else 2 * self._block_bytes
+        self._block, self._block_bytes = b"", min(max(size, _COMPRESSED_BLOCKS[0]), _COMPRESSED_BLOCKS[1])
+        if self._stream.eof:
+            self._block, self._stream = self._stream.unused_data, None
+        return True
+
+    def _reason(self, error: Exception) -> str:
+        if "too much memory" in str(error) or "Memory usage limit" in str(error):
+            return f"needs more than {_MAX_WINDOW // 2**30} GiB of memory (compress it with --long=30 or less)"
+        return "has something else after its end" if self._streams > 1 else "is damaged or cut short"
+
+
+def _decompressor(compression: str) -> Any:
+    match compression:
+        case "gzip":
+            return zlib.decompressobj(wbits=31)
+        case "zstd":
+            import zstandard
+
+            return zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
+        case "xz":
+            return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MAX_WINDOW)
+        case _:
+            return bz2.BZ2Decompressor()
 
 
 def open_parquet(file: str, stream: WatchedFile) -> "pyarrow.parquet.ParquetFile":
@@ -88,4 +140,6 @@ def open_parquet(file: str, stream: WatchedFile) -> "pyarrow.parquet.ParquetFile
     except (OSError, pa.ArrowInvalid) as error:
         if stream.failed:
             raise
+        stream.seek(0)
+        refuse_pointer(file, stream.read(POINTER_BYTES))
         raise UserError(f"{file} cannot be opened as a parquet file: copy or make it again") from error

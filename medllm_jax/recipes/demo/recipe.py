@@ -8,10 +8,15 @@ import shutil
 import time
 from pathlib import Path
 
+from etils import epath
+
 from medllm_jax.errors import UserError
-from medllm_jax.recipes.commands import Runner, heading
+from medllm_jax.recipes.commands import Runner, Score, heading, read_scores
 from medllm_jax.recipes.demo.tokenizer import train_tokenizer
 from medllm_jax.recipes.demo.world import TEMPLATE, tokenizer_texts, write_world
+from medllm_jax.storage import lease
+from medllm_jax.storage.json_files import read_json
+from medllm_jax.storage.remote import names_in
 from medllm_jax.terminal.tables import markdown
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -21,6 +26,7 @@ CONDITIONS = ("answer_only", "explain")
 SAMPLES = ("--samples", "8", "--temperature", "1.0", "--max-pairs-per-prompt", "4", "--strategy", "both")
 
 
+@lease.sole_writer("workdir")
 def run_demo(workdir: str, seed: int, medllm: Runner) -> Path:
     """Runs the recipe in a folder and prints the table; returns the table's file.
 
@@ -103,10 +109,10 @@ def run_demo(workdir: str, seed: int, medllm: Runner) -> Path:
 def _open_workdir(work: Path, seed: int) -> None:
     marker = work / "demo.json"
     if marker.exists():
-        if json.loads(marker.read_text()) != {"seed": seed}:
+        if read_json(marker) != {"seed": seed}:
             raise UserError(f"{work} holds a demo of another seed: give another --workdir, or remove it")
         print(f"{work} holds an earlier demo: what is there is kept; remove the folder to begin anew")
-    elif work.exists() and any(work.iterdir()):
+    elif names_in(epath.Path(work)) - {lease.FILE}:
         raise UserError(f"{work} is not empty and holds no demo: give another --workdir")
     else:
         work.mkdir(parents=True, exist_ok=True)
@@ -127,8 +133,6 @@ def _write_tokenizer(folder: Path) -> None:
 
 def _make_random_model(work: Path, seed: int, medllm: Runner) -> None:
     """A random model, exported to the folder `hf`: what a checkpoint from a model hub is to a large run."""
-    from etils import epath
-
     from medllm_jax.checkpoint.write_model import write_model
     from medllm_jax.config.load import load_model_config, to_plain
     from medllm_jax.config.schema import MeshConfig, PrecisionConfig
@@ -167,17 +171,17 @@ def _train(medllm: Runner, name: str, place: dict[str, str], store: str, seed: i
 # --- the table ---------------------------------------------------------------------------------------------------
 
 
-def _scores(work: Path, name: str) -> dict:
-    return json.loads((work / "evaluation" / name / "scores.json").read_text(encoding="utf-8"))["conditions"]
+def _scores(work: Path, name: str) -> dict[str, Score]:
+    return read_scores(work / "evaluation" / name, CONDITIONS)
 
 
 def _questions(work: Path) -> int:
-    return _scores(work, "rpo")["explain"]["n"]
+    return _scores(work, "rpo")["explain"].questions
 
 
 def _table(work: Path) -> str:
     rows = [["model", "answer-only", "with explanation", "difference"]]
     for title, name in MODELS:
-        only, explained = (_scores(work, name)[condition]["accuracy"] for condition in CONDITIONS)
+        only, explained = (score.accuracy for score in _scores(work, name).values())
         rows.append([title, f"{only:.3f}", f"{explained:.3f}", f"{explained - only:+.3f}"])
     return markdown(rows, numbers=False)

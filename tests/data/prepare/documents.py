@@ -1,7 +1,9 @@
 """Documents in files, for tests: written in any form, and read back."""
 
+import bz2
 import gzip
 import json
+import lzma
 
 import pyarrow as pa
 
@@ -12,7 +14,12 @@ from medllm_jax.data.prepare.rejections import RejectionCounts
 TEXTS = ["The patient has a fever.", "患者は発熱を訴えている。\n\n正解は三番。", "a", "long " * 120]
 
 # Suffix -> how content is compressed for it.
-PACK = {".gz": gzip.compress, ".zst": lambda data: pa.compress(data, codec="zstd", asbytes=True)}
+PACK = {
+    ".gz": gzip.compress,
+    ".zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+}
 
 
 def documents_of(file, range_bytes=10**9, **options):

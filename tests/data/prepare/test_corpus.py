@@ -2,8 +2,10 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import lzma
 import random
 import tracemalloc
+import unicodedata
 from collections import Counter
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from medllm_jax.cli import main
 from medllm_jax.data import store_writer
 from medllm_jax.data.prepare import corpus as corpus_module
 from medllm_jax.data.prepare import tasks
@@ -314,6 +317,53 @@ def test_what_was_skipped_is_in_the_store(tmp_path, tokenizer_dir):
     assert found.dropped["text is empty"]["first"] == [f"{file}:2", f"{file}:5"]
 
 
+def test_files_and_rows_add_up_and_are_told(tmp_path, tokenizer_dir, capsys):
+    """What was found is what was read and what was passed over; what was read is what is kept and what was left out."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    composed = "が\u3067す \xe9"
+    rows = [{"text": text} for text in ("fever", "cough", "fever", unicodedata.normalize("NFD", composed), composed)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows) + "no json\n\n"
+    (folder / "a.JSONL").write_text(lines)
+    (folder / "b.txt.xz").write_bytes(lzma.compress(b"a text"))
+    (folder / "cut.jsonl.gz").write_bytes(
+        gzip.compress(b'{"text": "liver"}\n' * 2 + random.Random(0).randbytes(999))[:-9]
+    )
+    (folder / "empty.txt").write_text("")
+    (folder / "notes.md").write_text("notes")
+    (folder / "again.jsonl").symlink_to("a.JSONL")
+    arguments = ["--input", str(folder), "--tokenizer", str(tokenizer_dir), "--sequence-length", "64"]
+    output = ["--output", str(tmp_path / "store"), "--on-bad", "skip", "--workers", "1"]
+    assert main(["data", "cpt", *arguments, *output]) == 0
+    printed = capsys.readouterr().out
+    [corpus] = RowStore.open(tmp_path / "store").metadata.corpora
+    size = sum(entry.stat().st_size for entry in folder.iterdir() if not entry.is_symlink() and entry.suffix != ".md")
+    counts = {reason: entry["count"] for reason, entry in corpus.manifest["dropped"].items()}
+    of_files = counts.pop("the gzip stream is damaged or cut short") + counts.pop("the file is empty")
+    assert of_files == 2 and counts.pop("the text of an earlier document") >= 2
+    assert (
+        corpus.manifest["rows"]
+        == corpus.examples + sum(entry["count"] for entry in corpus.manifest["dropped"].values()) - of_files
+    )
+    assert corpus.examples == 5 and sum(file["bytes"] for file in corpus.manifest["files"]) == size
+    assert f"input: 4 files, {size:,} bytes, {corpus.manifest['rows']} rows, of which 5 are in the store" in printed
+    assert "passed over: 1 (of a kind that is not read (.md)), first at" in printed
+    assert "passed over: 1 (another path to a file that is read), first at" in printed
+    assert main(["data", "show", str(tmp_path / "store")]) == 0
+    shown = capsys.readouterr().out
+    assert f"4 files of {size:,} bytes, {corpus.manifest['rows']} rows" in shown and "Files passed over" in shown
+
+
+def test_a_document_that_fills_its_rows_leaves_no_row_for_its_end(tmp_path, tokenizer_dir):
+    tokenizer = load_tokenizer(tokenizer_dir)
+    [ids] = encode_plain(tokenizer, ["long " * 400])
+    text = tokenizer.decode(ids[:32])
+    assert encode_plain(tokenizer, [text]) == [ids[:32]]
+    file = write_json_lines(tmp_path / "rows.jsonl", [{"text": text}])
+    found = prepare(file, tokenizer_dir, tmp_path / "store", sequence_length=16)
+    assert (found.rows, found.tokens) == (2, 32)
+
+
 def test_near_duplicates_are_left_out_when_asked_for(tmp_path, tokenizer_dir):
     text = " ".join(sentences(8))
     rows = [text, text.replace("\u60a3\u8005", "\u75c5\u4eba", 1), text, "something else altogether " * 5]
@@ -389,7 +439,7 @@ def test_failures_leave_no_store_and_say_why(tmp_path, tokenizer_dir):
     fails(r"rows.jsonl: the file is empty", [])
     fails("no document to prepare in .*1 the file is empty", [], on_bad="skip")
     fails("no document to prepare in .*2 text is empty .first at ", [{"text": ""}] * 2, on_bad="skip")
-    fails("sequence length is 1", [{"text": "a"}], sequence_length=1)
+    fails("sequence_length is 1", [{"text": "a"}], sequence_length=1)
     fails("near_threshold is 0", [{"text": "a"}], near_threshold=0.0)
     fails("pii_rate is 2", [{"text": "a"}], pii_rate=2.0)
     fails("no tokenizer", [{"text": "a"}], tokenizer_dir=tmp_path / "none")

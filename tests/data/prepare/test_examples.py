@@ -9,6 +9,7 @@ from medllm_jax.data.prepare.examples import (
     ChatExample,
     ChatTemplate,
     Encoded,
+    NotRendered,
     Rendered,
     TextExample,
     encode,
@@ -40,7 +41,9 @@ EXAMPLES = [
 
 def parts_of(example, template):
     (messages,) = example.sides
-    return None if messages[0]["content"] == "refuse" else [template.render(messages, example.where, prompt=True)]
+    if messages[0]["content"] == "refuse":
+        raise NotRendered("the chat template refuses")
+    return [template.render(messages, example.where, prompt=True)]
 
 
 def test_rendering_is_by_the_template_where_it_is_chat(tokenizer, tokenizer_dir):

@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from medllm_jax.data.prepare.files import DOCUMENT_FILES, find_files
+from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.errors import UserError
 from tests.data.prepare.documents import PACK, TEXTS, documents_of, lines_of
 from tests.gcs import Gcs, environment
@@ -23,7 +25,7 @@ def test_inputs_are_files_folders_and_globs_each_file_once(tmp_path):
     (tmp_path / "empty").mkdir()
 
     def names(*inputs):
-        files = find_files([tmp_path / i for i in inputs], DOCUMENT_FILES)
+        files = find_files([tmp_path / i for i in inputs], DOCUMENT_FILES, RejectionCounts())
         return [str(file.relative_to(tmp_path)) for file in files]
 
     assert names("") == ["[x].jsonl", "a/2.txt", "a/deep/3.jsonl.gz", "b/1.jsonl"]
@@ -31,7 +33,7 @@ def test_inputs_are_files_folders_and_globs_each_file_once(tmp_path):
     assert names("?/*") == ["a/2.txt", "a/deep/3.jsonl.gz", "b/1.jsonl"]
     assert names("a/*/*.gz", "a") == ["a/deep/3.jsonl.gz", "a/2.txt"]
     assert names("[x].jsonl", "[ab]/*.jsonl") == ["[x].jsonl", "b/1.jsonl"]
-    assert [file.name for file in find_files(str(tmp_path / "b"), DOCUMENT_FILES)] == ["1.jsonl"]
+    assert [file.name for file in find_files(str(tmp_path / "b"), DOCUMENT_FILES, RejectionCounts())] == ["1.jsonl"]
     for wrong, message in (
         ("c", "does not exist"),
         ("a/notes.md", "not a file of a kind"),
@@ -43,16 +45,48 @@ def test_inputs_are_files_folders_and_globs_each_file_once(tmp_path):
             names(wrong)
 
 
+def test_what_is_not_read_is_counted_and_a_file_is_read_once(tmp_path):
+    for name in ("a.JSONL", "b.ndjson", "c.jsonl.xz", "d.json", "e.md", "plain", ".hidden.jsonl", ".git/x.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.JSONL")
+    (tmp_path / "z.jsonl").hardlink_to(tmp_path / "b.ndjson")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    passed_over = RejectionCounts()
+    files = find_files([tmp_path, f"{tmp_path}/../{tmp_path.name}/b.ndjson"], DOCUMENT_FILES, passed_over)
+    assert [file.name for file in files] == ["a.JSONL", "b.ndjson", "c.jsonl.xz"]
+    assert passed_over.counts == {
+        "hidden": 2,
+        "of a kind that is not read (.json)": 1,
+        "of a kind that is not read (.md)": 1,
+        "of a kind that is not read (no suffix)": 1,
+        "another path to a file that is read": 3,
+        "a folder that was searched before": 1,
+        "neither a file nor a folder": 1,
+    }
+
+
+@pytest.mark.parametrize("target", ["nowhere.jsonl", "link.jsonl"])
+def test_a_link_that_leads_nowhere_is_an_error(tmp_path, target):
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / target)
+    for given in (tmp_path, tmp_path / "link.jsonl", f"{tmp_path}/*"):
+        with pytest.raises(UserError, match=r"link\.jsonl is a link that leads nowhere"):
+            find_files(given, DOCUMENT_FILES, RejectionCounts())
+
+
 IN_STORAGE = """
 import json, os, sys
 from medllm_jax.data.prepare.files import DOCUMENT_FILES, find_files
+from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.errors import UserError
 from tests.data.prepare.documents import documents_of
 
 found = {}
 for path in sys.argv[1:]:
     try:
-        files = find_files(path, DOCUMENT_FILES)
+        files = find_files(path, DOCUMENT_FILES, RejectionCounts())
     except UserError as error:
         found[path] = str(error)
         continue
@@ -85,10 +119,19 @@ def test_object_storage_is_read_as_folders_are_with_few_requests(tmp_path):
         server.upload(tmp_path, "gs://bucket")
         found = in_storage(server, *(f"gs://bucket/{path}" for path in [*inputs, *wrong]))
         for path in inputs:
-            files = find_files(f"{tmp_path}/{path}", DOCUMENT_FILES)
+            files = find_files(f"{tmp_path}/{path}", DOCUMENT_FILES, RejectionCounts())
             local = [[d.text, d.where.replace(str(tmp_path), "gs://bucket")] for f in files for d in documents_of(f)[0]]
             assert found[f"gs://bucket/{path}"] == local and local
         for path, message in wrong.items():
+            assert message in found[f"gs://bucket/{path}"]
+
+        server.put("gs://bucket/folder/", b"")  # as consoles mark folders
+        server.put("gs://bucket/folder/a.jsonl", b"")
+        server.put("gs://bucket/twice//x.jsonl", b"")
+        server.put("gs://bucket/z/x.jsonl", gzip.compress(lines_of(TEXTS)), content_encoding="gzip")
+        strange = {"twice": "can't be read under this name", "z": "Content-Encoding: gzip, so that its"}
+        found = in_storage(server, *(f"gs://bucket/{path}" for path in strange))
+        for path, message in strange.items():
             assert message in found[f"gs://bucket/{path}"]
 
         server.log.clear()

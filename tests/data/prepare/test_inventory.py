@@ -68,7 +68,7 @@ def test_other_files_are_one_range_and_empty_files_none(tmp_path):
         file = tmp_path / f"file{suffix}"
         file.write_bytes(b"")
         assert take_inventory(file, 1) == (str(file), 0, hashlib.sha256().hexdigest(), ())
-        if suffix not in (".jsonl", ".parquet"):
+        if suffix not in (".jsonl", ".ndjson", ".parquet"):
             file.write_bytes(b"1\n2\n3\n")
             assert take_inventory(file, 2).ranges == (ByteRange(str(file), 0, 6, 1, 6),)
 

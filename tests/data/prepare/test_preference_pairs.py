@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from medllm_jax.data import tokenizer as tokenizer_module
 from medllm_jax.data.loader import BatchStream
 from medllm_jax.data.prepare.pii_gate import PiiGate
 from medllm_jax.data.prepare.preference_pairs import prepare_pairs, read_pairs
@@ -178,19 +179,33 @@ def test_responses_that_become_the_same_tokens_are_the_same(tmp_path, tokenizer_
 
 
 @pytest.mark.parametrize(
-    "template",
+    "template, reason",
     [
-        "{{ raise_exception('no system message, please') }}",
-        "{{ messages | length }}{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}",
+        ("{{ raise_exception('no system message') }}", "cannot render the messages (TemplateError: no system message)"),
+        ("{{ 1 + 'a' }}", "cannot render the messages (TypeError: unsupported operand"),
+        ("{% for n in range(99999) %}{% for n in range(99999) %}{% endfor %}{% endfor %}", "does not come to an end"),
+        ("{% for n in range(99999) %}long sentences {% endfor %}", "writes 1,499,985 characters"),
+        ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "rewrites earlier messages"),
+        (
+            "{% for m in messages %}<{{ m['content'].split('</think>')[-1] }}>{% endfor %}",
+            "the chat template leaves out a part of the assistant's message",
+        ),
+        (
+            "{% for m in messages %}{{ m['content'] }}:{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}",
+            "the chat template opens an answer with '<think>\\n', and this one otherwise",
+        ),
     ],
-    ids=["refuses", "rewrites the prompt"],
+    ids=["refuses", "fails", "endless", "huge", "rewrites the prompt", "cuts a part", "opens the answer"],
 )
-def test_templates_that_cannot_render_a_pair(tmp_path, template):
+def test_templates_that_cannot_render_a_pair(tmp_path, monkeypatch, template, reason):
+    monkeypatch.setattr(tokenizer_module, "_TEMPLATE_SECONDS", 0.5)
     make_tokenizer(tmp_path / "tokenizer", chat_template=template)
-    file = write_json_lines(tmp_path / "pairs.jsonl", [GOOD, CHAT])
+    chat = CHAT | {"chosen": [{"role": "assistant", "content": "<think>...</think> A"}]}
+    file = write_json_lines(tmp_path / "pairs.jsonl", [GOOD, chat])
     found = prepare_pairs(file, tmp_path / "tokenizer", tmp_path / "store", 64, on_bad="skip")
     assert found.examples == 1
-    assert found.dropped == {"the chat template cannot render the messages": {"count": 1, "first": [f"{file}:2"]}}
+    [(told, entry)] = found.dropped.items()
+    assert reason in told and entry == {"count": 1, "first": [f"{file}:2"]}
 
 
 @pytest.mark.parametrize("on_bad", ["error", "skip"])

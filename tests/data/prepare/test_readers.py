@@ -2,6 +2,7 @@ import io
 import itertools
 import json
 import random
+import re
 import tracemalloc
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
-from medllm_jax.data.prepare.inventory import take_inventory
+from medllm_jax.data.prepare.inventory import take_inventory, whole_file
 from medllm_jax.data.prepare.readers import ReadOptions, read_all_records, read_documents
 from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.errors import UserError
@@ -48,7 +49,7 @@ BAD_LINES = {
     b'{"text": ["secret"]}': "text is not a string",
     b'{"text": " \\n"}': "text is empty",
     b'{"text": "secret \xff"}': "not UTF-8",
-    b'{"text": "secret \\ud800"}': "text is not valid Unicode (a lone surrogate)",
+    b'{"text": "secret \\ud800"}': "not valid JSON",
     b"[" * 90_000: "not valid JSON",
     b'{"text": ' + b"1" * 5000 + b"}": "not valid JSON",
     b'{"text": "' + b"secret " * 15_000 + b'"}': "longer than 100000 bytes",
@@ -133,7 +134,8 @@ def test_a_stream_cut_short_anywhere_is_told(tmp_path, suffix):
     texts = [f"{n} {random.Random(n).random()}" for n in range(8)]
     first, second = (PACK[suffix](lines_of(part)) for part in (texts[:4], texts[4:]))
     file = tmp_path / f"rows.jsonl{suffix}"
-    reason = f"the {'gzip' if suffix == '.gz' else 'zstd'} stream is damaged or cut short"
+    name = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}[suffix]
+    reason = f"the {name} stream (?:is damaged or cut short|has something else after its end)"
     for length in range(1, len(first + second)):
         file.write_bytes((first + second)[:length])
         if length == len(first):
@@ -141,12 +143,13 @@ def test_a_stream_cut_short_anywhere_is_told(tmp_path, suffix):
         found, rejections = documents_of(file, on_bad="skip")
         found = [document.text for document in found]
         assert found == texts[: len(found)] and (len(found) >= 4 or length < len(first) or suffix == ".zst")
-        assert rejections.as_dict() == {reason: {"count": 1, "first": [f"{file}:{len(found)}"]}}
+        [(told, entry)] = rejections.as_dict().items()
+        assert re.fullmatch(reason, told) and entry == {"count": 1, "first": [f"{file}:{len(found)}"]}
         if length % 20 == 1:
             with pytest.raises(UserError, match=f"rows.jsonl{suffix}: {reason} after line {len(found)}; "):
                 texts_of(file)
     (tmp_path / f"one.txt{suffix}").write_bytes(first[:-1])
-    assert_rejected_file(tmp_path / f"one.txt{suffix}", reason)
+    assert_rejected_file(tmp_path / f"one.txt{suffix}", f"the {name} stream is damaged or cut short")
 
 
 def assert_rejected_file(file, reason):
@@ -250,3 +253,43 @@ def test_rows_of_all_files_in_order(tmp_path):
         ({"prompt": "p2", "more": []}, f"{tmp_path}/2.parquet:2"),
     ]
     assert rejections.counts == {"not valid JSON": 1}
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_several_streams_are_one_and_what_follows_them_is_told(tmp_path, suffix):
+    one, other = (PACK[suffix](lines_of([text])) for text in ("fever", "cough"))
+    file = tmp_path / f"rows.JSONL{suffix.upper()}"
+    file.write_bytes(one + other + bytes(512))
+    assert texts_of(file) == ["fever", "cough"]
+    file.write_bytes(one + b"something else")
+    with pytest.raises(
+        UserError, match=r"stream (has something else after its end|is damaged or cut short) after line"
+    ):
+        texts_of(file)
+    texts, rejections = documents_of(file, on_bad="skip")
+    assert [text for text, _ in texts] == ["fever"] and rejections.total == rejections.of_files == rejections.rows == 1
+
+
+@pytest.mark.parametrize("log, problem", [(28, None), (30, None), (31, r"needs more than 1 GiB .* --long=30 or less")])
+def test_long_windows_of_zstd(tmp_path, log, problem):
+    import zstandard
+
+    parameters = zstandard.ZstdCompressionParameters(window_log=log, chain_log=10, hash_log=10, strategy=1)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    file = tmp_path / "rows.jsonl.zst"
+    file.write_bytes(stream.compress(lines_of(TEXTS)) + stream.flush())
+    if problem is None:
+        assert texts_of(file) == TEXTS
+        return
+    with pytest.raises(UserError, match=problem):
+        texts_of(file)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
+def test_a_pointer_is_not_a_document(tmp_path, name):
+    file = tmp_path / name
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    whole = whole_file(epath.Path(file))
+    for read in (take_inventory, lambda _: list(read_documents(whole, ReadOptions(), RejectionCounts()))):
+        with pytest.raises(UserError, match="only says where its content is: fetch it with `git lfs pull`"):
+            read(file)

@@ -1,0 +1,59 @@
+"""Some hundred wrong files, of fixed seeds, are read as `benchmarks.fuzz` and `benchmarks.damage` have them read."""
+
+import itertools
+
+import pytest
+
+from benchmarks import damage, fuzz, trials
+from benchmarks.inputs import KINDS, kind_of, make_inputs
+from benchmarks.trials import READINGS, Replaced
+
+# What is quick enough to be tried often; the rest, and what needs runs, is for the programs.
+QUICK = [each for each in READINGS if not each.runs and each.weight >= 1]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("fuzz") / "inputs", runs=False)
+
+
+@pytest.fixture(scope="module")
+def usual(inputs, tmp_path_factory):
+    """Outcome of a reading with its files as they are."""
+    found = {}
+
+    def outcome_of(reading):
+        if reading.name not in found:
+            place = tmp_path_factory.mktemp("usual") / "place"
+            found[reading.name] = trials.attempt(inputs, reading, trials.unchanged, place)
+        return found[reading.name]
+
+    return outcome_of
+
+
+@pytest.mark.parametrize("reading", QUICK, ids=lambda reading: reading.name)
+def test_wrong_files_are_refused_in_a_line(reading, inputs, usual, tmp_path):
+    choose = fuzz.Chooser(inputs, [reading], seed=1)
+    assert usual(reading).code == 0
+    findings = []
+    for given in map(choose, range(8)):
+        change = Replaced(given.path, given.change.content)
+        outcome = trials.attempt(inputs, reading, change, tmp_path / str(given.index))
+        if finding := fuzz.finding_of(given, outcome, usual(reading)):
+            findings.append(fuzz.line_of(fuzz.record(1, given, outcome, finding)))
+    assert not findings, "\n".join(findings)
+
+
+def test_damaged_files_are_refused_or_do_no_harm(inputs, usual, tmp_path):
+    wrong = []
+    for number, case in enumerate(itertools.islice(damage.cases(inputs, QUICK, seed=1), 90)):
+        outcome = trials.attempt(inputs, case.reading, case.change, tmp_path / str(number))
+        found = damage.class_of(case, outcome, usual(case.reading))
+        if found in damage.BAD:
+            wrong.append(damage.line_of(damage.record(case, found, outcome)))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_file_is_of_a_kind(inputs):
+    files = [path for reading in QUICK for path in trials.files_of(inputs, reading)]
+    assert {kind_of(path)[0] for path in files} <= {name for _, name, _ in KINDS}
