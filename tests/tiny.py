@@ -25,17 +25,27 @@ def make_tokenizer(
     vocab_size: int = 384,
     *,
     chat_template: str | None = CHAT_TEMPLATE,
+    like_qwen2: bool = False,
 ) -> Any:
     """Trains a byte-level BPE tokenizer on a few texts, saves it to ``folder`` and returns it.
 
     At least 259 tokens: the bytes and the control tokens, <|endoftext|> (id 0, end of sequence and padding),
-    <|im_start|> and <|im_end|>. Texts too short for ``vocab_size`` give fewer tokens.
+    <|im_start|> and <|im_end|>. Texts too short for ``vocab_size`` give fewer tokens. like_qwen2: text is normalised and
+    split as by transformers' Qwen2Tokenizer, which it takes beside the config.json of a Qwen2 model.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if like_qwen2:
+        from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+        split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+        bpe.normalizer = normalizers.NFC()
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

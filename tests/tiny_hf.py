@@ -65,7 +65,7 @@ def make_hf_folder(
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [0, 2]}))
     if tokenizer:
-        make_tokenizer(folder, vocab_size=284)
+        make_tokenizer(folder, vocab_size=284, like_qwen2=True)
     write_weights(folder, dict(random_weights(settings, DTYPES[dtype], seed)), shards)
     return folder
 

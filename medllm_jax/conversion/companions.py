@@ -15,7 +15,7 @@ from etils import epath
 
 from medllm_jax.config.foreign import shown
 from medllm_jax.conversion.hf_weights import listed
-from medllm_jax.data.tokenizer import load_tokenizer
+from medllm_jax.data.tokenizer import load_tokenizer, read_otherwise
 from medllm_jax.errors import UserError
 from medllm_jax.storage.json_files import parse_json, read_bounded, read_json
 from medllm_jax.storage.remote import is_remote, names_in
@@ -51,6 +51,12 @@ def check_companions(folder: epath.Path, vocab_size: int) -> bool:
         said = f"the tokenizer has {len(tokenizer)} tokens, the embedding {vocab_size}"
         raise UserError(f"{folder}: {said}: they belong to different models")
     _check_alone(folder)
+    text = read_otherwise(folder)
+    if text is not None:
+        _log.warning(
+            f"warning: {folder}: transformers takes the tokenizer's class from config.json, and reads {shown(text)} as "
+            "other tokens than tokenizer.json, which is followed here"
+        )
     return True
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from medllm_jax.errors import UserError
+from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.remote import is_file, is_folder, is_remote
 
 _SENTENCEPIECE = "tokenizer.model"
@@ -77,11 +78,12 @@ def load_tokenizer(path: str | epath.PathLike) -> Any:
     if model is not None:
         return SentencePieceTokenizer(model)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
-    from transformers import AutoTokenizer  # slow to import
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import
 
     with _local_copy(path) as local:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True, trust_remote_code=False)
+            kind = PreTrainedTokenizerFast if _follows_its_file(local) else AutoTokenizer
+            tokenizer = kind.from_pretrained(str(local), local_files_only=True, trust_remote_code=False)
             stated = _stated_ids(local / "tokenizer.json", tokenizer)
         except BaseException as error:  # transformers raises many types, tokenizers' panics are not even Exceptions
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -95,6 +97,30 @@ def load_tokenizer(path: str | epath.PathLike) -> Any:
             raise UserError(f"the tokenizer in {path} cannot be loaded: {reason}{hint}") from error
     _check_behaviour(tokenizer, stated, path)
     return tokenizer
+
+
+def _follows_its_file(folder: Path) -> bool:
+    """Whether tokenizer_config.json names the class that does what tokenizer.json says.
+
+    `AutoTokenizer` would take the class of the model beside it, if config.json names one, and none in a run folder.
+    """
+    config, file = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not (config.exists() and file.exists()):
+        return False
+    return read_json(config).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+
+
+def read_otherwise(folder: epath.PathLike) -> str | None:
+    """A text that transformers, which asks config.json too, reads as other ids than `load_tokenizer` does; or None."""
+    from transformers import AutoTokenizer
+
+    with _local_copy(epath.Path(folder)) as local:
+        if not _follows_its_file(local):
+            return None
+        theirs = AutoTokenizer.from_pretrained(str(local), local_files_only=True, trust_remote_code=False)
+        ours = load_tokenizer(local)
+    both = zip(_PROBES, encode_plain(ours, _PROBES), encode_plain(theirs, _PROBES), strict=True)
+    return next((text for text, here, there in both if here != there), None)
 
 
 def _stated_ids(file: Path, tokenizer: Any) -> list[list[list[int]]]:

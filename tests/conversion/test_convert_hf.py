@@ -488,7 +488,7 @@ BROKEN = {
     ),
     "blocks without end": (
         lambda folder: change_config(folder, num_hidden_layers=20_000_000),
-        "config.json asks for 20000000 blocks, and the files hold 26 tensors",
+        "config.json: model.num_hidden_layers is 20000000: it must be at least 1 and at most 1,000",
     ),
     "a config that is a folder": (
         lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").mkdir()),
