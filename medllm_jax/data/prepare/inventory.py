@@ -32,7 +32,7 @@ class RowGroupRange(NamedTuple):
     """Row groups of a .parquet file that one worker reads in one go.
 
     file: path or gs:// URI. start, end: the first row group and one past the last; None: to the end of the file.
-    first_row: number, from 1, of the first row. stored_bytes: their size in the file.
+    first_row: number, from 1, of the first row. stored_bytes: their size before compression.
     """
 
     file: str
@@ -146,7 +146,8 @@ def _row_group_ranges(file: str, stream: IO[bytes], range_bytes: int | None) -> 
     start, stored, first_row, row = 0, 0, 1, 1
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
-        stored += sum(group.column(column).total_compressed_size for column in range(group.num_columns))
+        # (Asked for a column's own size, pyarrow ends the whole process where the file's metadata is damaged.)
+        stored += group.total_byte_size
         row += group.num_rows
         is_last = number + 1 == metadata.num_row_groups
         if is_last or (range_bytes is not None and stored >= range_bytes):

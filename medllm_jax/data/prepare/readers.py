@@ -12,7 +12,7 @@ from etils import epath
 from medllm_jax.data.prepare.files import RECORD_FILES, TEXT_FILES, Inputs, compression_of, find_files, is_kind
 from medllm_jax.data.prepare.inventory import ByteRange, FileRange, RowGroupRange, whole_file
 from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, reject
-from medllm_jax.data.prepare.streams import DamagedError, WatchedFile, open_parquet, open_stream
+from medllm_jax.data.prepare.streams import PARQUET_DAMAGE, DamagedError, WatchedFile, open_parquet, open_stream
 from medllm_jax.errors import UserError
 from medllm_jax.storage.json_lines import LineError, parse_object, read_lines
 
@@ -143,8 +143,6 @@ def _json_records(
 def _parquet_records(
     part: RowGroupRange, options: ReadOptions, rejections: RejectionCounts, columns: Sequence[str] | None
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    import pyarrow as pa
-
     number = part.first_row - 1
     with epath.Path(part.file).open("rb") as raw:
         stream = WatchedFile(raw)
@@ -168,7 +166,7 @@ def _parquet_records(
                             reject(Rejected(where, _too_long(options)), options.on_bad, rejections)
                         else:
                             yield row, where
-        except (OSError, pa.ArrowInvalid) as error:
+        except PARQUET_DAMAGE as error:
             if stream.failed:
                 raise
             _reject_rest(part.file, number, error, options.on_bad, rejections)

@@ -27,6 +27,10 @@ _MUCH = 2**17
 _MAX_WINDOW = 2**30  # bytes of memory that a compressed stream may ask for: zstd's --long=30
 
 
+# What pyarrow raises for a .parquet file that is none, or damaged; its own errors are of these kinds too.
+PARQUET_DAMAGE = (OSError, ValueError, LookupError, TypeError, NotImplementedError, OverflowError)
+
+
 class DamagedError(Exception):
     """A compressed stream cannot be decompressed to its end; the message says why."""
 
@@ -132,12 +136,11 @@ def _decompressor(compression: str) -> Any:
 
 def open_parquet(file: str, stream: WatchedFile) -> "pyarrow.parquet.ParquetFile":
     """Opens a .parquet file; UserError where the stream is not one."""
-    import pyarrow as pa
     import pyarrow.parquet
 
     try:
         return pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
+    except PARQUET_DAMAGE as error:
         if stream.failed:
             raise
         stream.seek(0)
