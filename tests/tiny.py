@@ -30,8 +30,8 @@ def make_tokenizer(
     """Trains a byte-level BPE tokenizer on a few texts, saves it to ``folder`` and returns it.
 
     At least 259 tokens: the bytes and the control tokens, <|endoftext|> (id 0, end of sequence and padding),
-    <|im_start|> and <|im_end|>. Texts too short for ``vocab_size`` give fewer tokens. like_qwen2: text is normalised and
-    split as by transformers' Qwen2Tokenizer, which it takes beside the config.json of a Qwen2 model.
+    <|im_start|> and <|im_end|>. Texts too short for ``vocab_size`` give fewer tokens. like_qwen2: text is normalised
+    and split as by transformers' Qwen2Tokenizer, which it takes beside the config.json of a Qwen2 model.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
