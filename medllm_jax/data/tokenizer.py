@@ -308,6 +308,21 @@ def encode_rendered(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return _encode(tokenizer, texts, split_special_tokens=False)
 
 
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The control token that the chat template writes right after an assistant's message; None where it writes none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    said = "1"
+    try:
+        turns = [{"role": "user", "content": "0"}, {"role": "assistant", "content": said}]
+        _, found, rest = render_chat(tokenizer, turns).rpartition(said)
+    except ChatTemplateError:
+        return None  # what it is asked to render next will say so
+    ids = encode_rendered(tokenizer, [rest])[0] if found else []
+    added = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+    return ids[0] if added is not None and added.special else None
+
+
 def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]]) -> list[list[int]]:
     """Token ids of prompts: either all are texts that a model continues, or all are chats that it answers.
 

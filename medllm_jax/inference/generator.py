@@ -16,7 +16,7 @@ from medllm_jax.checkpoint.fingerprint import model_fingerprint
 from medllm_jax.checkpoint.handle import Checkpoint
 from medllm_jax.checkpoint.load_model import LoadedModel, load_model
 from medllm_jax.config.schema import MeshConfig, PrecisionConfig
-from medllm_jax.data.tokenizer import encode_prompts, load_tokenizer
+from medllm_jax.data.tokenizer import encode_prompts, end_of_turn, load_tokenizer
 from medllm_jax.distributed.compiler_options import compiler_options
 from medllm_jax.distributed.sharding import check_divisible, make_mesh, rows_over
 from medllm_jax.errors import UserError
@@ -287,7 +287,9 @@ def _first_beyond(
 
 
 def eos_token_ids(folder: epath.Path, tokenizer: Any) -> list[int]:
-    """Token ids that end a text: those of generation_config.json if it is there, and the tokenizer's own."""
+    """Token ids that end a text: those of generation_config.json if it is there, the tokenizer's own, and what ends an
+    assistant's turn in its chat template, which trained responses have before the tokenizer's.
+    """
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     file = folder / "generation_config.json"
     if file.exists():
@@ -296,6 +298,8 @@ def eos_token_ids(folder: epath.Path, tokenizer: Any) -> list[int]:
         if not all(type(each) is int and 0 <= each < 2**31 for each in named):
             raise UserError(f"{file}: eos_token_id must be an id of a token, or a list of them")
         ids += named
+    turn = end_of_turn(tokenizer)
+    ids += [] if turn is None else [turn]
     if not ids:
         raise UserError(f"the tokenizer in {folder} names no end-of-sequence token: set eos_token there")
     return ids

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from medllm_jax.checkpoint.handle import Checkpoint
 from medllm_jax.checkpoint.load_model import load_model
 from medllm_jax.config.schema import MeshConfig, ModelConfig, PrecisionConfig
-from medllm_jax.data.tokenizer import encode_plain, load_tokenizer
+from medllm_jax.data.tokenizer import encode_parts, load_tokenizer
 from medllm_jax.distributed.compiler_options import compiler_options
 from medllm_jax.distributed.sharding import check_divisible, make_mesh, replicated, rows_over
 from medllm_jax.errors import UserError
@@ -169,11 +169,17 @@ class Likelihood:
 
 def _ask(exam: Exam, template: PromptTemplate, tokenizer: Any) -> Iterator[_Asked]:
     questions = [q for q in exam.questions if q.kind == "choice" and math.comb(len(q.choices), q.k) <= _MAX_ANSWERS]
-    prompts = encode_plain(tokenizer, [template.render(question, _CONDITION) for question in questions])
-    for question, prompt in zip(questions, prompts, strict=True):
+    for question in questions:
         answers = [frozenset(letters) for letters in itertools.combinations(question.letters, question.k)]
-        texts = [template.solve(question, answer, _CONDITION) for answer in answers]
-        yield _Asked(question, prompt, answers, encode_plain(tokenizer, texts))
+        prompt = template.render(question, _CONDITION)
+        texts = [(prompt, template.solve(question, answer, _CONDITION)) for answer in answers]
+        encoded = [parts for parts in encode_parts(tokenizer, texts, rendered=False) if parts is not None]
+        if len(encoded) < len(texts):
+            raise UserError(
+                f"template {template.name}: this tokenizer reads an answer after a prompt as another text than both "
+                "together: end the prompt with a space or a line end, or begin the answer with one"
+            )
+        yield _Asked(question, encoded[0][0], answers, [answer for _, answer in encoded])
 
 
 def likelihood_of_checkpoint(

@@ -17,6 +17,7 @@ from medllm_jax.errors import UserError
 from medllm_jax.evaluation.sampling import SamplingParams
 from medllm_jax.inference.generator import Generator, _draw, choose, eos_token_ids
 from medllm_jax.model.abstract import abstract_model, random_params
+from tests.tiny import CHAT_TEMPLATE, make_tokenizer
 from tests.world import tiny_config
 
 PROMPTS = ["The patient", "発熱と咳", "A", "Q7: heart liver test. Which drug? " * 3, "高血圧の治療には"]
@@ -211,6 +212,19 @@ def test_a_generation_config_that_is_none_is_named(tmp_path, content):
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(UserError, match=r"generation_config\.json"):
         eos_token_ids(epath.Path(tmp_path), SimpleNamespace(eos_token_id=1))
+
+
+@pytest.mark.parametrize(
+    ("template", "ids"),
+    [
+        (CHAT_TEMPLATE, [0, 2]),
+        (CHAT_TEMPLATE.replace("<|im_end|>", " done"), [0]),
+        ("{{ raise_exception('none') }}", [0]),
+        (None, [0]),
+    ],
+)
+def test_what_ends_a_turn_ends_a_text(tmp_path, template, ids):
+    assert eos_token_ids(epath.Path(tmp_path), make_tokenizer(tmp_path, chat_template=template)) == ids
 
 
 def test_an_eos_of_null_leaves_the_tokenizers(tmp_path):
