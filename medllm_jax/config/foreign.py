@@ -6,11 +6,10 @@ and to leave it out would be to do something else than the file says.
 """
 
 import math
-import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 
 REQUIRED: Any = object()  # the default of a key that must be there
 
@@ -46,7 +45,7 @@ class ForeignSettings(NamedTuple):
         """
         for key, value in content.items():
             if key not in self.understood and not self._is_harmless(key, value, content):
-                raise UserError(f"{where}: {shown(key, quote=False)} is {shown(value)}: {self._right(key)}")
+                raise UserError(f"{where}: {quoted(key, str)} is {quoted(value)}: {self._right(key)}")
         return {key: self._value(key, content, where) for key in self.understood}
 
     def _is_harmless(self, key: str, value: Any, content: Mapping[str, Any]) -> bool:
@@ -73,7 +72,7 @@ class ForeignSettings(NamedTuple):
         if value is None and nullable:
             return None
         if not _is_a(kind, value):
-            raise UserError(f"{where}: {key} is {shown(value)}: {_WORDS[kind]} is expected")
+            raise UserError(f"{where}: {key} is {quoted(value)}: {_WORDS[kind]} is expected")
         return kind(value)
 
 
@@ -101,14 +100,3 @@ def _is_finite(value: float) -> bool:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond all floats
         return False
-
-
-_SHORT = reprlib.Repr()  # builds no more than it shows, however large a value is
-_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
-_SHORT.maxlevel = 2
-
-
-def shown(value: Any, *, quote: bool = True) -> str:
-    """A foreign value for an error line: cut short, in one line. quote: text stands in quotes."""
-    text = _SHORT.repr(value) if quote or not isinstance(value, str) or not value.isprintable() else value
-    return text if len(text) <= 70 else f"{text[:67]}..."

@@ -14,11 +14,10 @@ from etils import epath
 
 from medllm_jax.checkpoint.handle import Checkpoint, DamagedError
 from medllm_jax.checkpoint.orbax import steps
-from medllm_jax.config.foreign import shown
 from medllm_jax.config.load import build
 from medllm_jax.config.schema import AdapterConfig, ModelConfig, RunConfig
 from medllm_jax.data.store import CorpusRows, RowStore
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 from medllm_jax.evaluation.prompts import CONDITIONS
 from medllm_jax.evaluation.significance import Estimate, accuracy, compare
 from medllm_jax.report.collect import Results, collect
@@ -200,7 +199,7 @@ def _plain_name(name: Any) -> str | None:
 def check_base_name(name: str) -> None:
     """UserError for what can't stand in a card as a name."""
     if _plain_name(name) is None:
-        raise UserError(f"--base-name {shown(name)}: a name in one line, such as Qwen/Qwen2.5-7B, is expected")
+        raise UserError(f"--base-name {quoted(name)}: a name in one line, such as Qwen/Qwen2.5-7B, is expected")
 
 
 _HEADER = ("stage", "steps", "rows a step", "learning rate", "objective", "weights")

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from etils import epath
 
-from medllm_jax.config.foreign import shown
 from medllm_jax.conversion.hf_weights import listed
 from medllm_jax.data.tokenizer import load_tokenizer, read_otherwise
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 from medllm_jax.storage.json_files import parse_json, read_bounded, read_json
 from medllm_jax.storage.remote import is_remote, names_in
 from medllm_jax.storage.run_folder import TOKENIZER_FILES, copy_tokenizer
@@ -54,8 +53,8 @@ def check_companions(folder: epath.Path, vocab_size: int) -> bool:
     text = read_otherwise(folder)
     if text is not None:
         _log.warning(
-            f"warning: {folder}: transformers takes the tokenizer's class from config.json, and reads {shown(text)} as "
-            "other tokens than tokenizer.json, which is followed here"
+            f"warning: {folder}: transformers takes the tokenizer's class from config.json, and reads {quoted(text)} "
+            "as other tokens than tokenizer.json, which is followed here"
         )
     return True
 
@@ -106,7 +105,7 @@ def read_generation(file: epath.Path, vocab_size: int) -> dict[str, object]:
         value = content.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
-            raise UserError(f"{file}: {key} is {shown(value)}: token ids below vocab_size {vocab_size} are expected")
+            raise UserError(f"{file}: {key} is {quoted(value)}: token ids below vocab_size {vocab_size} are expected")
     return content
 
 
@@ -124,11 +123,11 @@ def read_sums(folder: epath.Path) -> dict[str, str]:
         name = match[2].removeprefix("./") if match else ""
         if not match or name != Path(name).name or name == "..":
             raise UserError(
-                f"{file}:{number}: {shown(line)}: a sha256 and the name of a file beside it are expected, as sha256sum "
-                "writes them"
+                f"{file}:{number}: {quoted(line)}: a sha256 and the name of a file beside it are expected, as "
+                "sha256sum writes them"
             )
         if sums.setdefault(name, match[1]) != match[1]:
-            raise UserError(f"{file}:{number}: {shown(name)} stands twice, with two sums: keep one")
+            raise UserError(f"{file}:{number}: {quoted(name)} stands twice, with two sums: keep one")
     return sums
 
 

@@ -15,11 +15,11 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from medllm_jax.config.foreign import ForeignSettings, Key, anything, shown
+from medllm_jax.config.foreign import ForeignSettings, Key, anything
 from medllm_jax.config.schema import ModelConfig
 from medllm_jax.conversion.hf_config import read_config
 from medllm_jax.conversion.names import Tensor, tensors_of
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 from medllm_jax.storage.json_files import parse_json, read_json
 from medllm_jax.storage.remote import is_folder, is_remote, kvstore_spec, names_in
 
@@ -158,16 +158,16 @@ def _parse_header(file: epath.Path) -> dict[str, Entry]:
     content.pop("__metadata__", None)
     entries, end = {}, 0
     for name, fields in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
-        values = _HEADER.read(fields, shown(name))
+        values = _HEADER.read(fields, quoted(name, most=120))
         shape, (begin, after) = tuple(values["shape"]), values["data_offsets"]
         if not all(type(number) is int and number >= 0 for number in (*shape, begin, after)):
-            raise ValueError(f"{shown(name)} has another shape, or other offsets, than whole numbers")
+            raise ValueError(f"{quoted(name, most=120)} has another shape, or other offsets, than whole numbers")
         dtype = DTYPES.get(values["dtype"])
         if begin != end or after < begin:
-            raise ValueError(f"{shown(name)} is not where the tensor before it ends")
+            raise ValueError(f"{quoted(name, most=120)} is not where the tensor before it ends")
         if dtype is not None and after - begin != dtype.itemsize * math.prod(shape):
             raise ValueError(
-                f"{shown(name)} has {after - begin} bytes, which is not what its shape {shown(shape)} takes"
+                f"{quoted(name, most=120)} has {after - begin} bytes, which is not what its shape {quoted(shape)} takes"
             )
         entries[name] = Entry(file, values["dtype"], shape, 8 + length + begin)
         end = after
@@ -187,7 +187,7 @@ def _indexed_files(folder: epath.Path) -> dict[str, str] | None:
     for tensor, name in names.items():
         if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
             raise UserError(
-                f"{path}: {shown(tensor, quote=False)} is in {shown(name)}: the name of a .safetensors file beside it "
+                f"{path}: {quoted(tensor, str, most=120)} is in {quoted(name)}: the name of a .safetensors file beside it "
                 "is expected"
             )
     return names
@@ -289,9 +289,7 @@ def one_dtype(folder: epath.Path, dtypes: dict[str, str]) -> np.dtype:
     examples = {dtype: name for name, dtype in dtypes.items()}
     for dtype, name in examples.items():
         if dtype not in DTYPES:
-            raise UserError(
-                f"{folder}: {name} is {shown(dtype, quote=False)}: only {', '.join(DTYPES)} can be converted"
-            )
+            raise UserError(f"{folder}: {name} is {quoted(dtype, str)}: only {', '.join(DTYPES)} can be converted")
     if len(examples) > 1:
         examples_listed = ", ".join(f"{name} is {dtype}" for dtype, name in sorted(examples.items()))
         raise UserError(f"{folder}: tensors of several dtypes ({examples_listed}): save the model in one")
@@ -301,4 +299,4 @@ def one_dtype(folder: epath.Path, dtypes: dict[str, str]) -> np.dtype:
 def listed(names: list[str]) -> str:
     """The first few of some names."""
     rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(shown(name, quote=False) for name in names[:_NAMED]) + rest
+    return ", ".join(quoted(name, str, most=120) for name in names[:_NAMED]) + rest
