@@ -187,8 +187,8 @@ def _indexed_files(folder: epath.Path) -> dict[str, str] | None:
     for tensor, name in names.items():
         if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
             raise UserError(
-                f"{path}: {quoted(tensor, str, most=120)} is in {quoted(name)}: the name of a .safetensors file beside it "
-                "is expected"
+                f"{path}: {quoted(tensor, str, most=120)} is in {quoted(name)}: the name of a .safetensors file "
+                "beside it is expected"
             )
     return names
 
