@@ -15,7 +15,6 @@ import inspect
 import io
 import json
 import os
-import pickle
 import re
 import resource
 import shutil
@@ -203,7 +202,7 @@ def _ask_server(name: str) -> str:
 
     prompt = "答え:" if name == "completion" else [{"role": "user", "content": "答え:"}]
     with _server(Path(f"answers/{name}.http").read_bytes()) as port, _no_waiting():
-        client = OpenAIClient(f"http://127.0.0.1:{port}", "m", concurrency=1, timeout=2)
+        client = OpenAIClient(f"http://127.0.0.1:{port}", "m", concurrency=1, timeout=0.3)
         params = SamplingParams(max_new_tokens=4, stop=("\n",))
         return _digest(*next(iter(client.sample([prompt], [0], params))))
 
@@ -238,18 +237,21 @@ def _server(answer: bytes) -> Iterator[int]:
 @contextlib.contextmanager
 def _no_waiting() -> Iterator[None]:
     """Pauses between repetitions take no time; those of hours would be long, so they are counted as hangs."""
-    sleep = time.sleep
+    from medllm_jax.inference.openai_client import OpenAIClient
 
-    def quick(seconds: float) -> None:
+    pause = OpenAIClient._pause
+
+    def quick(self: Any, fault: Any, repetition: int) -> float:
+        seconds = pause(self, fault, repetition)
         if seconds > 1800:
             raise HangError(f"waits for {seconds:.0f} seconds")
-        sleep(min(seconds, 0.001))
+        return min(seconds, 0.001)
 
-    time.sleep = quick
+    OpenAIClient._pause = quick
     try:
         yield
     finally:
-        time.sleep = sleep
+        OpenAIClient._pause = pause
 
 
 def _of_store(command: str) -> str:
@@ -689,8 +691,8 @@ class Worker:
             self.close()
             self._begin()
         self._count += 1
-        job = pickle.dumps((self._inputs, reading.name, change, self._scratch / f"{os.getpid()}-{self._count}"))
-        self._to.sendall(struct.pack("Q", len(job)) + job)
+        place = self._scratch / f"{os.getpid()}-{self._count}"
+        _send(self._to, [str(self._inputs), reading.name, _change_as_json(change), str(place)])
         outcome = self._watched(reading.seconds)
         if outcome.error.startswith(("HangError", "GrowthError", "Killed", "Ended")):
             self.close()
@@ -727,7 +729,7 @@ class Worker:
                     )
                 data += part
                 if len(data) >= 8 and len(data) == 8 + struct.unpack("Q", data[:8])[0]:
-                    return pickle.loads(data[8:])
+                    return Outcome(*json.loads(data[8:]))
                 continue
             except TimeoutError:
                 pass
@@ -767,11 +769,34 @@ def serve(requests: socket.socket) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     stream = requests.makefile("rb")
     while head := stream.read(8):
-        inputs, name, change, place = pickle.loads(stream.read(struct.unpack("Q", head)[0]))
+        inputs, name, change, place = json.loads(stream.read(struct.unpack("Q", head)[0]))
         reading = next(each for each in READINGS if each.name == name)
-        answer = pickle.dumps(attempt(inputs, reading, change, place))
-        requests.sendall(struct.pack("Q", len(answer)) + answer)
+        outcome = attempt(Path(inputs), reading, _change_from_json(change), Path(place))
+        _send(requests, list(dataclasses.astuple(outcome)))
     os._exit(0)
+
+
+def _send(to: socket.socket, content: list[Any]) -> None:
+    data = json.dumps(content).encode()
+    to.sendall(struct.pack("Q", len(data)) + data)
+
+
+def _change_as_json(change: Callable[[Path], None]) -> list[str]:
+    match change:
+        case Replaced(path, content):
+            return ["replaced", path, content.decode("latin-1")]
+        case Lost(path, instead):
+            return ["lost", path, instead]
+    return ["unchanged"]
+
+
+def _change_from_json(fields: list[str]) -> Callable[[Path], None]:
+    match fields:
+        case ["replaced", path, content]:
+            return Replaced(path, content.encode("latin-1"))
+        case ["lost", path, instead]:
+            return Lost(path, instead)
+    return unchanged
 
 
 def _resident(pid: int) -> int:

@@ -36,7 +36,7 @@ def test_wrong_files_are_refused_in_a_line(reading, inputs, usual, tmp_path):
     choose = fuzz.Chooser(inputs, [reading], seed=1)
     assert usual(reading).code == 0
     findings = []
-    for given in map(choose, range(8)):
+    for given in map(choose, range(6)):
         change = Replaced(given.path, given.change.content)
         outcome = trials.attempt(inputs, reading, change, tmp_path / str(given.index))
         if finding := fuzz.finding_of(given, outcome, usual(reading)):
@@ -46,7 +46,7 @@ def test_wrong_files_are_refused_in_a_line(reading, inputs, usual, tmp_path):
 
 def test_damaged_files_are_refused_or_do_no_harm(inputs, usual, tmp_path):
     wrong = []
-    for number, case in enumerate(itertools.islice(damage.cases(inputs, QUICK, seed=1), 90)):
+    for number, case in enumerate(itertools.islice(damage.cases(inputs, QUICK, seed=1), 60)):
         outcome = trials.attempt(inputs, case.reading, case.change, tmp_path / str(number))
         found = damage.class_of(case, outcome, usual(case.reading))
         if found in damage.BAD:

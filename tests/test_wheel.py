@@ -82,7 +82,7 @@ def test_verbs_work_from_any_folder(medllm):
     where = ("--topology", "v5p:4x4x4", "--run", "gs://bucket/run", "--image", "image", "--dry-run", "--")
     paths = ("--init.checkpoint", "gs://bucket/model", "--data.store", "gs://bucket/store")
     printed = medllm("launch", "gke", "--config", "cpt-72b-v5p-4x4x4", *where, *paths)
-    assert "kind: JobSet" in printed and "hidden_size: 8192" in printed
+    assert '"kind": "JobSet"' in printed and "hidden_size: 8192" in printed
     where = ("--topology", "v5p:4x4x4", "--run", "gs://bucket/run", "--image", "image", "--project", "p", "--zone", "z")
     printed = medllm("launch", "tpu-vm", "--config", "cpt-72b-v5p-4x4x4", *where, "--dry-run", "--", *paths)
     (script,) = re.findall(r"scp .*?(\S+run_on_host\.sh)", printed)

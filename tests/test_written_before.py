@@ -139,7 +139,11 @@ def test_results_are_graded_scored_and_reported_as_before(resumed):
         files = [*WRITTEN.joinpath(other).glob("grades-*.jsonl"), WRITTEN / other / "scores.json"]
         assert len(files) >= 2
         for file in files:
-            assert (folder / one / file.name).read_text() == file.read_text(), file
+            found, written = (folder / one / file.name).read_text(), file.read_text()
+            if file.name == "scores.json":
+                found, written = json.loads(found), json.loads(written)
+                written.get("tiers", {}).pop("official", None)  # this exam has none, which was told as a score
+            assert found == written, file
     assert "McNemar" in printed
     page = (folder / "report" / "report.html").read_text()
     assert "answer" in page and "second" in page

@@ -5,6 +5,7 @@ Orbax's own (OCDBT), as training writes them, or as a folder of files, as `creat
 """
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import tensorstore as ts
 from etils import epath
 
 from medllm_jax.errors import UserError
-from medllm_jax.storage.faults import passes
+from medllm_jax.storage.faults import passes, words_of
 from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.remote import kvstore_spec
 
@@ -55,8 +56,8 @@ def chunk_shape(
 def create(item: epath.Path, path: str, shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...]) -> ts.TensorStore:
     """A weight's array in the folder of an item, to be written to in parts; the one that is there, if it is the same.
 
-    Each chunk is a file of its own, there whole or not at all, with a checksum that every reader checks. ValueError
-    where another array is there.
+    Each chunk is a file of its own, there whole or not at all, with a checksum that every reader checks. UserError
+    where another array is there, or a damaged one.
     """
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
     spec = {
@@ -73,7 +74,15 @@ def create(item: epath.Path, path: str, shape: tuple[int, ...], dtype: str, chun
     }
     # What is written is lost when the machine is, not when the program is: as with `cp`.
     context = ts.Context({"file_io_sync": False})
-    return ts.open(spec, open=True, create=True, context=context).result()
+    try:
+        return ts.open(spec, open=True, create=True, context=context).result()
+    except ValueError as error:
+        if passes(error):
+            raise
+        raise UserError(
+            f"{os.fspath(item / _name(path))} is damaged, or an array of another conversion ({words_of(error)}): "
+            "remove what was begun, and begin anew"
+        ) from error
 
 
 def describe(tree: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ def write_model(run: str | os.PathLike, params: Any, model: dict[str, Any], **me
 def new_arrays(run: str | os.PathLike, weights: Mapping[str, StoredWeight]) -> dict[str, ts.TensorStore]:
     """Path -> array of each weight of a step 0 that is written range by range; `finish_model` makes a checkpoint of it.
 
-    Several processes may open the same. ValueError where other arrays are there already.
+    Several processes may open the same. UserError where other arrays are there already.
     """
     item = checkpoints_of(run) / "0" / "params"
     item.mkdir(parents=True, exist_ok=True)

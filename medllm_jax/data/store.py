@@ -289,7 +289,7 @@ def array_of(data: bytes, shape: tuple[int, ...], dtype: type) -> np.ndarray | N
 def verify(path: str | epath.PathLike, progress: Callable[[int], None] = lambda rows: None) -> RowStore:
     """Reads all of a store against its checksums; progress is called with the rows read so far.
 
-    Raises UserError naming store, shards and rows that are damaged or missing, the first ten of them.
+    Raises UserError naming the store, what is wrong with the first row that is damaged or missing, and other such rows.
     """
     store = RowStore.open(path)
     digest, damaged, max_token_id = hashlib.sha256(), [], 0
@@ -299,15 +299,16 @@ def verify(path: str | epath.PathLike, progress: Callable[[int], None] = lambda 
         try:
             rows = store.read(indices)
         except UserError:
-            damaged += store.problems(indices)
+            damaged += [(row, problem) for row in indices.tolist() for problem in store.problems([row])]
         else:
             digest.update(np.ascontiguousarray(rows, "<i4").tobytes())
             max_token_id = max(max_token_id, int(rows[:, 0].max()))
             tokens[indices] = np.count_nonzero(rows[:, 1], axis=-1)
         progress(int(indices[-1]) + 1)
     if damaged:
-        more = f"; and {len(damaged) - 10} rows more" if len(damaged) > 10 else ""
-        raise UserError("; ".join(damaged[:10]) + more)
+        others = [str(row) for row, _ in damaged[1:]]
+        more = f"; so are {len(others)} more rows: {', '.join(others[:10])}{', ...' * (len(others) > 10)}"
+        raise UserError(damaged[0][1] + (more if others else ""))
     described = (store.metadata.digest, store.metadata.max_token_id)
     if (digest.hexdigest(), max_token_id) != described or not np.array_equal(tokens, store.tokens_per_row):
         raise UserError(f"the rows of store {path} are whole, and not those that store.json describes; {_COPY_AGAIN}")

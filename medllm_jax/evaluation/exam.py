@@ -5,6 +5,7 @@ nothing of it is part of this project.
 """
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Iterable
@@ -15,6 +16,8 @@ from etils import epath
 from medllm_jax.errors import UserError
 from medllm_jax.storage.json_lines import Row, read_rows
 from medllm_jax.storage.remote import is_file, is_folder, names_in
+
+_log = logging.getLogger(__name__)
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _YEAR_OF_EXAM_ZERO = 1906  # the 112th exam was held in 2018, and there is one a year
@@ -173,6 +176,8 @@ def _exam_files(root: epath.Path, years: set[int] | None) -> list[epath.Path]:
 
 def _read_file(file: epath.Path) -> list[tuple[Question, str]]:
     rows = read_rows(file)
+    if not rows:
+        _log.warning(f"warning: {file}: there is no question in it")
     if not any("problem_id" in row.fields for row in rows):
         return [(_generic(row), row.where) for row in rows]
     match = _EXAM_FILE.fullmatch(file.name)

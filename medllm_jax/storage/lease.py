@@ -228,8 +228,9 @@ def _machine() -> list[str] | None:
 
 
 def _started(pid: int | None) -> str | None:
-    """When a process of this machine was started, by the kernel's clock; None where there is no such process."""
+    """When a process of this machine was started, by the kernel's clock; None where there is none, or it has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    return None if state in "ZX" else fields[18]  # one that ended is there until its parent has asked for it

@@ -294,7 +294,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_that_looks_whole(place, tmp_
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1, said
     assert said.count("\n") == 1
-    assert "the disk is full" in said
+    assert "the disk is full" in said or "no space is left" in said  # there, or where a tokenizer is tried
     target = Path(step[2])
     assert not target.exists()
     assert_not_loadable(folders.unfinished_folder(target))

@@ -94,7 +94,9 @@ def test_verify_names_every_damaged_row(tmp_path, small_shards):
     middle.write_bytes(middle.read_bytes()[:-5])
     with pytest.raises(UserError) as caught:
         verify(path)
-    assert [f"row {row} of" in str(caught.value) for row in (7, 8, 15, 16)] == [False, True, True, False]
+    told = str(caught.value)
+    assert told.startswith(f"row 8 of store {path} is damaged or missing")
+    assert told.endswith("so are 7 more rows: 9, 10, 11, 12, 13, 14, 15")
 
 
 def test_verify_tells_whole_rows_that_are_not_the_ones_described(tmp_path, small_shards):

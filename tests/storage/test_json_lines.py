@@ -88,5 +88,5 @@ def test_rows_in_a_bucket():
         output = run(server, "-c", IN_STORAGE)
     assert output.splitlines()[-2:] == [
         "[({'id': 1}, 'gs://bucket/rows.jsonl:1'), ({'id': 2}, 'gs://bucket/rows.jsonl:3')]",
-        "[{'id': 1}] []",
+        "AppendedRows(rows=[{'id': 1}], damaged=[]) AppendedRows(rows=[], damaged=[])",
     ]
