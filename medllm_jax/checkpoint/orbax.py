@@ -208,4 +208,6 @@ def stored_shapes(folder: epath.Path) -> Any:
         if passes(error):
             raise
         raise UnreadableError(first_cause(error)) from error
+    if not metadata:  # of a list of weights that it does not understand, Orbax says nothing
+        raise UnreadableError(f"params/{arrays.TREE} does not list weights")
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
