@@ -240,6 +240,7 @@ def changed_lines(content: bytes, rng: random.Random) -> Change:
     if way < 0.75:
         name, kind, change = changed_json(lines[at].strip() or b"{}", rng)
         lines[at] = change.replace(b"\n", b" ") + b"\n"
+        kind = kind if change.strip() else CONTENT  # blank lines are allowed
         return Change(f"line: {name}", kind, b"".join(lines))
     new = {
         "a line of garbage": (CORRUPTING, b"garbage\n"),

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import tempfile
@@ -26,7 +27,10 @@ from medllm_jax.storage.remote import is_file, is_folder, is_remote
 _SENTENCEPIECE = "tokenizer.model"
 # A folder with any of these holds a tokenizer; they are hashed in this order.
 _VOCABULARY_FILES = ("vocab.json", "merges.txt", _SENTENCEPIECE, "added_tokens.json")
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json")
+_log = logging.getLogger(__name__)
+
+_TEMPLATE = "chat_template.jinja"
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _TEMPLATE, "config.json")
 # Beside one of these a SentencePiece model is not the whole tokenizer, and transformers puts them together.
 _MORE_THAN_A_MODEL = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json")
 
@@ -96,6 +100,13 @@ def load_tokenizer(path: str | epath.PathLike) -> Any:
             )
             raise UserError(f"the tokenizer in {path} cannot be loaded: {reason}{hint}") from error
     _check_behaviour(tokenizer, stated, path)
+    if (path / _TEMPLATE).exists() and not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"{path / _TEMPLATE} is empty: copy it again, or remove it")
+    if (path / "tokenizer.json").exists() and not (path / "tokenizer_config.json").exists():
+        _log.warning(
+            f"warning: {path} has no tokenizer_config.json, which says what ends a text: "
+            f"{getattr(tokenizer, 'eos_token', None)!r} is taken"
+        )
     return tokenizer
 
 
@@ -175,7 +186,8 @@ class SentencePieceTokenizer:
             content = epath.Path(file).read_bytes()
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
             self._continuing = sentencepiece.SentencePieceProcessor(model_proto=content + _NO_DUMMY_PREFIX)
-        except RuntimeError as error:
+            self._model.id_to_piece(list(range(len(self))))
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(f"{file} cannot be loaded: it is not a SentencePiece model") from error
         ids = list(range(len(self)))
         # bool [vocabulary]: control pieces, and pieces that are one byte of a character.

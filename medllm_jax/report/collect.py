@@ -91,6 +91,8 @@ def _metrics(run: epath.Path) -> list[dict[str, Any]]:
     rows, damaged = read_metrics(run)
     if damaged:
         _log.warning(f"warning: {len(damaged)} lines of {run / METRICS} can't be read, the first is line {damaged[0]}")
+    if not rows:
+        _log.warning(f"warning: {run / METRICS} has no numbers yet, or they are lost")
     return rows
 
 
@@ -118,6 +120,12 @@ def _results(folder: epath.Path, name: str) -> Results:
     grades = {condition: read_grades(file) for condition, file in files.items() if file.exists()}
     if scores and not grades:
         raise UserError(f"{folder} holds scores.json and no grades-*.jsonl: evaluate again, which asks no model twice")
+    missing = [each for each in (scores or {}).get("conditions") or {} if each in files and each not in grades]
+    if missing:
+        raise UserError(
+            f"{folder}: scores.json tells of {missing[0]}, and {files[missing[0]].name} is not there: evaluate again, "
+            "which asks no model twice"
+        )
     for condition, graded in grades.items():
         if not graded:
             raise UserError(f"{files[condition]} holds no grade: evaluate again, which asks no model twice")

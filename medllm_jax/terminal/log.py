@@ -6,6 +6,7 @@ that uses the package as a library sees what its own logging lets through; the c
 
 import logging
 import sys
+from typing import Any
 
 
 class _TerminalHandler(logging.Handler):
@@ -17,6 +18,17 @@ class _TerminalHandler(logging.Handler):
         print(record.getMessage(), file=stream, flush=True)
 
 
+class _AllBut:
+    """A hook for errors that nobody can catch, which leaves out one: TensorStore answers when nobody waits any more."""
+
+    def __init__(self, others: Any):
+        self._others = others
+
+    def __call__(self, unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            self._others(unraisable)
+
+
 def show_messages() -> None:
     """Shows the package's messages, from INFO on, on the terminal; calling it again changes nothing."""
     logger = logging.getLogger("medllm_jax")
@@ -24,4 +36,5 @@ def show_messages() -> None:
         logger.addHandler(_TerminalHandler())
         logger.setLevel(logging.INFO)
         logger.propagate = False
+        sys.unraisablehook = _AllBut(sys.unraisablehook)
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of errors that it raises as well
