@@ -20,7 +20,7 @@ from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam
 from medllm_jax.evaluation.grading import Group, read_grades
 from medllm_jax.evaluation.prompts import CONDITIONS
-from medllm_jax.storage.remote import write_whole
+from medllm_jax.storage.remote import is_there, write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def accuracies_apart(folder: epath.PathLike, ids: Sequence[str]) -> Iterator[tup
     """Condition, "overlapping" or "other", and the counts, of the grades in a folder of results, if there are any."""
     for condition in CONDITIONS:
         file = epath.Path(folder) / f"grades-{condition}.jsonl"
-        if file.exists():
+        if is_there(file):
             grades = read_grades(file)
             yield condition, "overlapping", Group.of([g for g in grades if g.id in set(ids)])
             yield condition, "other", Group.of([g for g in grades if g.id not in set(ids)])

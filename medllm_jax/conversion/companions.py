@@ -17,7 +17,7 @@ from medllm_jax.conversion.hf_weights import listed
 from medllm_jax.data.tokenizer import load_tokenizer, read_otherwise
 from medllm_jax.errors import UserError, quoted
 from medllm_jax.storage.json_files import parse_json, read_bounded, read_json
-from medllm_jax.storage.remote import is_remote, names_in
+from medllm_jax.storage.remote import is_remote, is_there, names_in
 from medllm_jax.storage.run_folder import TOKENIZER_FILES, copy_tokenizer
 from medllm_jax.terminal.progress import Console
 
@@ -38,7 +38,7 @@ def check_companions(folder: epath.Path, vocab_size: int) -> bool:
     that goes where the model goes is not of its kind, or a link to what is not in the folder.
     """
     for name in TOKENIZER_FILES:
-        if (folder / name).exists():
+        if is_there(folder / name):
             _check_file(folder / name)
     if (folder / GENERATION).exists():
         read_generation(folder / GENERATION, vocab_size)
@@ -115,7 +115,7 @@ def read_generation(file: epath.Path, vocab_size: int) -> dict[str, object]:
 def read_sums(folder: epath.Path) -> dict[str, str]:
     """File name -> sha256 (hex), as the SHA256SUMS of a folder has them; empty where there is none."""
     file = folder / SUMS
-    if not file.exists():
+    if not is_there(file):
         return {}
     sums = {}
     for number, line in enumerate(read_bounded(file, _SUMS_BYTES).decode("utf-8", "replace").splitlines(), start=1):

@@ -37,7 +37,7 @@ from medllm_jax.errors import UserError, quoted
 from medllm_jax.storage import run_folder
 from medllm_jax.storage.json_files import read_bounded
 from medllm_jax.storage.lease import sole_writer
-from medllm_jax.storage.remote import is_folder, is_remote, names_in, remove_folder
+from medllm_jax.storage.remote import is_folder, is_remote, is_there, names_in, remove_folder
 from medllm_jax.terminal.progress import Console, size_in_words
 
 _log = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ def _companions(
     files, token_ids = {}, {}
     carried = run_folder.find_tokenizer(weights.checkpoint.run)
     if carried is not None:
-        names = [name for name in run_folder.TOKENIZER_FILES if (carried / name).exists()]
+        names = [name for name in run_folder.TOKENIZER_FILES if is_there(carried / name)]
         files = {name: read_bounded(carried / name) for name in sorted(names)}
         vocabulary = weights.config.vocab_size
         generation = read_generation(carried / GENERATION, vocabulary) if GENERATION in files else None

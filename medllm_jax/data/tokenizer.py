@@ -22,7 +22,7 @@ from etils import epath
 
 from medllm_jax.errors import UserError
 from medllm_jax.storage.json_files import read_json
-from medllm_jax.storage.remote import is_file, is_folder, is_remote
+from medllm_jax.storage.remote import is_file, is_folder, is_remote, is_there
 
 _SENTENCEPIECE = "tokenizer.model"
 # A folder with any of these holds a tokenizer; they are hashed in this order.
@@ -517,7 +517,7 @@ def _require_tokenizer(path: str | epath.PathLike) -> epath.Path:
             f"no tokenizer in {path}: expected tokenizer.json (or vocab.json and merges.txt, or tokenizer.model) there"
         )
     for file in (path / name for name in (*_FILES, *_VOCABULARY_FILES)):
-        if file.exists() and file.stat().length > _MAX_FILE_BYTES:
+        if is_there(file) and file.stat().length > _MAX_FILE_BYTES:
             raise UserError(f"{file} has more than {_MAX_FILE_BYTES // 2**20} MiB: that is no file of a tokenizer")
     return path
 

@@ -15,7 +15,7 @@ from etils import epath
 
 from medllm_jax.errors import UserError
 from medllm_jax.storage.json_lines import Row, read_rows
-from medllm_jax.storage.remote import is_file, is_folder, names_in
+from medllm_jax.storage.remote import is_file, is_folder, is_there, names_in
 
 _log = logging.getLogger(__name__)
 
@@ -343,7 +343,7 @@ def _number(question_id: str) -> int:
 
 
 def _with_metadata(questions: list[Question], file: epath.Path) -> list[Question]:
-    if not file.exists():
+    if not is_there(file):
         return questions
     by_id = {row.get("problem_id", str): row for row in read_rows(file)}
     return [

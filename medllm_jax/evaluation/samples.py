@@ -23,6 +23,7 @@ from medllm_jax.evaluation.sampling import UNANSWERED, Completion, Sampler, Samp
 from medllm_jax.storage.append import AppendedFile
 from medllm_jax.storage.json_lines import Row, parse_row
 from medllm_jax.storage.lease import sole_writer
+from medllm_jax.storage.remote import is_there
 
 _log = logging.getLogger(__name__)
 
@@ -162,12 +163,12 @@ class Samples:
     @classmethod
     def read(cls, file: epath.Path) -> "Samples | None":
         """What a file holds; None where it is not there. A last line that was not written to its end is left out."""
-        if not file.exists():
+        if not is_there(file):
             return None
         whole = file.read_bytes().split(b"\n")[:-1]
         if not whole:
             return None
-        rows = [parse_row(line.decode("utf-8", "replace"), f"{file}:{n}") for n, line in enumerate(whole, 1)]
+        rows = [parse_row(line, f"{file}:{n}") for n, line in enumerate(whole, 1)]
         settings = rows[0].fields.get("settings")
         expected = {"model", "chat", *_PARAMS}
         if not isinstance(settings, dict) or settings.keys() != expected:

@@ -16,7 +16,7 @@ from medllm_jax.evaluation.samples import Samples
 from medllm_jax.evaluation.sampling import Completion
 from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.json_lines import Row
-from medllm_jax.storage.remote import names_in
+from medllm_jax.storage.remote import is_there, names_in
 from medllm_jax.storage.run_folder import METRICS, read_metrics, recorded_config
 
 _log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def _results(folder: epath.Path, name: str) -> Results:
     if not all(isinstance(found.get(key), str) for key in ("exam", "model")):
         raise UserError(f"{folder}: scores.json is not what `medllm evaluate` or `medllm score` writes")
     files = {condition: folder / f"grades-{condition}.jsonl" for condition in CONDITIONS}
-    grades = {condition: read_grades(file) for condition, file in files.items() if file.exists()}
+    grades = {condition: read_grades(file) for condition, file in files.items() if is_there(file)}
     if scores and not grades:
         raise UserError(f"{folder} holds scores.json and no grades-*.jsonl: evaluate again, which asks no model twice")
     missing = [each for each in (scores or {}).get("conditions") or {} if each in files and each not in grades]
@@ -147,7 +147,7 @@ _CONTAMINATION |= {"corpora": list}
 
 def _json(file: epath.Path, fields: Mapping[str, Any]) -> dict[str, Any] | None:
     """The object in a file, whose fields have the given types; None where there is no file."""
-    if not file.exists():
+    if not is_there(file):
         return None
     content = read_json(file)
     row = Row(content, str(file))

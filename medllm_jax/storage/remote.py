@@ -51,6 +51,15 @@ def is_file(path: "epath.Path") -> bool:
         return False
 
 
+def is_there(path: "epath.Path") -> bool:
+    """Whether something is there; UserError where it is a link to what is not, which counts as nothing elsewhere."""
+    if path.exists():
+        return True
+    if not is_remote(path) and Path(path).is_symlink():
+        raise UserError(f"{path} is a link to what is not there: put that back, or remove the link")
+    return False
+
+
 def names_in(folder: "epath.Path") -> set[str]:
     """Names of what a folder holds; none where it is not there: a bucket has no empty folders."""
     try:

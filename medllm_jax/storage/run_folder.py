@@ -20,7 +20,7 @@ from medllm_jax.config.schema import RunConfig
 from medllm_jax.config.schema_reader import build, metadata_along, read_yaml
 from medllm_jax.errors import UserError
 from medllm_jax.storage.json_lines import AppendedRows, read_appended_rows
-from medllm_jax.storage.remote import move_folder, names_in, remove_folder, write_whole
+from medllm_jax.storage.remote import is_there, move_folder, names_in, remove_folder, write_whole
 
 METRICS = "metrics.jsonl"
 TOKENIZER_FILES = (
@@ -65,7 +65,7 @@ def open_run(config: RunConfig, *, force: bool = False) -> tuple[epath.Path, dic
 def recorded_config(run: str | epath.Path) -> RunConfig | None:
     """The config that a run folder was started with, or None."""
     file = epath.Path(run) / "config.yaml"
-    return build(RunConfig, read_yaml(file), where=str(file)) if file.exists() else None
+    return build(RunConfig, read_yaml(file), where=str(file)) if is_there(file) else None
 
 
 def record_config(folder: epath.Path, config: RunConfig, *, replaced_at: int | None = None) -> None:
@@ -156,7 +156,7 @@ def copy_tokenizer(source: epath.Path, run: epath.Path) -> None:
     target, unfinished = run / "tokenizer", run / _UNFINISHED_TOKENIZER
     unfinished.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
-        if (source / name).exists():
+        if is_there(source / name):
             (source / name).copy(unfinished / name, overwrite=True)
     remove_folder(target)  # in part, if it is there: see find_tokenizer
     move_folder(unfinished, target)
