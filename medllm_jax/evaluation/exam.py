@@ -121,8 +121,11 @@ def load_exam(
     files = [root] if is_file(root) else _exam_files(root, years)
     questions: list[Question] = []
     seen: dict[str, str] = {}
+    empty = []
     for file in files:
-        for question, where in _read_file(file):
+        found = _read_file(file)
+        empty += [] if found else [file]
+        for question, where in found:
             if question.id in seen:
                 raise UserError(
                     f"{where}: the id {_short(question.id)} was used at {seen[question.id]}; ids must be distinct"
@@ -131,6 +134,8 @@ def load_exam(
             questions.append(question)
     if not questions:
         raise UserError(f"{root}: there is no question in it; one JSON object a line was expected")
+    if empty:
+        _log.warning(f"warning: {len(empty)} of {len(files)} files hold no question, the first is {empty[0]}")
 
     if years is not None:
         wanted, held = years, {q.year for q in questions if q.year is not None}
@@ -176,8 +181,6 @@ def _exam_files(root: epath.Path, years: set[int] | None) -> list[epath.Path]:
 
 def _read_file(file: epath.Path) -> list[tuple[Question, str]]:
     rows = read_rows(file)
-    if not rows:
-        _log.warning(f"warning: {file}: there is no question in it")
     if not any("problem_id" in row.fields for row in rows):
         return [(_generic(row), row.where) for row in rows]
     match = _EXAM_FILE.fullmatch(file.name)
