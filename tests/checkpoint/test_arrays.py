@@ -14,6 +14,7 @@ from medllm_jax.cli.convert import main
 from medllm_jax.config.load import load_model_config
 from medllm_jax.conversion.names import parameter_shapes
 from medllm_jax.distributed.sharding import parts_of
+from medllm_jax.errors import UserError
 from tests.tiny_hf import make_hf_folder
 
 MIB = 1 << 20
@@ -83,7 +84,7 @@ def test_what_is_written_is_read(written):
 
 def test_another_array_in_its_place_is_an_error(written):
     _, values, folder = written
-    with pytest.raises(ValueError, match="chunk_shape"):
+    with pytest.raises(UserError, match="an array of another conversion"):
         arrays.create(epath.Path(folder.parent), "layers/w", values.shape, "float32", (1, 2, 6))
 
 
