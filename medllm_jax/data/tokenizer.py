@@ -5,6 +5,7 @@ so a document cannot end itself or open a chat turn. ``encode_rendered`` is for 
 """
 
 import contextlib
+import ctypes
 import hashlib
 import itertools
 import json
@@ -356,6 +357,16 @@ class ChatTemplateError(Exception):
     """A chat template cannot render messages; the message goes on from "the chat template"."""
 
 
+class _GivenUp(BaseException):
+    """Raised in a thread whose work nobody waits for any more."""
+
+
+def _end(thread: threading.Thread) -> None:
+    """Ends a thread that runs Python, which would else take a core for as long as the process lasts."""
+    assert thread.ident is not None  # it was started
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_GivenUp))
+
+
 def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], *, generation_prompt: bool = False) -> str:
     """Messages as the tokenizer's chat template writes them, if asked with the beginning of the assistant's turn.
 
@@ -370,11 +381,14 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], *, generatio
             done.append(tokenizer.apply_chat_template(messages, **options))
         except Exception as error:  # whatever a program can raise
             done.append(error)
+        except _GivenUp:
+            pass
 
     thread = threading.Thread(target=work, daemon=True)  # one that never ends must not keep the process
     thread.start()
     thread.join(_TEMPLATE_SECONDS)
     if not done:
+        _end(thread)
         raise ChatTemplateError(f"does not come to an end within {_TEMPLATE_SECONDS:g} s")
     [result] = done
     if isinstance(result, Exception):
