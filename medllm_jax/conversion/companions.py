@@ -14,7 +14,7 @@ from pathlib import Path
 from etils import epath
 
 from medllm_jax.conversion.hf_weights import listed
-from medllm_jax.data.tokenizer import load_tokenizer, read_otherwise
+from medllm_jax.data.tokenizer import load_tokenizer, named_token_ids, read_otherwise
 from medllm_jax.errors import UserError, quoted
 from medllm_jax.storage.json_files import parse_json, read_bounded, read_json
 from medllm_jax.storage.remote import is_remote, is_there, names_in
@@ -50,7 +50,7 @@ def check_companions(folder: epath.Path, vocab_size: int) -> bool:
         said = f"the tokenizer has {len(tokenizer)} tokens, the embedding {vocab_size}"
         raise UserError(f"{folder}: {said}: they belong to different models")
     _check_alone(folder)
-    text = read_otherwise(folder)
+    text = read_otherwise(folder, tokenizer)
     if text is not None:
         _log.warning(
             f"warning: {folder}: transformers takes the tokenizer's class from config.json, and reads {quoted(text)} "
@@ -102,10 +102,7 @@ def read_generation(file: epath.Path, vocab_size: int) -> dict[str, object]:
     """generation_config.json, which is passed on as it is; UserError where it names tokens that can't be."""
     content = read_json(file)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = content.get(key)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
-            raise UserError(f"{file}: {key} is {quoted(value)}: token ids below vocab_size {vocab_size} are expected")
+        named_token_ids(content, key, str(file), vocab_size)
     return content
 
 

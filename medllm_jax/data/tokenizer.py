@@ -5,7 +5,6 @@ so a document cannot end itself or open a chat turn. ``encode_rendered`` is for 
 """
 
 import contextlib
-import ctypes
 import hashlib
 import itertools
 import json
@@ -13,15 +12,15 @@ import logging
 import os
 import re
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from medllm_jax.errors import UserError
+from medllm_jax.data.deadline import DeadlineError, within
+from medllm_jax.errors import UserError, quoted
 from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.remote import is_file, is_folder, is_remote, is_there
 
@@ -122,15 +121,14 @@ def _follows_its_file(folder: Path) -> bool:
     return read_json(config).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
-def read_otherwise(folder: epath.PathLike) -> str | None:
-    """A text that transformers, which asks config.json too, reads as other ids than `load_tokenizer` does; or None."""
+def read_otherwise(folder: epath.PathLike, ours: Any) -> str | None:
+    """A text that transformers, which asks config.json too, reads otherwise than `ours`, that folder's; or None."""
     from transformers import AutoTokenizer
 
     with _local_copy(epath.Path(folder)) as local:
         if not _follows_its_file(local):
             return None
         theirs = AutoTokenizer.from_pretrained(str(local), local_files_only=True, trust_remote_code=False)
-        ours = load_tokenizer(local)
     both = zip(_PROBES, encode_plain(ours, _PROBES), encode_plain(theirs, _PROBES), strict=True)
     return next((text for text, here, there in both if here != there), None)
 
@@ -164,8 +162,8 @@ def _check_behaviour(tokenizer: Any, stated: list[list[list[int]]], path: epath.
     for text, found, allowed in zip(_PROBES, encode_plain(tokenizer, _PROBES), stated, strict=True):
         if found not in allowed:
             raise UserError(
-                f"{path / 'tokenizer.json'} and {type(tokenizer).__name__}, which tokenizer_config.json names for it, "
-                f"read {text[:20]!r} differently ({len(allowed[0])} tokens, {len(found)}): one of them is not the "
+                f"{path / 'tokenizer.json'} and {type(tokenizer).__name__}, which is named beside it, read "
+                f"{text[:20]!r} differently ({len(allowed[0])} tokens, {len(found)}): one of them is not the "
                 'model\'s; where it is the class, set "tokenizer_class": "TokenizersBackend"'
             )
 
@@ -321,6 +319,15 @@ def encode_rendered(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return _encode(tokenizer, texts, split_special_tokens=False)
 
 
+def named_token_ids(generation: Mapping[str, Any], key: str, where: str, vocab_size: int = 2**31) -> list[int]:
+    """The ids that a generation_config.json gives under a key: one, several or none; UserError for others."""
+    value = generation.get(key)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(each) is int and 0 <= each < vocab_size for each in ids):
+        raise UserError(f"{where}: {key} is {quoted(value)}: ids of tokens below {vocab_size} are expected")
+    return ids
+
+
 def end_of_turn(tokenizer: Any) -> int | None:
     """The control token that the chat template writes right after an assistant's message; None where it writes none."""
     if not getattr(tokenizer, "chat_template", None):
@@ -357,43 +364,20 @@ class ChatTemplateError(Exception):
     """A chat template cannot render messages; the message goes on from "the chat template"."""
 
 
-class _GivenUp(BaseException):
-    """Raised in a thread whose work nobody waits for any more."""
-
-
-def _end(thread: threading.Thread) -> None:
-    """Ends a thread that runs Python, which would else take a core for as long as the process lasts."""
-    assert thread.ident is not None  # it was started
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_GivenUp))
-
-
 def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], *, generation_prompt: bool = False) -> str:
     """Messages as the tokenizer's chat template writes them, if asked with the beginning of the assistant's turn.
 
     Templates are programs that others wrote: one that takes more than a few seconds, or writes far more than it was
     given, is given up. Raises ChatTemplateError.
     """
-    done: list[str | Exception] = []
-
-    def work() -> None:
-        options = {"tokenize": False, "add_generation_prompt": generation_prompt}
-        try:
-            done.append(tokenizer.apply_chat_template(messages, **options))
-        except Exception as error:  # whatever a program can raise
-            done.append(error)
-        except _GivenUp:
-            pass
-
-    thread = threading.Thread(target=work, daemon=True)  # one that never ends must not keep the process
-    thread.start()
-    thread.join(_TEMPLATE_SECONDS)
-    if not done:
-        _end(thread)
-        raise ChatTemplateError(f"does not come to an end within {_TEMPLATE_SECONDS:g} s")
-    [result] = done
-    if isinstance(result, Exception):
-        reason = (str(result).strip() or type(result).__name__).splitlines()[0][:100]
-        raise ChatTemplateError(f"cannot render the messages ({type(result).__name__}: {reason})") from result
+    options = {"tokenize": False, "add_generation_prompt": generation_prompt}
+    try:
+        result = within(_TEMPLATE_SECONDS, lambda: tokenizer.apply_chat_template(messages, **options))
+    except DeadlineError:
+        raise ChatTemplateError(f"does not come to an end within {_TEMPLATE_SECONDS:g} s") from None
+    except Exception as error:  # whatever a program can raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        raise ChatTemplateError(f"cannot render the messages ({type(error).__name__}: {reason})") from error
     if len(result) > _TEMPLATE_CHARACTERS + 10 * sum(len(str(message["content"])) for message in messages):
         raise ChatTemplateError(f"writes {len(result):,} characters for a few")
     return result

@@ -16,7 +16,7 @@ from medllm_jax.checkpoint.fingerprint import model_fingerprint
 from medllm_jax.checkpoint.handle import Checkpoint
 from medllm_jax.checkpoint.load_model import LoadedModel, load_model
 from medllm_jax.config.schema import MeshConfig, PrecisionConfig
-from medllm_jax.data.tokenizer import encode_prompts, end_of_turn, load_tokenizer
+from medllm_jax.data.tokenizer import encode_prompts, end_of_turn, load_tokenizer, named_token_ids
 from medllm_jax.distributed.compiler_options import compiler_options
 from medllm_jax.distributed.sharding import check_divisible, make_mesh, rows_over
 from medllm_jax.errors import UserError
@@ -293,11 +293,7 @@ def eos_token_ids(folder: epath.Path, tokenizer: Any) -> list[int]:
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     file = folder / "generation_config.json"
     if file.exists():
-        named = read_json(file).get("eos_token_id")
-        named = [] if named is None else named if isinstance(named, list) else [named]
-        if not all(type(each) is int and 0 <= each < 2**31 for each in named):
-            raise UserError(f"{file}: eos_token_id must be an id of a token, or a list of them")
-        ids += named
+        ids += named_token_ids(read_json(file), "eos_token_id", str(file))
     turn = end_of_turn(tokenizer)
     ids += [] if turn is None else [turn]
     if not ids:

@@ -1,6 +1,5 @@
 import hashlib
 import json
-import threading
 from collections import Counter
 
 import numpy as np
@@ -200,7 +199,6 @@ def test_responses_that_become_the_same_tokens_are_the_same(tmp_path, tokenizer_
 )
 def test_templates_that_cannot_render_a_pair(tmp_path, monkeypatch, template, reason):
     monkeypatch.setattr(tokenizer_module, "_TEMPLATE_SECONDS", 0.5)
-    before = set(threading.enumerate())
     make_tokenizer(tmp_path / "tokenizer", chat_template=template)
     chat = CHAT | {"chosen": [{"role": "assistant", "content": "<think>...</think> A"}]}
     file = write_json_lines(tmp_path / "pairs.jsonl", [GOOD, chat])
@@ -208,10 +206,6 @@ def test_templates_that_cannot_render_a_pair(tmp_path, monkeypatch, template, re
     assert found.examples == 1
     [(told, entry)] = found.dropped.items()
     assert reason in told and entry == {"count": 1, "first": [f"{file}:2"]}
-    for thread in set(threading.enumerate()) - before:
-        if "work" in thread.name:  # what rendered
-            thread.join(60)
-            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("on_bad", ["error", "skip"])
