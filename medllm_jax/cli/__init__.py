@@ -34,10 +34,9 @@ def main(arguments: Sequence[str] | None = None, *, group: str | None = None) ->
             code = 1
         else:
             raise
-    if code in (_INTERRUPTED, PREEMPTED) and arguments is None:
+    stopped = code in (_INTERRUPTED, PREEMPTED) and arguments is None
+    if stopped or (code and _one_of_several()):
         _end(code)
-    if code and _one_of_several():
-        sys.modules["medllm_jax.distributed.processes"].leave(code)
     return code
 
 
@@ -107,8 +106,8 @@ def _crash_folder() -> Path:
 
 
 def _end(code: int) -> None:
-    """Ends this process at once: it was stopped wherever it was, and threads that still compile would bring down an
-    interpreter that is taken apart around them, so that a segmentation fault were its exit code.
+    """Ends this process at once. One of several would first wait minutes for the others, which wait for it; and threads
+    that still compile would bring down an interpreter that is taken apart around them, with a segmentation fault.
     """
     sys.stdout.flush()
     sys.stderr.flush()

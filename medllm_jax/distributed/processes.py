@@ -1,7 +1,6 @@
 """Several processes that train as one: how they find each other, and how none goes on without the others."""
 
 import os
-import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -71,10 +70,3 @@ def run_on_all(what: str, act: Callable[[], Result], known: type[Exception] = Ru
 def several() -> bool:
     """Whether this process has joined others."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
-
-
-def leave(code: int) -> None:
-    """Ends a process of several at once: else it would first wait minutes for the others, which wait for it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
