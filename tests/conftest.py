@@ -47,7 +47,7 @@ LONG = (
     *("distributed/test_processes", "training/test_train", "conversion/test_survives", "checkpoint/test_orbax"),
     *("training/test_step", "training/test_adapters", "reliability/test_preemption", "conversion/test_convert_hf"),
     *("storage/test_gcs", "conversion/test_peft", "checkpoint/test_handle", "data/test_gcs_faults"),
-    *("test_fuzz", "test_written_before"),
+    *("test_fuzz", "test_written_before", "conversion/test_hf_weights"),
     *("inference/test_generator", "data/test_loader", "reliability/test_bad_steps"),
     *("cli/test_cli", "conversion/test_memory", "inference/test_likelihood", "model/test_splash"),
     *("recipes/test_rounds", "observability/test_observability", "test_wheel", "storage/test_lease"),
