@@ -24,18 +24,18 @@ import argparse
 import collections
 import itertools
 import json
-import os
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import trials
-from benchmarks.inputs import kind_of, make_inputs
-from benchmarks.trials import Lost, Outcome, Reading, Replaced, Worker
+from benchmarks import trial_worker
+from benchmarks.inputs import kind_of
+from benchmarks.readings import Reading, files_of
+from benchmarks.trial_worker import Worker, add_options, in_workers, place_of
+from benchmarks.trials import Lost, Outcome, Replaced, is_told, refusal_problem
 
 GOOD = ("refused", "same", "told", "other content")
 BAD = ("silently wrong", "badly told", "traceback", "hang", "memory")
@@ -71,7 +71,7 @@ def cases(inputs: Path, readings: list[Reading], seed: int) -> Iterator[Case]:
     rng = random.Random(seed)
     by_kind: dict[str, list[tuple[Reading, str]]] = collections.defaultdict(list)
     for reading in readings:
-        for path in trials.files_of(inputs, reading):
+        for path in files_of(inputs, reading):
             by_kind[kind_of(path)[0]].append((reading, path))
     for number in itertools.count():
         for kind in sorted(by_kind):
@@ -87,7 +87,7 @@ def cases(inputs: Path, readings: list[Reading], seed: int) -> Iterator[Case]:
 
 def class_of(case: Case, outcome: Outcome, usual: Outcome) -> str:
     """The outcome's class; usual: what comes of the files as they are."""
-    problem = trials.refusal_problem(outcome)
+    problem = refusal_problem(outcome)
     if outcome.code is None:
         return {"HangError": "hang", "GrowthError": "memory"}.get(problem or "", "traceback")
     if problem:
@@ -96,7 +96,7 @@ def class_of(case: Case, outcome: Outcome, usual: Outcome) -> str:
         return "refused"
     if outcome.result == usual.result:
         return "same"
-    if trials.is_told(outcome, usual):
+    if is_told(outcome, usual):
         return "told"
     sealed = kind_of(case.path)[1]
     unknowable = not sealed and (
@@ -122,35 +122,24 @@ def markdown(counts: dict[str, collections.Counter]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=1000, help="how many (default 1000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="readings whose name contains this, such as `data:` or `to-hf`")
-    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--output", type=Path, help="file for what is wrong, as JSON lines")
-    parser.add_argument("--folder", type=Path, help="with the real files, made if it is not there (default: a new one)")
+    add_options(parser)
     options = parser.parse_args()
-    os.environ |= trials.ENVIRONMENT
     wrong: list[dict[str, Any]] = []
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="damage-", dir=trials.fast_folder()) as scratch:
-        inputs = (options.folder or Path(scratch) / "inputs").absolute()
-        if not inputs.exists():
-            make_inputs(inputs)
-        readings = trials.readings(options.only)
-        if not readings:
-            parser.error(f"--only {options.only}: there are {', '.join(each.name for each in trials.READINGS)}")
-        chosen = list(itertools.islice(cases(inputs, readings, options.seed), options.cases))
 
-        def judge(worker: Worker, case: Case) -> None:
-            usual = trials.usual(worker, case.reading)
-            outcome = worker.attempt(case.reading, case.change)
-            found = class_of(case, outcome, usual)
-            counts[case.kind][found] += 1
-            if found in BAD:
-                wrong.append(record(case, found, outcome))
-                print(line_of(wrong[-1]), flush=True)
+    def judge(worker: Worker, case: Case) -> None:
+        outcome = worker.attempt(case.reading, case.change)
+        found = class_of(case, outcome, trial_worker.usual(worker, case.reading))
+        counts[case.kind][found] += 1
+        if found in BAD:
+            wrong.append(record(case, found, outcome))
+            print(line_of(wrong[-1]), flush=True)
 
-        trials.in_workers(inputs, Path(scratch), iter(chosen), options.jobs, judge)
+    with place_of(parser, options) as place:
+        chosen = list(itertools.islice(cases(place.inputs, place.readings, options.seed), options.cases))
+        in_workers(place, iter(chosen), options.jobs, judge)
     if options.output:
         options.output.write_text("".join(json.dumps(row) + "\n" for row in wrong))
     print(f"\n{markdown(counts)}\n\n{len(chosen)} cases in {time.monotonic() - began:.0f} s; {len(wrong)} are wrong")

@@ -1,4 +1,4 @@
-"""One small real file of every kind that the system reads, made by its own verbs; for `benchmarks.trials`."""
+"""One small real file of every kind that the system reads, made by its own verbs; for `benchmarks.readings`."""
 
 import contextlib
 import fnmatch
@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.tiny import write_json_lines
+from tests.tiny import make_sentencepiece, write_json_lines
 
 LENGTH = 64  # tokens of a row
 
@@ -169,7 +169,7 @@ def make_inputs(root: Path, *, runs: bool = True) -> Path:
     with contextlib.chdir(root):
         make_hf_folder("hf", hidden=16, heads=(2, 1), layers=1, tied=False, shards=2)
         _make_corpora(Path("corpora"), documents, sentences)
-        _make_sentencepiece(Path("sentencepiece.model"))
+        make_sentencepiece(Path("sentencepiece.model"))
         pairs = [{"prompt": f"Q{n}:", "chosen": f" yes {text}", "rejected": f" no {n}"} for n, text in enumerate(words)]
         write_json_lines("pairs.jsonl", pairs)
         chat = [{"role": "user", "content": "咳は?"}, {"role": "assistant", "content": "cough"}]
@@ -205,23 +205,6 @@ def _make_corpora(folder: Path, documents: list[dict], sentences: list[str]) -> 
     (folder / "c.jsonl.gz").write_bytes(gzip.compress(content, mtime=0))
     (folder / "d.jsonl.zst").write_bytes(pyarrow.compress(content, "zstd", asbytes=True))
     pyarrow.parquet.write_table(pyarrow.table({"text": sentences, "n": range(24)}), folder / "e.parquet")
-
-
-def _make_sentencepiece(file: Path) -> None:
-    import sentencepiece
-
-    content = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["The patient has a fever.", "患者は発熱を訴えている。"] * 20),
-        model_writer=content,
-        model_type="bpe",
-        vocab_size=300,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    file.write_bytes(content.getvalue())
 
 
 def _make_exams() -> None:

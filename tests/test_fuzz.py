@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks import damage, fuzz, trials
 from benchmarks.inputs import KINDS, kind_of, make_inputs
-from benchmarks.trials import READINGS, Replaced
+from benchmarks.readings import READINGS, files_of
+from benchmarks.trials import Replaced
 
 # What is quick enough to be tried often; the rest, and what needs runs, is for the programs.
 QUICK = [each for each in READINGS if not each.runs and each.weight >= 1]
@@ -55,5 +56,5 @@ def test_damaged_files_are_refused_or_do_no_harm(inputs, usual, tmp_path):
 
 
 def test_every_file_is_of_a_kind(inputs):
-    files = [path for reading in QUICK for path in trials.files_of(inputs, reading)]
+    files = [path for reading in QUICK for path in files_of(inputs, reading)]
     assert {kind_of(path)[0] for path in files} <= {name for _, name, _ in KINDS}

@@ -1,5 +1,6 @@
 """The small things that tests are made of: a tokenizer trained here and now, with Qwen2's control tokens."""
 
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,6 +64,24 @@ def make_tokenizer(
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def make_sentencepiece(file: Path) -> None:
+    """A model of 256 byte pieces, three special ones and a few of the texts' own."""
+    import sentencepiece
+
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["The patient has a fever.", "患者は発熱を訴えている。"] * 20),
+        model_writer=content,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    file.write_bytes(content.getvalue())
 
 
 def write_json_lines(path: str | Path, rows: Iterable[Any]) -> Path:

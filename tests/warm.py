@@ -16,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -99,9 +100,17 @@ def _opened(kind: Any, inherited: int) -> tuple[Any, int]:
 # --- the process that is forked --------------------------------------------------------------------------------------
 
 
-@functools.cache
+_BEGINNING = threading.Lock()
+
+
 def _server() -> socket.socket:
-    """Where programs are asked for; the server ends with this process."""
+    """Where programs are asked for; one for all threads, which ends with this process."""
+    with _BEGINNING:
+        return _only_server()
+
+
+@functools.cache
+def _only_server() -> socket.socket:
     ours, theirs = socket.socketpair()
     program = [sys.executable, "-m", "tests.warm", str(theirs.fileno())]
     variables = os.environ | CLIENTS | {"PYTHONPATH": str(ROOT)}

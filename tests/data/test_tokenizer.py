@@ -1,4 +1,3 @@
-import io
 import json
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from medllm_jax.data.tokenizer import (
     same_tokenizer,
 )
 from medllm_jax.errors import UserError
-from tests.tiny import SPECIAL_TOKENS, make_tokenizer
+from tests.tiny import SPECIAL_TOKENS, make_sentencepiece, make_tokenizer
 
 TEXTS = [
     "The patient has a fever.",
@@ -33,21 +32,8 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def sentencepiece_file(tmp_path_factory):
     """A model of 256 byte pieces, three special ones and a few of the texts' own."""
-    import sentencepiece
-
-    content = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["The patient has a fever.", "患者は発熱を訴えている。"] * 20),
-        model_writer=content,
-        model_type="bpe",
-        vocab_size=300,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
     file = tmp_path_factory.mktemp("sentencepiece") / "mine.model"
-    file.write_bytes(content.getvalue())
+    make_sentencepiece(file)
     return file
 
 
