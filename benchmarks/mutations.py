@@ -109,7 +109,8 @@ def changed_value(value: Any, rng: random.Random, *, strict: bool) -> tuple[str,
         return f"{where} = {name}", CORRUPTING, value, make()
     else:
         new = rng.choice(VALUES)
-    other = _type(new) != _type(old) and new is not None and old is not None
+    several = bool(path) and path[-1] == "eos_token_id" and isinstance(new, int)  # one for all is as good
+    other = _type(new) != _type(old) and new is not None and old is not None and not several
     return f"{where} = {str(new)[:30]!r}", CORRUPTING if other else CONTENT, _with(value, path, new), None
 
 
@@ -159,6 +160,7 @@ YAML_VALUES = (
         "!!null x",
     ),
 )
+_RAW_IN_YAML = {"NaN": ".nan", "Infinity": ".inf", "1e999": "1.0e+999"}  # which else are texts there
 _ALIASES = "".join(f"b{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 9) if n else 'x'}]\n" for n in range(9))
 
 
@@ -179,6 +181,7 @@ def changed_yaml(content: bytes, rng: random.Random) -> Change:
         return Change(what if "*" in more else f"{key} twice", CONTENT, f"{text}\n{more}".encode())
     name, kind, value, raw = changed_value(yaml.safe_load(text), rng, strict=True)
     kind = CONTENT if raw == "" else kind  # which is null
+    raw = _RAW_IN_YAML.get(raw, raw)
     dumped = yaml.safe_dump(value, allow_unicode=False, width=10**9) if _is_plain(value) else json.dumps(value)
     if raw is not None:
         dumped = dumped.replace(f'"{_MARK}"', raw).replace(_MARK, raw)

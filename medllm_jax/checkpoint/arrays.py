@@ -20,6 +20,8 @@ from medllm_jax.storage.remote import kvstore_spec
 TREE = "_METADATA"  # Orbax's list of an item's weights
 CHUNK_BYTES = 8 << 20
 _SLICE_BYTES = 64 << 20  # of the rows that a chunk is a part of, which is what a writer holds at a time
+_DESCRIPTIONS = {True: "zarr.json", False: ".zarray"}  # by whether it is version 3: the file that describes an array
+_MOST_DESCRIBED = 2**20  # bytes of that file
 # Chunks are not made narrower than so many columns, where no mesh says how devices split a weight, and where one does.
 _COLUMNS, _COLUMNS_OF_PART = 2048, 512
 
@@ -75,8 +77,9 @@ def create(item: epath.Path, path: str, shape: tuple[int, ...], dtype: str, chun
     # What is written is lost when the machine is, not when the program is: as with `cp`.
     context = ts.Context({"file_io_sync": False})
     try:
+        _check_description(item / _name(path) / _DESCRIPTIONS[True])
         return ts.open(spec, open=True, create=True, context=context).result()
-    except ValueError as error:
+    except (ValueError, UnreadableError) as error:
         if passes(error):
             raise
         raise UserError(
@@ -119,6 +122,23 @@ def open_arrays(item: epath.Path) -> dict[str, ts.TensorStore]:
                 raise
             raise UnreadableError(f"{path} can't be opened: {str(error)[:200]}") from error
     return arrays
+
+
+def check_descriptions(item: epath.Path) -> None:
+    """UnreadableError where the description of an array can't be given to TensorStore, nor to Orbax, which asks it."""
+    tree = _listed(item)
+    for path in () if tree.use_ocdbt else tree.paths:  # a key-value store knows by checksums what was written
+        _check_description(item / _name(path) / _DESCRIPTIONS[tree.use_zarr3])
+
+
+def _check_description(file: epath.Path) -> None:
+    """TensorStore follows what it nests, however deep, and the process ends where the stack does."""
+    try:
+        read_json(file, max_bytes=_MOST_DESCRIBED)
+    except FileNotFoundError:
+        pass  # the reader will say so
+    except UserError as error:
+        raise UnreadableError(str(error)) from None
 
 
 class _Tree(NamedTuple):

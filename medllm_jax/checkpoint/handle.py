@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tensorstore as ts
+from etils import epath
 from jax.experimental import multihost_utils
 
 from medllm_jax.checkpoint import arrays, orbax
@@ -146,7 +147,7 @@ class Checkpoint:
     def stored_params(self) -> Any:
         """A tree of ShapeDtypeStructs: the weights as stored."""
         try:
-            stored = orbax.stored_shapes(self._folder)
+            stored = orbax.stored_shapes(self._weights.parent)
         except UnreadableError as error:
             raise self.failure(f"can't be read ({error})") from error
         self._check_paths(path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(stored))
@@ -179,13 +180,25 @@ class Checkpoint:
     def open_arrays(self) -> dict[str, ts.TensorStore]:
         """Path -> array of each weight as stored, to be read in ranges of rows; not checked."""
         try:
-            opened = arrays.open_arrays(self._folder / "params")
+            opened = arrays.open_arrays(self._weights)
         except FileNotFoundError as error:
             raise self.unreadable(error) from error
         except UnreadableError as error:
             raise self.failure(f"can't be read ({error})") from error
         self._check_paths(opened)
         return opened
+
+    @functools.cached_property
+    def _weights(self) -> epath.Path:
+        """The folder of the weights, whose descriptions can be read."""
+        folder = self._folder / "params"
+        try:
+            arrays.check_descriptions(folder)
+        except FileNotFoundError as error:
+            raise self.unreadable(error) from error
+        except UnreadableError as error:
+            raise self.failure(f"can't be read ({error})") from error
+        return folder
 
     def load_state(self, abstract: TrainState) -> TrainState:
         """The train state, each array straight into the sharding of its ShapeDtypeStruct; not checked yet."""
@@ -227,8 +240,9 @@ class Checkpoint:
         )
 
     def _items(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        folder = self._weights.parent if "params" in wanted else self._folder
         try:
-            return orbax.read_items(self._folder, wanted)
+            return orbax.read_items(folder, wanted)
         except UnreadableError as error:
             raise self.failure(f"can't be read ({error})") from error
 

@@ -33,6 +33,14 @@ def _full_attention(value: Any, beside: Mapping[str, Any]) -> bool:
     return value is None or (isinstance(value, list) and set(map(str, value)) <= {"full_attention"})
 
 
+def _is_id(value: Any, beside: Mapping[str, Any]) -> bool:
+    return value is None or type(value) is int
+
+
+def _are_ids(value: Any, beside: Mapping[str, Any]) -> bool:
+    return all(_is_id(each, beside) for each in (value if isinstance(value, list) else [value]))
+
+
 # config.json of a Qwen2 model, as transformers 4 and 5 write it; the defaults are those of its Qwen2Config. A shape has
 # none: a file that does not say it was not written for the weights beside it.
 _QWEN2 = ForeignSettings(
@@ -78,9 +86,9 @@ _QWEN2 = ForeignSettings(
         "sliding_window": anything,
         "max_window_layers": anything,
         # The tokenizer and generation_config.json beside it say where text ends.
-        "bos_token_id": anything,
-        "eos_token_id": anything,
-        "pad_token_id": anything,
+        "bos_token_id": _is_id,
+        "eos_token_id": _are_ids,
+        "pad_token_id": _is_id,
         "tokenizer_class": anything,
         # How the file was made, how the weights are stored (their own headers say it), and how they are run elsewhere.
         "_name_or_path": anything,
@@ -113,6 +121,8 @@ _QWEN2 = ForeignSettings(
         "model_type": f"only {_ARCHITECTURE} of model_type 'qwen2' can be converted",
         "architectures": f"only {_ARCHITECTURE} of model_type 'qwen2' can be converted",
         "use_sliding_window": f"sliding-window attention: {_FULL}",
+        **dict.fromkeys(("bos_token_id", "pad_token_id"), "the id of a token, or null, is expected"),
+        "eos_token_id": "the id of a token, a list of them, or null is expected",
         "layer_types": f"sliding-window attention: {_FULL}",
         "quantization_config": "quantised weights: convert the checkpoint they were made from",
         "auto_map": "a model with code of its own: only what transformers itself computes can be converted",

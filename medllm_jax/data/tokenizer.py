@@ -21,7 +21,8 @@ from etils import epath
 
 from medllm_jax.data.deadline import DeadlineError, within
 from medllm_jax.errors import UserError, quoted
-from medllm_jax.storage.json_files import read_json
+from medllm_jax.storage.json_files import read_bounded, read_json
+from medllm_jax.storage.json_lines import Row
 from medllm_jax.storage.remote import is_file, is_folder, is_remote, is_there
 
 _SENTENCEPIECE = "tokenizer.model"
@@ -30,9 +31,10 @@ _VOCABULARY_FILES = ("vocab.json", "merges.txt", _SENTENCEPIECE, "added_tokens.j
 _log = logging.getLogger(__name__)
 
 _TEMPLATE = "chat_template.jinja"
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _TEMPLATE, "config.json")
+_CONFIG = "tokenizer_config.json"
+_FILES = ("tokenizer.json", _CONFIG, "special_tokens_map.json", _TEMPLATE, "config.json")
 # Beside one of these a SentencePiece model is not the whole tokenizer, and transformers puts them together.
-_MORE_THAN_A_MODEL = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json")
+_MORE_THAN_A_MODEL = ("tokenizer.json", _CONFIG, "vocab.json", "added_tokens.json")
 
 # normalizer_spec { add_dummy_prefix: false }, as protobuf: appended to a SentencePiece model, it is merged into it.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -81,6 +83,8 @@ def load_tokenizer(path: str | epath.PathLike) -> Any:
     model = _lone_model(path)
     if model is not None:
         return SentencePieceTokenizer(model)
+    if (path / _CONFIG).exists():
+        _check_config(path / _CONFIG)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import
 
@@ -92,7 +96,7 @@ def load_tokenizer(path: str | epath.PathLike) -> Any:
         except BaseException as error:  # transformers raises many types, tokenizers' panics are not even Exceptions
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            reason = _reason(error)
             hint = (
                 f"; its SentencePiece model alone is {path / _SENTENCEPIECE}"
                 if (path / _SENTENCEPIECE).exists()
@@ -102,12 +106,37 @@ def load_tokenizer(path: str | epath.PathLike) -> Any:
     _check_behaviour(tokenizer, stated, path)
     if (path / _TEMPLATE).exists() and not getattr(tokenizer, "chat_template", None):
         raise UserError(f"{path / _TEMPLATE} is empty: copy it again, or remove it")
-    if (path / "tokenizer.json").exists() and not (path / "tokenizer_config.json").exists():
+    if (path / "tokenizer.json").exists() and not (path / _CONFIG).exists():
         _log.warning(
             f"warning: {path} has no tokenizer_config.json, which says what ends a text: "
-            f"{getattr(tokenizer, 'eos_token', None)!r} is taken"
+            f"{quoted(getattr(tokenizer, 'eos_token', None))} is taken"
         )
     return tokenizer
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join((str(error).strip() or type(error).__name__).split())[:200]
+
+
+# What tokenizer_config.json may say that transformers takes as it comes.
+_TYPES: Mapping[str, Any] = {
+    "model_max_length": int | float | None,
+    **dict.fromkeys(("padding_side", "truncation_side", "tokenizer_class", "name_or_path", "errors"), str | None),
+    **dict.fromkeys(("backend", "processor_class", "transformers_version"), str | None),
+    **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens"), bool | None),
+    **dict.fromkeys(("clean_up_tokenization_spaces", "legacy", "use_fast", "is_local"), bool | None),
+    **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), str | dict | None),
+    **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), list | dict | None),
+    "added_tokens_decoder": dict | None,
+    "chat_template": str | list | dict | None,
+}
+
+
+def _check_config(file: epath.Path) -> None:
+    """UserError where a tokenizer_config.json has a setting of another type than transformers documents."""
+    row = Row(read_json(file), str(file))
+    for key, kind in _TYPES.items():
+        row.get(key, kind, None)
 
 
 def _follows_its_file(folder: Path) -> bool:
@@ -115,7 +144,7 @@ def _follows_its_file(folder: Path) -> bool:
 
     `AutoTokenizer` would take the class of the model beside it, if config.json names one, and none in a run folder.
     """
-    config, file = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    config, file = folder / _CONFIG, folder / "tokenizer.json"
     if not (config.exists() and file.exists()):
         return False
     return read_json(config).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -128,7 +157,10 @@ def read_otherwise(folder: epath.PathLike, ours: Any) -> str | None:
     with _local_copy(epath.Path(folder)) as local:
         if not _follows_its_file(local):
             return None
-        theirs = AutoTokenizer.from_pretrained(str(local), local_files_only=True, trust_remote_code=False)
+        try:
+            theirs = AutoTokenizer.from_pretrained(str(local), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of many types
+            raise UserError(f"{folder}: transformers can't read config.json ({_reason(error)})") from error
     both = zip(_PROBES, encode_plain(ours, _PROBES), encode_plain(theirs, _PROBES), strict=True)
     return next((text for text, here, there in both if here != there), None)
 
@@ -182,7 +214,7 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         try:
-            content = epath.Path(file).read_bytes()
+            content = read_bounded(epath.Path(file), _MAX_FILE_BYTES)
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
             self._continuing = sentencepiece.SentencePieceProcessor(model_proto=content + _NO_DUMMY_PREFIX)
             self._model.id_to_piece(list(range(len(self))))
@@ -320,11 +352,15 @@ def encode_rendered(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def named_token_ids(generation: Mapping[str, Any], key: str, where: str, vocab_size: int = 2**31) -> list[int]:
-    """The ids that a generation_config.json gives under a key: one, several or none; UserError for others."""
-    value = generation.get(key)
-    ids = [] if value is None else value if isinstance(value, list) else [value]
+    """The ids that a generation_config.json gives under a key; UserError for others.
+
+    There is one or none; of tokens that end a text there may be several.
+    """
+    value, several = generation.get(key), key == "eos_token_id"
+    ids = [] if value is None else value if several and isinstance(value, list) and value else [value]
     if not all(type(each) is int and 0 <= each < vocab_size for each in ids):
-        raise UserError(f"{where}: {key} is {quoted(value)}: ids of tokens below {vocab_size} are expected")
+        expected = f"ids of tokens below {vocab_size} are" if several else f"the id of a token below {vocab_size} is"
+        raise UserError(f"{where}: {key} is {quoted(value)}: {expected} expected")
     return ids
 
 
@@ -537,5 +573,5 @@ def _local_copy(path: epath.Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         for name in (*_FILES, *_VOCABULARY_FILES):
             if (path / name).exists():
-                (Path(folder) / name).write_bytes((path / name).read_bytes())
+                (Path(folder) / name).write_bytes(read_bounded(path / name, _MAX_FILE_BYTES))
         yield Path(folder)

@@ -28,6 +28,7 @@ _CASE_SET = re.compile(r"\s*次の文を読み、(?:\d{1,4}\s*[〜～~、,・-]\
 _CASE_SET_SIZE = {"B": 2, "E": 2, "C": 3, "F": 3}
 _MAX_CASE = 20  # questions about one case: each later one repeats what the earlier ones told
 _MAX_ALTERNATIVES = 1_000  # accepted answers of a question
+_MOST_OF_A_NAME = 200  # characters of an id, section or category, which tables and messages show
 _PICTURED = 5  # choices of a question that gives none of them, since they are pictures
 # Found to be faulty after the exam: credited to everyone. Its file has the answer of the faulty key.
 _CREDITED = {"116A71"}
@@ -235,6 +236,9 @@ def _igakuqa(row: Row, place: dict) -> Question:
 
 
 def _question(row: Row, *, text: str, boxed: bool, **fields) -> Question:
+    for name in ("id", "exam", "section", "category", "case"):
+        if len(fields.get(name, "")) > _MOST_OF_A_NAME:
+            raise row.error(f"{name!r} has {len(fields[name])} characters; at most {_MOST_OF_A_NAME} were expected")
     choices = tuple(row.get("choices", list))
     if not all(isinstance(c, str) for c in choices) or len(choices) > len(LETTERS):
         raise row.error(f"'choices' must be a list of at most {len(LETTERS)} strings")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 from medllm_jax.evaluation.exam import Exam
 from medllm_jax.evaluation.sampling import finish_reason_of
 from medllm_jax.storage.json_lines import Row, read_rows
@@ -54,7 +54,7 @@ def read_predictions(
             key, prediction = _prediction(row)
             if key in found:
                 raise row.error(
-                    f"the question {key!r} was answered at {found[key].where}; one answer each was expected"
+                    f"the question {quoted(key)} was answered at {found[key].where}; one answer each was expected"
                 )
             found[key] = prediction
     known = {question.id for question in whole.questions}
@@ -89,12 +89,12 @@ def _fitted(
     unknown = [key for key in found if key not in known]
     if unknown and len(unknown) == len(found):
         raise UserError(
-            f"{found[unknown[0]].where}: {unknown[0]!r} and all other ids of {system} are not of {exam.name} "
+            f"{found[unknown[0]].where}: {quoted(unknown[0])} and all other ids of {system} are not of {exam.name} "
             f"({ids[0]}, ...): these are predictions of another exam"
         )
     if unknown:
         raise UserError(
-            f"{found[unknown[0]].where}: {unknown[0]!r} is no question of {exam.name}"
+            f"{found[unknown[0]].where}: {quoted(unknown[0])} is no question of {exam.name}"
             f"{_more(unknown)}: remove the line, or give the exam that it is of"
         )
     missing = [key for key in ids if key not in found]

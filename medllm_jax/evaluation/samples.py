@@ -16,6 +16,7 @@ from typing import Any
 
 from etils import epath
 
+from medllm_jax.config.load import build
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.prompts import Prompt, PromptTemplate
@@ -173,6 +174,9 @@ class Samples:
         expected = {"model", "chat", *_PARAMS}
         if not isinstance(settings, dict) or settings.keys() != expected:
             raise rows[0].error("not the head of a file of samples; give another output, or remove this file")
+        for name, kind in (("model", str), ("chat", bool)):
+            Row(settings, rows[0].where).get(name, kind)
+        build(SamplingParams, {field: settings[name] for name, field in _PARAMS.items()}, rows[0].where)
         samples = cls(file, settings, rows[0].get("where", str))
         for row in rows[1:]:
             samples._take(row)

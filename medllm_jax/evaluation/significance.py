@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from medllm_jax.evaluation.grading import Grade
 
 _CONFIDENCE = 0.95
 _LISTED = 3
+_MOST_DRAWN = 2**23  # numbers of a bootstrap that are in memory at a time
 
 
 class Interval(NamedTuple):
@@ -147,10 +148,12 @@ def _ratio(
         stratum = (grade.year or 0, grade.section)
         clusters[stratum][grade.case or grade.id] += (numerator, denominator)
     strata = [np.stack(list(clusters[stratum].values())) for stratum in sorted(clusters)]
-    drawn = _resampled(tuple(map(len, strata)), resamples, seed)
-    zeros = np.zeros((resamples, 2))
-    whole = sum((values.sum(axis=0) for values in strata), zeros[0])
-    sums = sum((times @ values for times, values in zip(drawn, strata, strict=True)), zeros)
+    sizes = tuple(map(len, strata))
+    few = sum(sizes) * resamples <= _MOST_DRAWN
+    whole = sum((values.sum(axis=0) for values in strata), np.zeros(2))
+    sums = np.zeros((resamples, 2))
+    for stratum, part, times in (_kept if few else _resampled)(sizes, resamples, seed):
+        sums[part] += times @ strata[stratum]
     # A resample without a point in it (tiny exams) says nothing.
     ratios = sums[sums[:, 1] > 0]
     ratios = ratios[:, 0] / ratios[:, 1]
@@ -159,8 +162,25 @@ def _ratio(
     return Estimate(float(whole[0] / whole[1]) if whole[1] else 0.0, Interval(float(low), float(high)))
 
 
-@functools.lru_cache(maxsize=4)  # an exam has one shape, and many estimates
-def _resampled(sizes: tuple[int, ...], resamples: int, seed: int) -> list[np.ndarray]:
-    """For each stratum float64 [resamples, clusters]: how often each cluster was drawn."""
+class _Drawn(NamedTuple):
+    """A part of the resamples of one stratum; times: float64 [those resamples, clusters], how often each was drawn."""
+
+    stratum: int
+    part: slice
+    times: np.ndarray
+
+
+def _resampled(sizes: tuple[int, ...], resamples: int, seed: int) -> Iterator[_Drawn]:
+    """All resamples of all strata, of so many clusters each, in parts that memory holds."""
     rng = np.random.default_rng(seed)
-    return [rng.multinomial(size, np.full(size, 1 / size), size=resamples).astype(np.float64) for size in sizes]
+    for stratum, size in enumerate(sizes):
+        step = max(1, _MOST_DRAWN // size)
+        for first in range(0, resamples, step):
+            part = slice(first, min(first + step, resamples))
+            times = rng.multinomial(size, np.full(size, 1 / size), size=part.stop - first)
+            yield _Drawn(stratum, part, times.astype(np.float64))
+
+
+@functools.lru_cache(maxsize=4)  # an exam has one shape, and many estimates
+def _kept(sizes: tuple[int, ...], resamples: int, seed: int) -> list[_Drawn]:
+    return list(_resampled(sizes, resamples, seed))

@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from medllm_jax.errors import UserError
+from medllm_jax.storage.remote import open_stored
 
 MAX_BYTES = 64 * 2**20  # the largest that are read this way, indexes of weights, have less than one
 _MAX_DEPTH = 100
@@ -25,7 +26,7 @@ def read_json(path: epath.PathLike, *, max_bytes: int = MAX_BYTES) -> dict[str, 
 def read_bounded(file: epath.Path, max_bytes: int = MAX_BYTES) -> bytes:
     """The bytes of a file that is there; UserError where it is a folder, or larger than allowed."""
     try:
-        with file.open("rb") as stream:
+        with open_stored(file) as stream:
             data = stream.read(max_bytes + 1)
     except IsADirectoryError:
         raise UserError(f"{file} is a folder: a file is expected") from None

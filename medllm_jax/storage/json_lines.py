@@ -20,8 +20,16 @@ from medllm_jax.storage.json_files import is_deep, is_unicode
 from medllm_jax.storage.remote import open_buffered
 
 _REQUIRED = object()
-_WORDS = {str: "a string", list: "a list", bool: "true or false", int: "a whole number", float: "a number"}
+_WORDS: dict[Any, str] = {
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+}
 
+_MOST_BYTES = 2**26  # of a line that must be an object
 _MOST_APPENDED_BYTES = 2**24  # of a line that a program appends
 _BLOCK = 2**20  # bytes: how much of a line that is too long is read at a time
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape for half of a pair, which most lines lack
@@ -130,11 +138,13 @@ def iterate_rows(file: epath.PathLike) -> Iterator[Row]:
     """The objects of a JSON Lines file, local or gs://, one in memory at a time; blank lines are allowed.
 
     Raises:
-      UserError: a line is not UTF-8, or not a JSON object.
+      UserError: a line is not UTF-8, not a JSON object, or has more than 64 MiB.
     """
     with open_buffered(epath.Path(file)) as stream:
-        for line in read_lines(stream):
-            if line.content and not line.content.isspace():
+        for line in read_lines(stream, max_line_bytes=_MOST_BYTES):
+            if line.content is None:
+                raise UserError(f"{file}:{line.number}: the line has more than {_MOST_BYTES // 2**20} MiB")
+            if not line.content.isspace():
                 yield parse_row(line.content, f"{file}:{line.number}")
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from medllm_jax.errors import UserError
 
@@ -29,6 +29,8 @@ def kvstore_spec(folder: str | os.PathLike) -> dict[str, str]:
     text = os.fspath(folder)
     if text.startswith("gs://"):
         bucket, _, key = text.removeprefix("gs://").partition("/")
+        if not bucket:
+            raise UserError(f"{text} names no bucket: gs://BUCKET/FOLDER is expected")
         return {"driver": "gcs", "bucket": bucket, "path": f"{key.rstrip('/')}/"}
     if is_remote(text):
         raise UserError(f"{text}: a local folder, or one under gs://, is expected")
@@ -69,12 +71,29 @@ def names_in(folder: "epath.Path") -> set[str]:
 
 
 @contextlib.contextmanager
+def open_stored(path: "epath.Path") -> Iterator[IO[bytes]]:
+    """A file open for reading; UserError where it is not stored as it would be read."""
+    with path.open("rb") as stream:
+        refuse_encoding(str(path), (getattr(stream, "details", None) or {}).get("contentEncoding"))
+        yield stream
+
+
+def refuse_encoding(name: str, encoding: str | None) -> None:
+    """UserError for an object that its bucket unpacks on the way: what is read ends where the packed one would."""
+    if encoding:
+        raise UserError(
+            f"{name} is stored with Content-Encoding: {encoding[:20]}, so that its size is not that of what is read: "
+            "upload it again without (such as gsutil's -z), as a .gz file or plain"
+        )
+
+
+@contextlib.contextmanager
 def open_buffered(path: "epath.Path", buffer_bytes: int = 2**20) -> "Iterator[io.BufferedReader[Any]]":
-    """A file open for reading, with a buffer of our own.
+    """A file open for reading as by `open_stored`, with a buffer of our own.
 
     Files under gs:// look for line ends in Python, and cannot bound the length of a line.
     """
-    with path.open("rb") as raw:
+    with open_stored(path) as raw:
         # (Paths promise IO, which has no readinto; what they open has.)
         yield io.BufferedReader(raw, buffer_bytes)  # pyrefly: ignore[bad-specialization]
 

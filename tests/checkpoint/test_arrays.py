@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medllm_jax.checkpoint import arrays
+from medllm_jax.checkpoint.handle import DamagedError, open_checkpoint
 from medllm_jax.cli.convert import main
 from medllm_jax.config.load import load_model_config
 from medllm_jax.conversion.names import parameter_shapes
@@ -86,6 +87,21 @@ def test_another_array_in_its_place_is_an_error(written):
     _, values, folder = written
     with pytest.raises(UserError, match="an array of another conversion"):
         arrays.create(epath.Path(folder.parent), "layers/w", values.shape, "float32", (1, 2, 6))
+
+
+def test_a_description_that_nests_deep_is_not_given_to_libraries(written, tmp_path):
+    """They follow it until the process ends."""
+    _, values, folder = written
+    deep = '{"codecs": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    (folder / "zarr.json").write_text(deep)
+    with pytest.raises(UserError, match=r"layers.w is damaged, or .*JSON"):
+        arrays.create(epath.Path(folder.parent), "layers/w", values.shape, "float32", (1, 4, 6))
+    assert main(["from-hf", str(make_hf_folder(tmp_path / "hf")), str(tmp_path / "run")]) == 0
+    (tmp_path / "run" / "checkpoints" / "0" / "params" / "norm.weight" / "zarr.json").write_text(deep)
+    checkpoint = open_checkpoint(tmp_path / "run")
+    for read in (checkpoint.open_arrays, checkpoint.stored_params, checkpoint.host_params):
+        with pytest.raises(DamagedError, match=r"norm.weight/zarr.json is not JSON"):
+            read()
 
 
 def test_a_lost_chunk_is_no_weight(written):

@@ -57,6 +57,11 @@ def test_config_of_a_run_without_head_dim_names_none():
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"hidden_size": "32"}, "hidden_size"),
         ({"vocab_size": None}, "vocab_size"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>': the id of a token, a list of them, or null is expected"),
+        ({"eos_token_id": [2, [3]]}, "eos_token_id is [2, [3]]"),
+        ({"bos_token_id": [1]}, "bos_token_id is [1]: the id of a token, or null, is expected"),
+        ({"pad_token_id": True}, "pad_token_id is True"),
+        ({"use_cache": "x"}, "transformers can't read config.json"),
     ],
 )
 def test_configs_that_are_refused(broken, tmp_path, capsys, changes, message):

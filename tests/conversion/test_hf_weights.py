@@ -104,6 +104,14 @@ BROKEN = {
         lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": [0, 288]}'),
         "eos_token_id is [0, 288]: ids of tokens below 288 are expected",
     ),
+    "generation config that ends texts with nothing": (
+        lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": []}'),
+        "eos_token_id is []: ids of tokens below 288 are expected",
+    ),
+    "generation config with several beginnings": (
+        lambda folder: (folder / "generation_config.json").write_text('{"bos_token_id": [0]}'),
+        "bos_token_id is [0]: the id of a token below 288 is expected",
+    ),
     "a licence that is a link": (
         lambda folder: (folder / "LICENSE").symlink_to("/etc/hostname"),
         "LICENSE is a link to /etc/hostname, which is outside the folder",

@@ -150,6 +150,16 @@ def changed(folder, tmp_path, name, **files):
     return copy
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [{"model_max_length": {"a": 1}}, {"model_max_length": True}, {"padding_side": 5}, {"add_prefix_space": "yes"}],
+)
+def test_a_setting_of_another_type_is_refused(tokenizer_dir, tmp_path, entry):
+    folder = changed(tokenizer_dir, tmp_path, "other", tokenizer_config=entry)
+    with pytest.raises(UserError, match=rf"tokenizer_config.json: the field '{next(iter(entry))}' is .* was expected"):
+        load_tokenizer(folder)
+
+
 def test_a_file_that_the_loaded_class_does_not_follow_is_refused(tokenizer_dir, tmp_path):
     qwen = {"tokenizer_class": "Qwen2Tokenizer"}
     nfkc = changed(tokenizer_dir, tmp_path, "nfkc", tokenizer={"normalizer": {"type": "NFKC"}}, tokenizer_config=qwen)

@@ -81,6 +81,8 @@ def _case(change):
         (lambda rows: rows[:3], [], r"one: 2 of 5 questions have no prediction (112B4, 112B5): give all files"),
         (lambda rows: [*rows, rows[1]], [], r"one.jsonl:6: the question '112B2' was answered at"),
         (lambda rows: [*rows, {"problem_id": "112B9", "prediction": ""}], [], "one.jsonl:6: '112B9' is no question"),
+        (lambda rows: [*rows, {"problem_id": "9" * 10**5, "prediction": ""}], [], "99... is no question of igakuqa"),
+        (lambda rows: [*rows, *2 * [{"problem_id": "9" * 10**5, "prediction": ""}]], [], "99... was answered at"),
         (lambda rows: [{"problem_id": "99A1", "prediction": ""}], [], "and all other ids of one are not of igakuqa"),
         (lambda rows: [{"problem_id": "112B1"}], [], "one.jsonl:1: the field 'prediction' is missing"),
         (lambda rows: [{"problem_id": "112B1", "prediction": 3}], [], "'prediction' is 3; a string was expected"),

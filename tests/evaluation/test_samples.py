@@ -172,6 +172,24 @@ def test_other_files_are_refused(whole, tmp_path, lines, line):
 
 
 @pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"temperature": []}, "samples.jsonl:1: temperature: expected a number"),
+        ({"temperature": -1}, "samples.jsonl:1: temperature is -1"),
+        ({"samples": "3"}, "samples.jsonl:1: n: expected a whole number"),
+        ({"seed": None}, "samples.jsonl:1: seed: expected a whole number"),
+        ({"model": 1}, "samples.jsonl:1: the field 'model' is 1"),
+        ({"chat": "yes"}, "samples.jsonl:1: the field 'chat' is \"yes\""),
+    ],
+)
+def test_settings_that_nothing_was_drawn_with_are_refused(whole, tmp_path, changes, line):
+    head, *rows = map(json.loads, whole.splitlines())
+    file = write_json_lines(tmp_path / "samples.jsonl", [head | {"settings": head["settings"] | changes}, *rows])
+    with pytest.raises(UserError, match=line):
+        collect(file)
+
+
+@pytest.mark.parametrize(
     ("wrong", "name"),
     [
         ({"n": 0}, "n is 0"),

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medllm_jax.errors import UserError
+from medllm_jax.evaluation import significance
 from medllm_jax.evaluation.grading import Grade
 from medllm_jax.evaluation.significance import accuracy, compare, mcnemar
 
@@ -45,6 +46,13 @@ def test_the_interval_of_single_questions_is_the_binomials(share):
     assert found.value == share
     assert found.interval.low == pytest.approx(share - half, abs=0.006)
     assert found.interval.high == pytest.approx(share + half, abs=0.006)
+
+
+def test_memory_is_bounded_and_intervals_are_the_same(monkeypatch):
+    grades = [graded(n, n % 3, section="AB"[n % 2]) for n in range(500)]
+    whole = accuracy(grades)
+    monkeypatch.setattr(significance, "_MOST_DRAWN", 1000)
+    assert accuracy(grades) == whole
 
 
 def test_cases_that_go_wrong_together_are_resampled_together():

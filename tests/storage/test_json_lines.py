@@ -1,8 +1,10 @@
+import gzip
 import io
 
 import pytest
 
 from medllm_jax.errors import UserError
+from medllm_jax.storage import json_lines
 from medllm_jax.storage.json_lines import (
     Line,
     LineError,
@@ -57,6 +59,15 @@ def test_rows_know_their_place(tmp_path):
         second.get("name", str)
 
 
+def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_lines, "_MOST_BYTES", 100)
+    monkeypatch.setattr(json_lines, "_BLOCK", 10)
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"id": 1}\n{"id": "' + "x" * 1000 + '"}\n')
+    with pytest.raises(UserError, match=r"rows.jsonl:2: the line has more than 0 MiB"):
+        read_rows(file)
+
+
 def test_a_torn_line_ends_a_file_that_is_appended_to(tmp_path):
     file = tmp_path / "rows.jsonl"
     assert read_appended_rows(file) == ([], [])
@@ -74,10 +85,17 @@ def test_of_a_file_that_is_appended_to_the_rest_of_what_can_be_read_is_read(tmp_
 
 
 IN_STORAGE = """
+from medllm_jax.errors import UserError
+from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.json_lines import read_appended_rows, read_rows
 
 print([(row.fields, row.where) for row in read_rows("gs://bucket/rows.jsonl")])
 print(read_appended_rows("gs://bucket/torn.jsonl"), read_appended_rows("gs://bucket/none.jsonl"))
+for read in (read_rows, read_json):
+    try:
+        print(read("gs://bucket/packed.jsonl"))
+    except UserError as error:
+        print(str(error).partition(",")[0])
 """
 
 
@@ -85,8 +103,10 @@ def test_rows_in_a_bucket():
     with Gcs("bucket") as server:
         server.put("gs://bucket/rows.jsonl", b'{"id": 1}\n\n{"id": 2}')
         server.put("gs://bucket/torn.jsonl", b'{"id": 1}\n{"id"')
+        server.put("gs://bucket/packed.jsonl", gzip.compress(b'{"id": 1}\n' * 100), content_encoding="gzip")
         output = run(server, "-c", IN_STORAGE)
-    assert output.splitlines()[-2:] == [
+    assert output.splitlines()[-4:] == [
         "[({'id': 1}, 'gs://bucket/rows.jsonl:1'), ({'id': 2}, 'gs://bucket/rows.jsonl:3')]",
         "AppendedRows(rows=[{'id': 1}], damaged=[]) AppendedRows(rows=[], damaged=[])",
+        *2 * ["gs://bucket/packed.jsonl is stored with Content-Encoding: gzip"],
     ]

@@ -1,5 +1,6 @@
 """One writer at a time: the lease of a folder, or of another output, local and in a bucket."""
 
+import contextlib
 import json
 import os
 import signal
@@ -118,6 +119,41 @@ def test_a_program_that_was_stopped_past_its_lease_looks_before_it_writes(tmp_pa
     with pytest.raises(RunError, match="written by another program now"), Lease(tmp_path, seconds=60):
         (tmp_path / FILE).write_text(json.dumps({"id": "another"}))
         clock["now"] += 3600  # and it never asked: what it did is not called done
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from medllm_jax.storage.lease import Lease
+
+folder = Path(sys.argv[1])
+with Lease(folder, seconds=float(sys.argv[2])) as lease:
+    for number in range(2):
+        lease.check()
+        (folder / "content").write_text(f"the first, {number}")
+        os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_program_that_was_stopped_and_goes_on_writes_nothing_more(tmp_path):
+    """A real one, stopped by a real signal until another has its place."""
+    first = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(tmp_path), str(QUICK)], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        assert (tmp_path / "content").read_text() == "the first, 0"
+        while True:  # it counts as at work until its lease has run out
+            with contextlib.suppress(RunError), Lease(tmp_path, seconds=QUICK) as lease:
+                (tmp_path / "content").write_text("the second")
+                first.send_signal(signal.SIGCONT)
+                assert "written by another program now: this one ends" in first.communicate(timeout=60)[1]
+                lease.check()
+                break
+            time.sleep(0.05)
+    finally:
+        first.kill()
+    assert first.returncode == 1 and (tmp_path / "content").read_text() == "the second"
 
 
 def _refused(write, output, *, beside):

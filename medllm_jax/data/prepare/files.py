@@ -13,7 +13,7 @@ from etils import epath
 
 from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.errors import UserError
-from medllm_jax.storage.remote import is_remote
+from medllm_jax.storage.remote import is_remote, refuse_encoding
 
 Inputs = str | epath.PathLike | Sequence[str | epath.PathLike]
 
@@ -119,6 +119,8 @@ class _Search:
         import fsspec
 
         filesystem, root = fsspec.core.url_to_fs(str(path))
+        if not root.strip("/"):
+            raise UserError(f"{path} names no bucket: gs://BUCKET/FOLDER is expected")
         scheme = str(path).partition("://")[0]
         entries, base = filesystem.find(root, detail=True), path
         if not entries and _has_wildcard(str(path)):
@@ -137,11 +139,8 @@ class _Search:
                 raise UserError(f"{name} can't be read under this name, as a path it is {file}: rename the object")
             if any(part.startswith(".") for part in file.relative_to(base).parts):
                 self._passed_over.add("hidden", name)
-            elif self._add(name, name, regular=True) and files[name].get("contentEncoding"):
-                raise UserError(
-                    f"{name} is stored with Content-Encoding: {files[name]['contentEncoding'][:20]}, so that its size "
-                    "is not that of what is read: upload it again without (such as gsutil's -z), as a .gz file or plain"
-                )
+            elif self._add(name, name, regular=True):
+                refuse_encoding(name, files[name].get("contentEncoding"))
 
     def _add(self, path: str, identity: object, *, regular: bool) -> bool:
         """Whether the file is read."""

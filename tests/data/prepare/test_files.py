@@ -130,9 +130,10 @@ def test_object_storage_is_read_as_folders_are_with_few_requests(tmp_path):
         server.put("gs://bucket/twice//x.jsonl", b"")
         server.put("gs://bucket/z/x.jsonl", gzip.compress(lines_of(TEXTS)), content_encoding="gzip")
         strange = {"twice": "can't be read under this name", "z": "Content-Encoding: gzip, so that its"}
-        found = in_storage(server, *(f"gs://bucket/{path}" for path in strange))
+        found = in_storage(server, *(f"gs://bucket/{path}" for path in strange), "gs://")
         for path, message in strange.items():
             assert message in found[f"gs://bucket/{path}"]
+        assert "names no bucket" in found["gs://"]
 
         server.log.clear()
         paths = ("in", "in/?/deep.jsonl/*.jsonl", "in/*/deep.jsonl")
