@@ -152,7 +152,11 @@ def _json(file: epath.Path, fields: Mapping[str, Any]) -> dict[str, Any] | None:
     content = read_json(file)
     row = Row(content, str(file))
     for name, kind in fields.items():
-        if not isinstance(row.get(name, kind), list) and not _is_number(content[name]):
+        value = row.get(name, kind)
+        if isinstance(value, list):
+            if not all(isinstance(each, str) for each in value):
+                raise row.error(f"the field {name!r} is {_short(value)}; a list of strings was expected")
+        elif not _is_number(value):
             raise row.error(f"the field {name!r} is no number that can be shown")
     return content
 

@@ -11,6 +11,8 @@ from medllm_jax.evaluation.grading import write_grades
 from medllm_jax.report.collect import collect
 from tests.evaluation.test_grading import licensing_exam
 
+OVERLAP = ("n", "threshold", "questions", "overlapping", "share")
+
 
 def report(tmp_path, *arguments):
     code = main(["report", *map(str, arguments), "--output", str(tmp_path / "out")])
@@ -148,6 +150,13 @@ def _without(place, tmp_path, change):
         (lambda f: (f / "contamination.json").write_text('{"overlapping": null}'), [], "contamination.json: the field"),
         (lambda f: (f / "likelihood.json").write_text('{"n": 1' + "0" * 400 + "}"), [], "'n' is no number"),
         (lambda f: (f / "contamination.json").write_text('{"n": 1e999}'), [], "contamination.json is not JSON"),
+        (
+            lambda f: (f / "contamination.json").write_text(
+                json.dumps(dict.fromkeys(OVERLAP, 1) | {"corpora": [["a"]]})
+            ),
+            [],
+            "the field 'corpora' is [['a']]; a list of strings was expected",
+        ),
         (lambda f: None, ["--example", "q77"], "--example q77: no question of these results has this id"),
         (lambda f: None, ["nowhere"], "nowhere: neither a run folder"),
     ],
