@@ -92,7 +92,7 @@ def finding_of(given: Input, outcome: Outcome, usual: Outcome) -> Finding | None
     about = (given.reading.name, kind_of(given.path)[0])
     if problem := refusal_problem(outcome):
         if outcome.code is None:
-            return Finding((problem, outcome.at), problem)
+            return Finding((problem, outcome.at, *(about if outcome.at == "native code" else ())), problem)
         return Finding((re.sub(r"\d+", "N", problem), *about), problem)
     if outcome.code != 0 or usual.code != 0:
         return None

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -45,6 +46,7 @@ class Worker:
         outcome = self._watched(reading.seconds)
         if outcome.error.startswith(("HangError", "GrowthError", "Killed", "Ended")):
             self.close()
+            shutil.rmtree(place, ignore_errors=True)  # which a process that was ended could not do
         return outcome
 
     def _begin(self) -> None:

@@ -1,13 +1,18 @@
 """Some hundred wrong files, of fixed seeds, are read as `benchmarks.fuzz` and `benchmarks.damage` have them read."""
 
+import dataclasses
 import itertools
+import subprocess
+import sys
 
 import pytest
 
 from benchmarks import damage, fuzz, trials
 from benchmarks.inputs import KINDS, kind_of, make_inputs
 from benchmarks.readings import READINGS, files_of
+from benchmarks.trial_worker import Worker
 from benchmarks.trials import Replaced
+from tests.warm import ROOT
 
 # What is quick enough to be tried often; the rest, and what needs runs, is for the programs.
 QUICK = [each for each in READINGS if not each.runs and each.weight >= 1]
@@ -53,6 +58,28 @@ def test_damaged_files_are_refused_or_do_no_harm(inputs, usual, tmp_path):
         if found in damage.BAD:
             wrong.append(damage.line_of(damage.record(case, found, outcome)))
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_worker_goes_on_after_a_trial_that_had_to_be_ended(inputs, tmp_path):
+    reading = next(each for each in QUICK if each.name == "conversion: from-hf")
+    worker = Worker(inputs, tmp_path / "scratch")
+    try:
+        assert worker.attempt(reading, trials.unchanged).code == 0
+        ended = worker.attempt(dataclasses.replace(reading, seconds=-5), trials.unchanged)
+        assert ended.error == "HangError: killed"
+        assert [worker.attempt(reading, trials.unchanged).code for _ in range(2)] == [0, 0]
+        assert not [path for path in (tmp_path / "scratch").iterdir() if path.is_dir()]
+    finally:
+        worker.close()
+
+
+@pytest.mark.slow
+def test_hundreds_of_wrong_files_of_all_kinds(tmp_path):
+    """Of runs and checkpoints, too."""
+    command = [sys.executable, "-m", "benchmarks.fuzz", "--inputs", "700", "--seed", "3", "--jobs", "1"]
+    command += ["--output", str(tmp_path / "findings.jsonl")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
 def test_every_file_is_of_a_kind(inputs):
