@@ -109,7 +109,8 @@ def changed_value(value: Any, rng: random.Random, *, strict: bool) -> tuple[str,
         return f"{where} = {name}", CORRUPTING, value, make()
     else:
         new = rng.choice(VALUES)
-    several = bool(path) and path[-1] == "eos_token_id" and isinstance(new, int)  # one for all is as good
+    # Of some things there may be one or several.
+    several = bool(path) and path[-1] in ("eos_token_id", "store") and bool(new) and isinstance(new, int | str | list)
     other = _type(new) != _type(old) and new is not None and old is not None and not several
     return f"{where} = {str(new)[:30]!r}", CORRUPTING if other else CONTENT, _with(value, path, new), None
 

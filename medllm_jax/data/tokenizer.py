@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from medllm_jax.data.deadline import DeadlineError, within
+from medllm_jax.data.long_texts import LONG, encode_long
 from medllm_jax.errors import UserError, quoted
 from medllm_jax.storage.json_files import read_bounded, read_json
 from medllm_jax.storage.json_lines import Row
@@ -462,7 +463,9 @@ def _encode(tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool)
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = split_special_tokens
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        short = [text for text in texts if len(text) <= LONG]
+        encoded = iter(backend.encode_batch_fast(short, add_special_tokens=False))
+        return [next(encoded).ids if len(text) <= LONG else encode_long(backend, text) for text in texts]
     # verbose=False: a document longer than the model's context is no reason for a warning, it will be packed.
     encoded = tokenizer(
         list(texts),
