@@ -6,11 +6,16 @@ position, the run's config, and what `handle.Checkpoint` reads of them).
 A converted Hugging Face model is a step 0 without ``training``.
 """
 
+import functools
 import hashlib
+import inspect
 import itertools
 import json
 import logging
 import os
+import sys
+import traceback
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,9 +40,38 @@ PLACEHOLDER = ocp.PLACEHOLDER  # stands for an array that is not read
 _SAVE = "_CHECKPOINT_METADATA"
 
 
+def _hush() -> None:
+    """Keeps from the terminal what Orbax says beside its results and errors.
+
+    It warns of checkpoints without its key-value store: models are written range by range. Where one array can't be
+    read, it leaves the readings of others to Python, which tells of each, with a traceback, when it removes them.
+    """
+    logging.getLogger("absl").addFilter(_not_of_key_value_store)
+    logging.getLogger("asyncio").addFilter(_not_of_readings)
+    warnings.filterwarnings("ignore", r"coroutine '\w+\._background_load' was never awaited", RuntimeWarning)
+    _leave_out_readings()
+
+
 def _not_of_key_value_store(record: logging.LogRecord) -> bool:
-    """Filters out Orbax's warning of checkpoints without its key-value store: models are written range by range."""
     return "TensorStore data files not found" not in str(record.msg)
+
+
+def _not_of_readings(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in str(record.msg) or "orbax" not in str(record.msg)
+
+
+@functools.cache
+def _leave_out_readings() -> None:
+    others = sys.unraisablehook
+
+    def hook(left: Any) -> None:
+        codes = [frame.f_code for frame, _ in traceback.walk_tb(left.exc_traceback)]
+        codes += [left.object.cr_code] if inspect.iscoroutine(left.object) else []
+        of_orbax = any("orbax" in Path(code.co_filename).parts for code in codes)
+        if not of_orbax and str(left.exc_value) != "Event loop is closed":  # which is what a reading ends in
+            others(left)
+
+    sys.unraisablehook = hook
 
 
 # --- the folder ----------------------------------------------------------------------------------------------------
@@ -180,7 +214,7 @@ def read_items(folder: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
     UnreadableError where Orbax fails; errors of the machine, which don't speak of what is stored, pass.
     """
     try:
-        logging.getLogger("absl").addFilter(_not_of_key_value_store)
+        _hush()
         return ocp.load_checkpointables(folder, wanted)
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
@@ -200,7 +234,7 @@ def first_cause(error: BaseException) -> str:
 def stored_shapes(folder: epath.Path) -> Any:
     """A tree of ShapeDtypeStructs: the weights in a step's folder as stored; UnreadableError where Orbax fails."""
     try:
-        logging.getLogger("absl").addFilter(_not_of_key_value_store)
+        _hush()
         metadata = ocp.metadata(folder, "params").metadata
     except MemoryError:
         raise
