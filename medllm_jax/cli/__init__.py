@@ -102,7 +102,7 @@ def _report(error: Exception) -> int:
 
 def _crash_folder() -> Path:
     """Where reports lie of what was not a run."""
-    return Path(tempfile.gettempdir()) / f"medllm-{os.getuid()}"
+    return Path(tempfile.mkdtemp(prefix="medllm-"))  # which nobody else can read, or have made before
 
 
 def _end(code: int) -> None:
