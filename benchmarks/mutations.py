@@ -110,7 +110,8 @@ def changed_value(value: Any, rng: random.Random, *, strict: bool) -> tuple[str,
     else:
         new = rng.choice(VALUES)
     # Of some things there may be one or several.
-    several = bool(path) and path[-1] in ("eos_token_id", "store") and bool(new) and isinstance(new, int | str | list)
+    one = isinstance(new, int) or (isinstance(new, str | list) and len(new) > 0)
+    several = bool(path) and path[-1] in ("eos_token_id", "store") and one
     other = _type(new) != _type(old) and new is not None and old is not None and not several
     return f"{where} = {str(new)[:30]!r}", CORRUPTING if other else CONTENT, _with(value, path, new), None
 
