@@ -14,6 +14,7 @@ import struct
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,19 +51,18 @@ class Worker:
         return outcome
 
     def _begin(self) -> None:
-        name = f"{self._scratch}/worker-{os.getpid()}-{id(self)}.socket"
-        with contextlib.suppress(FileNotFoundError):
-            Path(name).unlink()
-        # A warm program inherits nothing but its outputs: it is handed its end of the pair through a named socket.
+        name = uuid.uuid4().hex
+        # A warm program inherits nothing but its outputs: it is handed its end of the pair through a named socket, of
+        # Linux's namespace without files.
         with socket.socket(socket.AF_UNIX) as listening:
-            listening.bind(name)
+            listening.bind(f"\0{name}")
             listening.listen()
-            code = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); "
+            listening.settimeout(120)  # a program that can't begin never calls
+            code = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect('\\0' + sys.argv[1]); "
             code += "from benchmarks.trial_worker import serve; serve(s)"
             with (self._scratch / "native.log").open("ab") as log:  # what libraries print past Python's streams
                 self._process = WarmPython("-c", code, name, stdout=log, stderr=log, environment=ENVIRONMENT)
             self._to, _ = listening.accept()
-        Path(name).unlink()
         self._count = 0
 
     def _watched(self, seconds: float) -> Outcome:
