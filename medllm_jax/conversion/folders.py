@@ -23,6 +23,7 @@ from medllm_jax.config.foreign import ForeignSettings, Key
 from medllm_jax.errors import RunError, UserError
 from medllm_jax.storage.faults import fault_of
 from medllm_jax.storage.json_files import read_json
+from medllm_jax.storage.lease import Lease
 from medllm_jax.storage.remote import is_folder, is_remote, names_in, remove_folder, write_whole
 from medllm_jax.terminal.progress import size_in_words
 
@@ -83,12 +84,32 @@ class ResumableFolder:
         with self._lock:
             self._write(finished=True)
         files = [self._file(number) for number in range(self._parts)]
-        return all(file.exists() and self._read(file)["finished"] for file in files)
+        try:
+            return all(file.exists() and self._read(file)["finished"] for file in files)
+        except FileNotFoundError:  # another part found all done, and has put the folder in its place
+            return False
+
+    @contextlib.contextmanager
+    def completion(self) -> Iterator[bool]:
+        """Notes that this process has done its part; is it to complete the folder in the block?
+
+        Where all the parts are done it is, if no other found that too and is quicker.
+        """
+        if not self.finish():
+            yield False
+            return
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(Lease.beside(self.target, "completing"))
+                is_due = self._file(self._part).exists()  # else another part has just completed it
+            except RunError:  # another part is completing it
+                is_due = False
+            yield is_due
 
     def keep(self) -> bool:
         """Notes what is done when the work breaks off; is there anything to go on from? If not, removes the folder."""
         with self._lock:
-            if self._own or self._parts > 1:
+            if (self._own or self._parts > 1) and is_folder(self.folder):
                 self._write(finished=False)
                 return True
         remove_folder(self.folder)
@@ -159,13 +180,22 @@ def check_room(target: str | os.PathLike, size: int) -> None:
     folder = Path(target).absolute().parent
     while not folder.exists():
         folder = folder.parent
-    unfinished = Path(unfinished_folder(target))
-    there = sum(file.stat().st_blocks * 512 for file in unfinished.rglob("*") if file.is_file())
+    there = _bytes_on_disk(unfinished_folder(target))
     free = shutil.disk_usage(folder).free
     if free + there < size:
         raise UserError(
             f"{target}: {size_in_words(size)} are needed and the disk of {folder} has {size_in_words(free)} left"
         )
+
+
+def _bytes_on_disk(folder: str | os.PathLike) -> int:
+    """Bytes that the files below a folder take; those that other processes rename or remove meanwhile are left out."""
+    size = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                size += Path(path, name).stat().st_blocks * 512
+    return size
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from flax.traverse_util import unflatten_dict
 
 from medllm_jax.checkpoint.arrays import chunk_shape
 from medllm_jax.checkpoint.handle import Base, open_checkpoint
-from medllm_jax.checkpoint.orbax import steps
 from medllm_jax.checkpoint.write_model import StoredWeight, finish_model, new_arrays, write_model
 from medllm_jax.config.load import to_plain
 from medllm_jax.conversion.companions import check_companions, check_sums
@@ -92,20 +91,17 @@ def from_hf(
             _convert(model, arrays, storage, todo, filling, odd)
             if not allow_non_finite:
                 odd.check(source, model.dtype, stored=model.dtype)
-            if not filling.finish():
-                _log.info(f"{target}: part {number + 1} of {parts} is done; the last part to be ready completes it")
-                return
-            if has_tokenizer:
-                run_folder.copy_tokenizer(model.path, filling.folder)
-            meta = {"model": to_plain(model.config), "source": {"name": _name(model)}}
-            if storage is not None:
-                meta["storage"] = to_plain(storage)
-            finish_model(filling.folder, weights, meta)
-            filling.settle()
-    except FileNotFoundError:
-        if parts == 1 or not steps(target):
-            raise
-        # Another part was ready at the same moment, and has put the folder in its place.
+            with filling.completion() as is_due:
+                if not is_due:
+                    _log.info(f"{target}: part {number + 1} of {parts} is done; the last part to be ready completes it")
+                    return
+                if has_tokenizer:
+                    run_folder.copy_tokenizer(model.path, filling.folder)
+                meta = {"model": to_plain(model.config), "source": {"name": _name(model)}}
+                if storage is not None:
+                    meta["storage"] = to_plain(storage)
+                finish_model(filling.folder, weights, meta)
+                filling.settle()
     except BaseException:
         if filling.keep():
             _log.info(f"what is done is kept in {filling.folder}; --resume goes on with it")

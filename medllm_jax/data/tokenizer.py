@@ -41,6 +41,7 @@ _MORE_THAN_A_MODEL = ("tokenizer.json", _CONFIG, "vocab.json", "added_tokens.jso
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+_MAX_ADDED_CHARACTERS = 1000  # of an added token; those that are published have less than 100
 _MAX_FILE_BYTES = 2**28  # the largest vocabularies that are published take an eighth of it
 
 # Tokenizers that differ in anything but the vocabulary differ in the ids of one of these: case, accents, Unicode forms,
@@ -104,6 +105,7 @@ def load_tokenizer(path: str | epath.PathLike) -> Any:
                 else ""
             )
             raise UserError(f"the tokenizer in {path} cannot be loaded: {reason}{hint}") from error
+    _check_added_tokens(tokenizer, path)
     _check_behaviour(tokenizer, stated, path)
     if (path / _TEMPLATE).exists() and not getattr(tokenizer, "chat_template", None):
         raise UserError(f"{path / _TEMPLATE} is empty: copy it again, or remove it")
@@ -184,6 +186,16 @@ def _stated_ids(file: Path, tokenizer: Any) -> list[list[list[int]]]:
     # A setting beside the file may have texts begin with a space, and changes nothing else.
     beginnings = ("", " ") if getattr(tokenizer, "add_prefix_space", False) else ("",)
     return [[plain.encode(begin + text, add_special_tokens=False).ids for begin in beginnings] for text in _PROBES]
+
+
+def _check_added_tokens(tokenizer: Any, path: epath.Path) -> None:
+    """UserError where one is a whole text: looking for it takes time that grows with the square of its length."""
+    for number, token in tokenizer.added_tokens_decoder.items():
+        if len(token.content) > _MAX_ADDED_CHARACTERS:
+            raise UserError(
+                f"the tokenizer in {path} has an added token of {len(token.content):,} characters (id {number}, "
+                f"{quoted(token.content)}): at most {_MAX_ADDED_CHARACTERS:,} are read"
+            )
 
 
 def _check_behaviour(tokenizer: Any, stated: list[list[list[int]]], path: epath.Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from medllm_jax.checkpoint.handle import open_checkpoint
 from medllm_jax.checkpoint.orbax import steps
 from medllm_jax.cli.convert import main
-from medllm_jax.conversion import folders, run_weights, shards
+from medllm_jax.conversion import folders, from_hf, run_weights, shards
 from medllm_jax.conversion.hf_weights import HFFolder, open_hf
 from medllm_jax.errors import RunError, UserError
 from tests.gcs import Faults, Gcs, be_impatient
@@ -330,6 +330,77 @@ def test_shares_of_several_processes_make_the_same_folder(place, tmp_path, capsy
     assert [program.wait(timeout=120) for program in programs] == [0, 0]
     assert contents(tmp_path / "run") == contents(place / "run")
     assert main([*step, "--part", "4/3"]) == 2
+
+
+@pytest.fixture
+def parts(place, tmp_path):
+    """Does part number of two, which is done already if the folder is not yet there; the parts of one conversion."""
+
+    def convert(number):
+        from_hf.from_hf(f"{place}/hf", f"{tmp_path}/run", part=(number, 2), resume=True)
+
+    convert(1)
+    assert not (tmp_path / "run").exists()
+    yield convert
+    assert contents(tmp_path / "run") == contents(place / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_part_that_is_ready_while_another_completes_leaves_it_to_that(parts, monkeypatch, capsys):
+    finish_model, said = from_hf.finish_model, []
+
+    def finish_while_the_other_tries(*arguments):
+        capsys.readouterr()
+        parts(1)
+        said.append(capsys.readouterr().out)
+        finish_model(*arguments)
+
+    monkeypatch.setattr(from_hf, "finish_model", finish_while_the_other_tries)
+    parts(0)
+    assert len(said) == 1
+    assert "part 2 of 2 is done" in said[0]
+
+
+def test_a_part_that_finds_all_done_when_another_has_completed_it_ends_well(parts, monkeypatch, capsys):
+    finish, waiting = folders.ResumableFolder.finish, [True]
+
+    def finish_and_be_late(filling):
+        all_done = finish(filling)
+        if all_done and waiting.pop():
+            waiting.append(False)
+            parts(1)
+        return all_done
+
+    monkeypatch.setattr(folders.ResumableFolder, "finish", finish_and_be_late)
+    parts(0)
+    assert "part 1 of 2 is done" in capsys.readouterr().out
+
+
+def test_notes_that_vanish_while_they_are_read_say_that_another_part_completed(parts, monkeypatch):
+    read = folders.ResumableFolder._read
+
+    def read_late(filling, file):
+        monkeypatch.setattr(folders.ResumableFolder, "_read", read)
+        parts(1)
+        return read(filling, file)
+
+    def finish(filling):
+        monkeypatch.setattr(folders.ResumableFolder, "finish", whole_finish)
+        monkeypatch.setattr(folders.ResumableFolder, "_read", read_late)
+        return whole_finish(filling)
+
+    whole_finish = folders.ResumableFolder.finish
+    monkeypatch.setattr(folders.ResumableFolder, "finish", finish)
+    parts(0)
+
+
+def test_files_that_another_part_renames_meanwhile_are_no_trouble(tmp_path, monkeypatch):
+    unfinished = folders.unfinished_folder(tmp_path / "run")
+    unfinished.mkdir()
+    (unfinished / "there").write_bytes(b"0" * 10_000)
+    walk = os.walk(unfinished)
+    monkeypatch.setattr(folders.os, "walk", lambda _: [(path, [], [*names, "gone"]) for path, _, names in walk])
+    folders.check_room(tmp_path / "run", 1)
 
 
 # --- in a bucket -----------------------------------------------------------------------------------------------------

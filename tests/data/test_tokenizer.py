@@ -160,6 +160,22 @@ def test_a_setting_of_another_type_is_refused(tokenizer_dir, tmp_path, entry):
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("file", ["tokenizer", "tokenizer_config"])
+def test_an_added_token_that_is_a_whole_text_is_refused(tokenizer_dir, tmp_path, file):
+    def folder(length):
+        content = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+        token = content["added_tokens"][0] | {"content": "<|" + "x" * (length - 4) + "|>"}
+        added = {"added_tokens": [*content["added_tokens"], token | {"id": len(load_tokenizer(tokenizer_dir))}]}
+        entries = added if file == "tokenizer" else {"extra_special_tokens": [token["content"]]}
+        return changed(tokenizer_dir, tmp_path, f"{length}", **{file: entries})
+
+    longest = load_tokenizer(folder(1000))
+    assert max(len(token) for token in control_tokens(longest)) == 1000
+    with pytest.raises(UserError, match=r"has an added token of 1,001 characters \(id \d+, '<\|x+") as refused:
+        load_tokenizer(folder(1001))
+    assert len(str(refused.value)) < 400
+
+
 def test_a_file_that_the_loaded_class_does_not_follow_is_refused(tokenizer_dir, tmp_path):
     qwen = {"tokenizer_class": "Qwen2Tokenizer"}
     nfkc = changed(tokenizer_dir, tmp_path, "nfkc", tokenizer={"normalizer": {"type": "NFKC"}}, tokenizer_config=qwen)
