@@ -27,6 +27,12 @@ class Preempted(Exception):  # noqa: N818 (no error)
     """
 
 
+def first_line(error: BaseException, *, most: int = 200) -> str:
+    """The first line of what an error says, cut to so many characters; the name of its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:most] if lines else type(error).__name__
+
+
 # Bounds work too: a list of a million numbers is not written out to be cut.
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 4, 100, 100, 100

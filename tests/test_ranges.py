@@ -15,7 +15,7 @@ from medllm_jax.cli import main, make_parser
 from medllm_jax.config.load import describe, load_model_config, to_plain
 from medllm_jax.config.schema import ModelConfig, RunConfig
 from medllm_jax.config.schema_reader import build
-from medllm_jax.errors import UserError, quoted
+from medllm_jax.errors import UserError, first_line, quoted
 from medllm_jax.ranges import Range, Ranged, hints_with_ranges, ranges_in
 from medllm_jax.terminal.parser import Parser, number
 
@@ -178,6 +178,11 @@ def test_numbers_within_texts_are_bounded(arguments, capsys):
     assert main(list(arguments)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and len(error) < 500
+
+
+def test_an_error_that_says_nothing_is_told_by_its_type():
+    assert first_line(ValueError("")) == first_line(ValueError(" \n ")) == "ValueError"
+    assert first_line(ValueError("\n what it is \n and where"), most=7) == "what it"
 
 
 def test_quoted_values_are_one_short_line():

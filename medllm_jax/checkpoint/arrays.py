@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import tensorstore as ts
 from etils import epath
 
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, first_line
 from medllm_jax.storage.faults import passes, words_of
 from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.remote import kvstore_spec
@@ -120,7 +120,7 @@ def open_arrays(item: epath.Path) -> dict[str, ts.TensorStore]:
         except ValueError as error:
             if passes(error):
                 raise
-            raise UnreadableError(f"{path} can't be opened: {str(error)[:200]}") from error
+            raise UnreadableError(f"{path} can't be opened: {first_line(error)}") from error
     return arrays
 
 

@@ -32,6 +32,7 @@ from medllm_jax.checkpoint.arrays import UnreadableError
 from medllm_jax.checkpoint.digests import seal
 from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.distributed.sharding import path_of
+from medllm_jax.errors import first_line
 from medllm_jax.storage.faults import passes
 from medllm_jax.storage.remote import is_remote
 
@@ -228,7 +229,7 @@ def first_cause(error: BaseException) -> str:
     """Type and first line of the error that others were raised from."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
+    return f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'}"
 
 
 def stored_shapes(folder: epath.Path) -> Any:

@@ -19,7 +19,7 @@ from medllm_jax.config.foreign import ForeignSettings, Key, anything
 from medllm_jax.config.schema import ModelConfig
 from medllm_jax.conversion.hf_config import read_config
 from medllm_jax.conversion.names import Tensor, tensors_of
-from medllm_jax.errors import UserError, quoted
+from medllm_jax.errors import UserError, first_line, quoted
 from medllm_jax.storage.json_files import parse_json, read_json
 from medllm_jax.storage.remote import is_folder, is_remote, kvstore_spec, names_in
 
@@ -134,7 +134,7 @@ def read_header(file: epath.Path) -> dict[str, Entry]:
     try:
         return _parse_header(file)
     except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not a whole safetensors file: {str(error)[:200]}; download it again") from None
+        raise UserError(f"{file} is not a whole safetensors file: {first_line(error)}; download it again") from None
 
 
 def _read_headers(files: list[epath.Path]) -> dict[str, Entry]:

@@ -21,7 +21,7 @@ from etils import epath
 
 from medllm_jax.data.deadline import DeadlineError, within
 from medllm_jax.data.long_texts import LONG, encode_long
-from medllm_jax.errors import UserError, quoted
+from medllm_jax.errors import UserError, first_line, quoted
 from medllm_jax.storage.json_files import read_bounded, read_json
 from medllm_jax.storage.json_lines import Row
 from medllm_jax.storage.remote import is_file, is_folder, is_remote, is_there
@@ -425,8 +425,8 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], *, generatio
     except DeadlineError:
         raise ChatTemplateError(f"does not come to an end within {_TEMPLATE_SECONDS:g} s") from None
     except Exception as error:  # whatever a program can raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        raise ChatTemplateError(f"cannot render the messages ({type(error).__name__}: {reason})") from error
+        reason = f"{type(error).__name__}: {first_line(error, most=100)}"
+        raise ChatTemplateError(f"cannot render the messages ({reason})") from error
     if len(result) > _TEMPLATE_CHARACTERS + 10 * sum(len(str(message["content"])) for message in messages):
         raise ChatTemplateError(f"writes {len(result):,} characters for a few")
     return result

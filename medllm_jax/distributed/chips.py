@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medllm_jax.errors import UserError, quoted
+from medllm_jax.errors import UserError, first_line, quoted
 from medllm_jax.ranges import Ranged, Slices
 
 GIB = 2**30
@@ -101,7 +101,7 @@ class Topology(Ranged):
         try:
             description = topologies.get_topology_desc(platform="tpu", topology_name=self.name, wrap=wrap, **more)
         except RuntimeError as error:
-            raise UserError(f"the compiler knows no topology {self.name}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"the compiler knows no topology {self.name}: {first_line(error)}") from None
         return list(description.devices)
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from medllm_jax.errors import RunError, UserError
+from medllm_jax.errors import RunError, UserError, first_line
 
 Result = TypeVar("Result")
 
@@ -25,13 +25,13 @@ def join(heartbeat_seconds: int) -> None:
         jax.distributed.initialize(num_processes=number, process_id=index, heartbeat_timeout_seconds=heartbeat_seconds)
     except ValueError as error:  # what JAX was not told, and did not find
         raise UserError(
-            f"distributed is true and JAX finds no cluster ({str(error).splitlines()[0][:100]}): neither a TPU pod, "
+            f"distributed is true and JAX finds no cluster ({first_line(error, most=100)}): neither a TPU pod, "
             "GKE nor Slurm, and JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID are not all "
             "set; set them, or distributed: false for one process"
         ) from error
     except jax.errors.JaxRuntimeError as error:
         raise RunError(
-            f"the processes of the run did not find each other ({str(error).splitlines()[0][:60]}): see that all are "
+            f"the processes of the run did not find each other ({first_line(error, most=60)}): see that all are "
             "started and reach JAX_COORDINATOR_ADDRESS"
         ) from error
 

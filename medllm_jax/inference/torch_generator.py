@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medllm_jax.data.tokenizer import encode_prompts, load_tokenizer
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, first_line
 from medllm_jax.evaluation.prompts import Prompt
 from medllm_jax.evaluation.sampling import Completion, SamplingParams, cut_at_stop
 
@@ -50,7 +50,7 @@ class TorchGenerator:
                 use_safetensors=True,
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{folder}: transformers can't load this model: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{folder}: transformers can't load this model: {first_line(error)}") from error
         self._model = model.to(device).eval()
         named = model.generation_config.eos_token_id
         ids = [*(named if isinstance(named, list) else [named]), self._tokenizer.eos_token_id]

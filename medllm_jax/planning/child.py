@@ -104,7 +104,7 @@ def main(folder: Path) -> int:
         (folder / "error.json").write_text(json.dumps({"input": str(error)}))
         return 2
     except RuntimeError as error:  # the compiler's: it does not fit, or it can't be compiled
-        (folder / "error.json").write_text(json.dumps({"compiler": str(error)}))
+        (folder / "error.json").write_text(json.dumps({"compiler": str(error).strip() or type(error).__name__}))
         return 1
     return 0
 

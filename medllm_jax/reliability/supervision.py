@@ -16,7 +16,7 @@ from medllm_jax.checkpoint.handle import Checkpoint, DamagedError
 from medllm_jax.checkpoint.orbax import set_aside, steps
 from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.distributed.processes import run_on_all
-from medllm_jax.errors import Preempted, RunError, UserError
+from medllm_jax.errors import Preempted, RunError, UserError, first_line
 from medllm_jax.reliability import crash_report
 from medllm_jax.reliability.preemption import PreemptionHandler
 from medllm_jax.reliability.watchdog import Watchdog
@@ -55,7 +55,7 @@ def supervised(folder: epath.Path, stage_seconds: float) -> Iterator[Supervision
         except Exception as error:
             _report(folder, watch.now, error)
             if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
-                cause = str(error).splitlines()[0][:200]
+                cause = first_line(error)
                 raise RunError(
                     f"in {watch.now} the processes of the run lost each other ({cause}): one has probably died, and "
                     "its log says why; started again, the run goes on from its last checkpoint"

@@ -5,7 +5,7 @@ from typing import Any
 
 from medllm_jax.data.prepare.statistics import TextStatistics, TokenStatistics, format_statistics
 from medllm_jax.data.store import CorpusRows, StoreMetadata
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, first_line
 
 _KINDS = {"cpt": "documents", "sft": "instructions", "pairs": "preference pairs"}
 _STATED = ("provenance", "licence", "processing", "contact")
@@ -19,7 +19,7 @@ def report(metadata: StoreMetadata) -> str:
     try:
         return "\n\n".join(_parts(metadata)) + "\n"
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError) as error:
-        problem = f"{type(error).__name__}: {str(error)[:60]}"
+        problem = f"{type(error).__name__}: {first_line(error, most=60)}"
         raise UserError(
             f"what store.json says of its input cannot be understood ({problem}): prepare it again"
         ) from error
