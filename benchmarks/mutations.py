@@ -112,6 +112,8 @@ def changed_value(value: Any, rng: random.Random, *, strict: bool) -> tuple[str,
     # Of some things there may be one or several.
     one = isinstance(new, int) or (isinstance(new, str | list) and len(new) > 0)
     several = bool(path) and path[-1] in ("eos_token_id", "store") and one
+    # transformers takes a list of special tokens, or a mapping of names to them.
+    several |= bool(path) and path[-1] == "extra_special_tokens" and isinstance(new, list | dict)
     other = _type(new) != _type(old) and new is not None and old is not None and not several
     return f"{where} = {str(new)[:30]!r}", CORRUPTING if other else CONTENT, _with(value, path, new), None
 

@@ -155,7 +155,9 @@ def _parse_header(file: epath.Path) -> dict[str, Entry]:
     if length > min(size - 8, _MAX_HEADER):
         raise ValueError(f"its header should have {length} bytes")
     content = parse_json(read_bytes(file, 8, length).tobytes(), f"the header of {file}")
-    content.pop("__metadata__", None)
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"__metadata__ is {quoted(metadata)}: a mapping of names to texts is expected")
     entries, end = {}, 0
     for name, fields in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
         values = _HEADER.read(fields, quoted(name, most=120))

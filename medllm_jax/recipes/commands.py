@@ -51,8 +51,8 @@ def read_scores(folder: epath.PathLike, conditions: Sequence[str]) -> dict[str, 
     for condition in conditions:
         entry = found.get(condition) if isinstance(found, dict) else None
         accuracy, questions = (entry.get(key) if isinstance(entry, dict) else None for key in ("accuracy", "n"))
-        numbers = isinstance(accuracy, int | float) and isinstance(questions, int)
-        if not (numbers and 0 <= accuracy <= 1):
+        numbers = type(accuracy) in (int, float) and type(questions) is int  # in JSON true is none
+        if not (numbers and 0 <= accuracy <= 1 and questions > 0):
             raise UserError(f"{file} has no score under {condition}: it is damaged; remove it, and it is made again")
         scores[condition] = Score(accuracy, questions)
     return scores

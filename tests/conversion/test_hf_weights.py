@@ -172,6 +172,8 @@ HEADERS = {
     "no JSON": (b"{]", "is not JSON"),
     "a list": (b"[]", "a JSON object is expected"),
     "a name twice": (b'{"a":{},"a":{}}', "the key 'a' stands twice"),
+    "metadata that is no text": (b'{"__metadata__":{"a":true}}', "__metadata__ is {'a': True}: a mapping"),
+    "metadata that is none": (b'{"__metadata__":[]}', "__metadata__ is []: a mapping"),
     "no fields": (b'{"a":7}', "is not a whole safetensors file"),
     "no offsets": (b'{"a":{"dtype":"F32","shape":[2]}}', "is not a whole safetensors file"),
     "text for offsets": (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":["0","8"]}}', "than whole numbers"),

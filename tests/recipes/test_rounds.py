@@ -1,5 +1,6 @@
 """Rounds: each goes on from the one before, nothing is made twice, and they end when they no longer help."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from medllm_jax.config.schema import MeshConfig, PrecisionConfig
 from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import Preempted, RunError, UserError
 from medllm_jax.recipes import rounds as rounds_module
-from medllm_jax.recipes.commands import Runner, Score
+from medllm_jax.recipes.commands import Runner, Score, read_scores
 from medllm_jax.recipes.rounds import load_rounds_config, run_rounds
 from tests.tiny import write_json_lines
 from tests.world import SEQUENCE_LENGTH
@@ -116,6 +117,15 @@ def test_a_stage_that_may_pass_when_it_is_started_again_says_so():
     for code, error in ((1, RunError), (2, UserError), (42, Preempted)):
         with pytest.raises(error, match="medllm train"):
             Runner(lambda words, code=code: code)("train")
+
+
+@pytest.mark.parametrize(
+    "entry", [None, [], {"n": 3}, {"accuracy": False, "n": 3}, {"accuracy": 2, "n": 3}, {"accuracy": 0.5, "n": True}]
+)
+def test_damaged_scores_are_one_line(tmp_path, entry):
+    (tmp_path / "scores.json").write_text(json.dumps({"conditions": {"answer_only": entry}}))
+    with pytest.raises(UserError, match="has no score under answer_only: it is damaged"):
+        read_scores(tmp_path, ["answer_only"])
 
 
 def test_without_pairs_it_ends_and_says_so(file, capsys):
