@@ -14,7 +14,7 @@ from etils import epath
 
 from medllm_jax.errors import UserError, first_line
 from medllm_jax.storage.faults import passes, words_of
-from medllm_jax.storage.json_files import read_json
+from medllm_jax.storage.json_files import MAX_BYTES, read_json
 from medllm_jax.storage.remote import kvstore_spec
 
 TREE = "_METADATA"  # Orbax's list of an item's weights
@@ -22,6 +22,7 @@ CHUNK_BYTES = 8 << 20
 _SLICE_BYTES = 64 << 20  # of the rows that a chunk is a part of, which is what a writer holds at a time
 _DESCRIPTIONS = {True: "zarr.json", False: ".zarray"}  # by whether it is version 3: the file that describes an array
 _MOST_DESCRIBED = 2**20  # bytes of that file
+_TEXTS = "_strings.json"  # the texts of an item, if it has any; TensorStore reads them too
 # Chunks are not made narrower than so many columns, where no mesh says how devices split a weight, and where one does.
 _COLUMNS, _COLUMNS_OF_PART = 2048, 512
 
@@ -131,10 +132,15 @@ def check_descriptions(item: epath.Path) -> None:
         _check_description(item / _name(path) / _DESCRIPTIONS[tree.use_zarr3])
 
 
-def _check_description(file: epath.Path) -> None:
+def check_texts(item: epath.Path) -> None:
+    """UnreadableError where the texts of an item can't be given to TensorStore."""
+    _check_description(item / _TEXTS, MAX_BYTES)
+
+
+def _check_description(file: epath.Path, max_bytes: int = _MOST_DESCRIBED) -> None:
     """TensorStore follows what it nests, however deep, and the process ends where the stack does."""
     try:
-        read_json(file, max_bytes=_MOST_DESCRIBED)
+        read_json(file, max_bytes=max_bytes)
     except FileNotFoundError:
         pass  # the reader will say so
     except UserError as error:

@@ -260,6 +260,14 @@ class Checkpoint:
             raise self.failure(f"holds other bytes in {wrong[0]}{more} than were written")
 
 
+def check_listing(run: str | os.PathLike, step: int) -> None:
+    """DamagedError where a writer could not list a step of a run folder among the others, and would end."""
+    try:
+        orbax.check_listing(checkpoints_of(run) / str(step))
+    except UnreadableError as error:
+        raise DamagedError(f"checkpoint {step} of {run} can't be listed ({error}): it is damaged") from error
+
+
 def open_checkpoint(run: str | os.PathLike, step: int | None = None) -> Checkpoint:
     """A checkpoint of a run folder, the newest by default. Lists the folder once and reads the meta once.
 

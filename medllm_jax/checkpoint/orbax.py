@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax.traverse_util import unflatten_dict
+from orbax.checkpoint import path as orbax_path
 from orbax.checkpoint import v1 as ocp
 
 from medllm_jax.checkpoint import arrays
@@ -107,6 +108,19 @@ def is_whole(folder: epath.Path) -> bool:
 def identity_of(folder: epath.Path) -> str:
     """A hash that tells one save of a step from another: Orbax notes when it was made."""
     return hashlib.sha256((folder / _SAVE).read_bytes()).hexdigest()
+
+
+def check_listing(folder: epath.Path) -> None:
+    """UnreadableError where Orbax can't list a step: it does so for all of them before it writes another.
+
+    It reads what each notes of itself; a note that is lost or no JSON it does without.
+    """
+    try:
+        _ = orbax_path.step.Metadata(int(folder.name), folder).commit_timestamp
+    except Exception as error:  # of many types
+        if passes(error):
+            raise
+        raise UnreadableError(first_cause(error)) from error
 
 
 def set_aside(run: str | os.PathLike, step: int) -> str:
@@ -214,6 +228,8 @@ def read_items(folder: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
     UnreadableError where Orbax fails; errors of the machine, which don't speak of what is stored, pass.
     """
+    for name in (name for name, tree in wanted.items() if tree is None):
+        arrays.check_texts(folder / name)
     try:
         _hush()
         return ocp.load_checkpointables(folder, wanted)

@@ -12,6 +12,7 @@ from etils import epath
 
 from medllm_jax.errors import PREEMPTED, Preempted, RunError, UserError
 from medllm_jax.storage.json_files import read_json
+from medllm_jax.storage.json_lines import Row
 
 Main = Callable[[Sequence[str]], int]
 
@@ -50,11 +51,15 @@ def read_scores(folder: epath.PathLike, conditions: Sequence[str]) -> dict[str, 
     scores = {}
     for condition in conditions:
         entry = found.get(condition) if isinstance(found, dict) else None
-        accuracy, questions = (entry.get(key) if isinstance(entry, dict) else None for key in ("accuracy", "n"))
-        numbers = type(accuracy) in (int, float) and type(questions) is int  # in JSON true is none
-        if not (numbers and 0 <= accuracy <= 1 and questions > 0):
-            raise UserError(f"{file} has no score under {condition}: it is damaged; remove it, and it is made again")
-        scores[condition] = Score(accuracy, questions)
+        row = Row(entry if isinstance(entry, dict) else {}, str(file))
+        try:
+            scores[condition] = score = Score(row.get("accuracy", int | float), row.get("n", int))
+            if not 0 <= score.accuracy <= 1:
+                raise row.error("the accuracy is beyond 1")
+        except UserError:
+            raise UserError(
+                f"{file} has no score under {condition}: it is damaged; remove it, and it is made again"
+            ) from None
     return scores
 
 

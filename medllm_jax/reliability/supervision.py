@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from medllm_jax.checkpoint.handle import Checkpoint, DamagedError
+from medllm_jax.checkpoint.handle import Checkpoint, DamagedError, check_listing
 from medllm_jax.checkpoint.orbax import set_aside, steps
 from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.distributed.processes import run_on_all
@@ -97,7 +97,8 @@ def restore(folder: epath.Path, abstract: TrainState, watch: Watchdog) -> Restor
     there are checkpoints and none is good: to begin again is not for a program to decide.
     """
     bad: dict[int, DamagedError] = {}
-    for step in reversed(steps(folder)):
+    found = steps(folder)
+    for step in reversed(found):
         watch.stage(f"restoring step {step}")
         for pause in (1.0, 0.0):
             try:
@@ -106,7 +107,8 @@ def restore(folder: epath.Path, abstract: TrainState, watch: Watchdog) -> Restor
                 bad[step] = error
                 time.sleep(pause)  # once again: it may be the way there, and not what is there
             else:
-                _set_aside(folder, {other: error for other, error in bad.items() if other != step})
+                bad |= _unlisted(folder, [other for other in found if other < step])
+                _set_aside(folder, {other: error for other, error in bad.items() if other != step}, step)
                 return restored
     if bad:
         raise RunError(
@@ -116,17 +118,28 @@ def restore(folder: epath.Path, abstract: TrainState, watch: Watchdog) -> Restor
     return None
 
 
-def _set_aside(folder: epath.Path, bad: dict[int, DamagedError]) -> None:
+def _unlisted(folder: epath.Path, others: list[int]) -> dict[int, DamagedError]:
+    """Which of the checkpoints that the run does not go on from would end it when it writes the next."""
+    bad = {}
+    for step in others:
+        try:
+            run_on_all(f"listing checkpoint {step}", functools.partial(check_listing, folder, step), DamagedError)
+        except DamagedError as error:
+            bad[step] = error
+    return bad
+
+
+def _set_aside(folder: epath.Path, bad: dict[int, DamagedError], good: int) -> None:
     for step, problem in bad.items():
         aside = functools.partial(set_aside, folder, step)
         became = run_on_all("setting it aside", aside if jax.process_index() == 0 else str)
         if jax.process_index() == 0:
-            text = f"warning: {problem}; {became}, and the run goes on from the one before it"
-            _log.warning(text)
+            _log.warning(f"warning: {problem}; {became}, and the run goes on from step {good}")
 
 
 def _read(folder: epath.Path, step: int, abstract: TrainState) -> Restored:
     def read() -> Restored:
+        check_listing(folder, step)
         checkpoint = Checkpoint(folder, step)
         return Restored(checkpoint, checkpoint.load_state(abstract))
 

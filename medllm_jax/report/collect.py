@@ -114,13 +114,14 @@ def _results(folder: epath.Path, name: str) -> Results:
     scores = _json(folder / "scores.json", {})
     likelihood = _json(folder / "likelihood.json", _LIKELIHOOD)
     found = (likelihood if scores is None else scores) or {}
-    if not all(isinstance(found.get(key), str) for key in ("exam", "model")):
+    told = {} if scores is None else scores.get("conditions", {})
+    if not all(isinstance(found.get(key), str) for key in ("exam", "model")) or not _are_scores(told):
         raise UserError(f"{folder}: scores.json is not what `medllm evaluate` or `medllm score` writes")
     files = {condition: folder / f"grades-{condition}.jsonl" for condition in CONDITIONS}
     grades = {condition: read_grades(file) for condition, file in files.items() if is_there(file)}
     if scores and not grades:
         raise UserError(f"{folder} holds scores.json and no grades-*.jsonl: evaluate again, which asks no model twice")
-    missing = [each for each in (scores or {}).get("conditions") or {} if each in files and each not in grades]
+    missing = [each for each in told if each in files and each not in grades]
     if missing:
         raise UserError(
             f"{folder}: scores.json tells of {missing[0]}, and {files[missing[0]].name} is not there: evaluate again, "
@@ -129,14 +130,19 @@ def _results(folder: epath.Path, name: str) -> Results:
     for condition, graded in grades.items():
         if not graded:
             raise UserError(f"{files[condition]} holds no grade: evaluate again, which asks no model twice")
-        told = ((scores or {}).get("conditions") or {}).get(condition)
-        if isinstance(told, dict) and told.get("n") != len(graded):
+        if condition in told and told[condition]["n"] != len(graded):
             raise UserError(
-                f"{files[condition]} holds {len(graded)} grades, and scores.json tells of {_short(told.get('n'))}: "
-                "evaluate again, which asks no model twice"
+                f"{files[condition]} holds {len(graded)} grades, and scores.json tells of "
+                f"{_short(told[condition]['n'])}: evaluate again, which asks no model twice"
             )
     contamination = _json(folder / "contamination.json", _CONTAMINATION)
     return Results(name, folder, found["exam"], found["model"], grades, likelihood, contamination)
+
+
+def _are_scores(conditions: Any) -> bool:
+    """Whether they tell how many questions were asked under each condition."""
+    each = conditions.values() if isinstance(conditions, dict) else [None]
+    return all(isinstance(scores, dict) and type(scores.get("n")) is int for scores in each)
 
 
 # What is read of files that programs wrote beside the grades.

@@ -1,5 +1,6 @@
 """Checkpoints that are damaged are found out, set aside, and never trained on or passed on."""
 
+import dataclasses
 import gc
 import random
 import shutil
@@ -108,6 +109,34 @@ def spoil_arrays(run, step):
         if "/d/" in str(file) and "meta" not in str(file):
             for _ in range(20):
                 flip(file, rng)
+
+
+@pytest.mark.parametrize(
+    ("note", "is_aside"),
+    [
+        ('{"item_handlers": Infinity}', True),
+        ('{"commit_timestamp_nsecs": "today"}', True),
+        (f'{{"item_handlers": {{}}, "commit_timestamp_nsecs": {10**40}}}', True),
+        ("[" * 100_000, True),
+        ("", False),  # Orbax does without, where it lists
+    ],
+)
+def test_an_older_checkpoint_that_would_end_the_writer_is_set_aside(world, finished, tmp_path, capsys, note, is_aside):
+    copy = shutil.copytree(finished[0], tmp_path / "run")
+    (copy / "checkpoints" / "4" / "_CHECKPOINT_METADATA").write_text(note)
+    longer = dataclasses.replace(config_of(world, copy), steps=7)
+    train(longer, force=True)
+    assert (steps(copy) == [6, 7]) and (copy / "damaged" / "4").exists() == is_aside
+    said = capsys.readouterr().err
+    assert ("checkpoint 4 of" in said and "the run goes on from step 6" in said) == is_aside
+
+
+def test_texts_that_nest_without_end_are_one_line(finished, tmp_path):
+    copy = shutil.copytree(finished[0], tmp_path / "run")
+    for file in (copy / "checkpoints" / "6").rglob("_strings.json"):
+        file.write_text('{"digest": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(DamagedError, match=r"_strings\.json"):
+        open_checkpoint(copy)
 
 
 def test_several_arrays_that_cannot_be_read_are_one_warning(finished, tmp_path, capsys, monkeypatch):

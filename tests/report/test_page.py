@@ -147,6 +147,9 @@ def _without(place, tmp_path, change):
         (lambda f: (f / "likelihood.json").write_text("{}"), [], "likelihood.json: the field 'n' is missing"),
         (lambda f: (f / "likelihood.json").write_text('{"n": 1, "accuracy": "x"}'), [], "likelihood.json: the field"),
         (lambda f: (f / "likelihood.json").write_text("[" * 10**5), [], "likelihood.json is not JSON"),
+        (lambda f: _set_conditions(f, "/dev/null"), [], "scores.json is not what `medllm evaluate`"),
+        (lambda f: _set_conditions(f, {"answer_only": None}), [], "scores.json is not what `medllm evaluate`"),
+        (lambda f: _set_conditions(f, {"answer_only": {"n": True}}), [], "scores.json is not what `medllm evaluate`"),
         (lambda f: (f / "contamination.json").write_text('{"overlapping": null}'), [], "contamination.json: the field"),
         (lambda f: (f / "likelihood.json").write_text('{"n": 1' + "0" * 400 + "}"), [], "'n' is no number"),
         (lambda f: (f / "contamination.json").write_text('{"n": 1e999}'), [], "contamination.json is not JSON"),
@@ -171,6 +174,11 @@ def _change(file, before, after):
     text = file.read_text("utf-8")
     assert before in text
     file.write_text(text.replace(before, after, 1), "utf-8")
+
+
+def _set_conditions(folder, conditions):
+    file = folder / "scores.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"conditions": conditions}), "utf-8")
 
 
 def _cut(file):
