@@ -1,13 +1,17 @@
 """Twenty thousand wrong files, each read by the real verb: no traceback, no hang, no gigabytes, nothing silently wrong.
 
     python -m benchmarks.fuzz [--inputs 20000] [--seed 0] [--only NAME] [--seconds S] [--jobs 2] [--output FILE]
-    python -m benchmarks.fuzz --replay SEED:INDEX
+    python -m benchmarks.fuzz --sweep [--only NAME]
+    python -m benchmarks.fuzz --replay SEED:INDEX | sweep:INDEX
 
 An input is one of the files that `benchmarks.inputs` makes, changed at random: values of JSON and YAML by values of
 other types, sizes and depths, keys left out, renamed, doubled or made up; lines of JSON Lines; headers of safetensors;
 answers of a server; bytes of everything. A reading of `benchmarks.readings` then reads it, in a process with everything
 imported that makes one trial after the other, by `medllm_jax.cli.main` or, where the verb would go on to train, by the
 function that loads. A seed and an index name an input for good.
+
+A sweep leaves nothing to chance: every value in a file of JSON, JSON Lines or YAML, in a header or in an answer is
+replaced by one value of each type and shape, in turn. It says nothing of what the other changes do.
 
 A finding is any of these:
 
@@ -38,13 +42,13 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import trial_worker
 from benchmarks.inputs import kind_of
-from benchmarks.mutations import CORRUPTING, REFUSED, Change, changed
+from benchmarks.mutations import CORRUPTING, REFUSED, Change, changed, swept
 from benchmarks.readings import Reading, files_of
 from benchmarks.trial_worker import Worker, add_options, in_workers, place_of
 from benchmarks.trials import Outcome, Replaced, is_told, refusal_problem
@@ -78,6 +82,22 @@ class Chooser:
         return Input(index, reading, path, changed(path, (self._inputs / path).read_bytes(), rng))
 
 
+def sweep(inputs: Path, readings: list[Reading]) -> Iterator[Input]:
+    """Inputs one after the other: each reading, each of its files, each change of `mutations.swept`.
+
+    Of files that stand in folders beside each other, and have the same values, such as the descriptions of arrays, one.
+    """
+    index = itertools.count()
+    for reading in readings:
+        alike = set()
+        for path in map(Path, files_of(inputs, reading)):
+            changes = list(swept(str(path), (inputs / path).read_bytes()))
+            about = (path.parent.parent, path.name, tuple(change.name for change in changes))
+            if about not in alike:
+                yield from (Input(next(index), reading, str(path), change) for change in changes)
+            alike.add(about)
+
+
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """What is wrong with the outcome of an input; `key` is equal for findings of one cause."""
@@ -103,7 +123,7 @@ def finding_of(given: Input, outcome: Outcome, usual: Outcome) -> Finding | None
     return None
 
 
-def record(seed: int, given: Input, outcome: Outcome, finding: Finding) -> dict[str, Any]:
+def record(seed: str | int, given: Input, outcome: Outcome, finding: Finding) -> dict[str, Any]:
     """A finding for a file of findings."""
     return {
         "input": f"{seed}:{given.index}",
@@ -129,7 +149,7 @@ def trial(worker: Worker, given: Input) -> Outcome:
 class Fuzzing:
     """What came of inputs, and what was found."""
 
-    def __init__(self, seed: int, show: Callable[[str], None]):
+    def __init__(self, seed: str, show: Callable[[str], None]):
         self._seed, self._show, self._lock = seed, show, threading.Lock()
         self.counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
         self.found: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -172,7 +192,10 @@ def table(counts: dict[str, collections.Counter]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inputs", type=int, default=20_000, help="how many (default 20000)")
+    parser.add_argument("--inputs", type=int, help="how many (default 20000; with --sweep, all)")
+    parser.add_argument("--sweep", action="store_true", help="each value in turn by each type, instead of at random")
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="leave out the first N of a sweep (default 0)")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="one in N of a sweep (default 1)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no more inputs after so long")
     parser.add_argument("--output", type=Path, default=Path("fuzz-findings.jsonl"), help="default %(default)s")
     parser.add_argument(
@@ -180,14 +203,21 @@ def main() -> int:
     )
     add_options(parser)
     options = parser.parse_args()
-    seed, index = map(int, options.replay.split(":")) if options.replay else (options.seed, 0)
+    seed, _, index = (options.replay or ("sweep" if options.sweep else str(options.seed))).partition(":")
     with place_of(parser, options) as place:
-        choose = Chooser(place.inputs, place.readings, seed)
+        all_given: Iterable[Input]
+        if seed == "sweep":
+            all_given = itertools.islice(
+                sweep(place.inputs, place.readings), int(index or options.skip), None, options.every
+            )
+        else:
+            all_given = map(Chooser(place.inputs, place.readings, int(seed)), itertools.count(int(index or 0)))
         if options.replay:
-            return replay(Worker(place.inputs, place.scratch), choose(index))
+            return replay(Worker(place.inputs, place.scratch), next(iter(all_given)))
         began = time.monotonic()
         until = began + options.seconds
-        given = itertools.takewhile(lambda _: time.monotonic() < until, map(choose, range(options.inputs)))
+        most = options.inputs or (None if options.sweep else 20_000)
+        given = itertools.takewhile(lambda _: time.monotonic() < until, itertools.islice(all_given, most))
         fuzzing = Fuzzing(seed, lambda line: print(line, flush=True))
         in_workers(place, given, options.jobs, fuzzing.try_one)
     rows = sorted(fuzzing.found.values(), key=lambda row: (row["room"], row["at"], row["reading"]))

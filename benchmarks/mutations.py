@@ -7,6 +7,7 @@ import collections
 import copy
 import functools
 import gzip
+import itertools
 import json
 import random
 import re
@@ -109,13 +110,18 @@ def changed_value(value: Any, rng: random.Random, *, strict: bool) -> tuple[str,
         return f"{where} = {name}", CORRUPTING, value, make()
     else:
         new = rng.choice(VALUES)
+    return f"{where} = {str(new)[:30]!r}", _kind(path, old, new), _with(value, path, new), None
+
+
+def _kind(path: tuple, old: Any, new: Any) -> str:
+    """Which kind of change a new value makes where another was."""
     # Of some things there may be one or several.
     one = isinstance(new, int) or (isinstance(new, str | list) and len(new) > 0)
     several = bool(path) and path[-1] in ("eos_token_id", "store") and one
     # transformers takes a list of special tokens, or a mapping of names to them.
     several |= bool(path) and path[-1] == "extra_special_tokens" and isinstance(new, list | dict)
     other = _type(new) != _type(old) and new is not None and old is not None and not several
-    return f"{where} = {str(new)[:30]!r}", CORRUPTING if other else CONTENT, _with(value, path, new), None
+    return CORRUPTING if other else CONTENT
 
 
 def _with(value: Any, path: tuple, new: Any) -> Any:
@@ -142,6 +148,38 @@ def changed_json(content: bytes, rng: random.Random, *, strict: bool = False) ->
         return Change(f"{key} twice", CONTENT, f"{text[:-1]}, {json.dumps(key)}: null}}".encode())
     name, kind, value, raw = changed_value(value, rng, strict=strict)
     return Change(name, kind, _dumped(value, raw))
+
+
+SWEPT: tuple[Any, ...] = (None, True, "x", "", -1, 1.5, 2**64, [], ["x"], {}, {"a": 1})  # of each type and shape
+_MANY = 40  # entries, of which those that follow are like the first
+
+
+def _first_places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Paths of the values in a value, itself first; of what is alike, the first alone.
+
+    Alike are the parts of a list, of a mapping with many entries, and mappings with the same keys.
+    """
+    yield path
+    items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
+    seen = set()
+    for key, part in items[:1] if isinstance(value, list) or len(items) > _MANY else items:
+        alike = frozenset(part) if isinstance(part, dict) else key
+        if alike not in seen:
+            yield from _first_places(part, (*path, key))
+        seen.add(alike)
+
+
+def swept_value(value: Any) -> Iterator[tuple[str, str, Any, str | None]]:
+    """What `changed_value` makes, for each value in turn: one of each type and shape, and one that nests too deep."""
+    for path in _first_places(value):
+        old = functools.reduce(lambda part, key: part[key], path, value)
+        where = ".".join(map(str, path))[:60] or "all"
+        for new in SWEPT:
+            if type(new) is not type(old) or new != old:
+                changed = _with(copy.deepcopy(value), path, new)
+                yield f"{where} = {str(new)[:30]!r}", _kind(path, old, new), changed, None
+        name, make = RAW[0]
+        yield f"{where} = {name}", CORRUPTING, _with(copy.deepcopy(value), path, _MARK), make()
 
 
 # Values that YAML reads in its own way.
@@ -183,7 +221,10 @@ def changed_yaml(content: bytes, rng: random.Random) -> Change:
         nested, what = f"{key}: *b8\n", "aliases that grow"
         more = f"{_ALIASES}{nested}" if rng.random() < 0.7 else f"{key}: 1\n"
         return Change(what if "*" in more else f"{key} twice", CONTENT, f"{text}\n{more}".encode())
-    name, kind, value, raw = changed_value(yaml.safe_load(text), rng, strict=True)
+    return _in_yaml(*changed_value(yaml.safe_load(text), rng, strict=True))
+
+
+def _in_yaml(name: str, kind: str, value: Any, raw: str | None) -> Change:
     kind = CONTENT if raw == "" else kind  # which is null
     raw = _RAW_IN_YAML.get(raw, raw)
     dumped = yaml.safe_dump(value, allow_unicode=False, width=10**9) if _is_plain(value) else json.dumps(value)
@@ -423,6 +464,38 @@ def changed(path: str, content: bytes, rng: random.Random) -> Change:
     if sealed and change.content != content and change.kind == CONTENT:
         return change._replace(kind=CORRUPTING)
     return change
+
+
+def swept(path: str, content: bytes) -> Iterator[Change]:
+    """A file with one change after the other: all that `swept_value` makes of its JSON, lines, YAML, header or body.
+
+    Of lines the first and the last are changed. Of other files, none.
+    """
+    sealed = kind_of(path)[1]
+    for change in _swept(Path(path), content):
+        yield change._replace(kind=CORRUPTING) if sealed and change.kind == CONTENT else change
+
+
+def _swept(path: Path, content: bytes) -> Iterator[Change]:
+    if path.suffix == ".safetensors":
+        size = 8 + int.from_bytes(content[:8], "little")
+        for name, kind, *value in swept_value(json.loads(content[8:size])):
+            header = _dumped(*value)
+            yield Change(f"header: {name}", kind, struct.pack("<Q", len(header)) + header + content[size:])
+    elif path.suffix == ".http":
+        for name, _, *value in swept_value(json.loads(content.partition(b"\r\n\r\n")[2])):
+            yield Change(f"body: {name}", CONTENT, http_answer(_dumped(*value)))
+    elif path.suffix == ".jsonl":
+        lines = content.splitlines(keepends=True)
+        for at in sorted({0, len(lines) - 1}) if lines else ():
+            for name, kind, *value in swept_value(json.loads(lines[at])):
+                changed = [*lines[:at], _dumped(*value) + b"\n", *lines[at + 1 :]]
+                yield Change(f"line {at + 1}: {name}", kind, b"".join(changed))
+    elif path.suffix == ".yaml":
+        yield from itertools.starmap(_in_yaml, swept_value(yaml.safe_load(content)))
+    elif content[:1] == b"{" and _is_json(content):
+        for name, kind, *value in swept_value(json.loads(content)):
+            yield Change(name, kind, _dumped(*value))
 
 
 def _is_json(content: bytes) -> bool:
