@@ -22,7 +22,8 @@ CHUNK_BYTES = 8 << 20
 _SLICE_BYTES = 64 << 20  # of the rows that a chunk is a part of, which is what a writer holds at a time
 _DESCRIPTIONS = {True: "zarr.json", False: ".zarray"}  # by whether it is version 3: the file that describes an array
 _MOST_DESCRIBED = 2**20  # bytes of that file
-_TEXTS = "_strings.json"  # the texts of an item, if it has any; TensorStore reads them too
+# The texts of an item, and how its arrays were laid over devices, if there are any: TensorStore reads these too.
+_TEXTS, _SHARDING = "_strings.json", "_sharding"
 # Chunks are not made narrower than so many columns, where no mesh says how devices split a weight, and where one does.
 _COLUMNS, _COLUMNS_OF_PART = 2048, 512
 
@@ -130,6 +131,7 @@ def check_descriptions(item: epath.Path) -> None:
     tree = _listed(item)
     for path in () if tree.use_ocdbt else tree.paths:  # a key-value store knows by checksums what was written
         _check_description(item / _name(path) / _DESCRIPTIONS[tree.use_zarr3])
+    _check_description(item / _SHARDING, MAX_BYTES)
 
 
 def check_texts(item: epath.Path) -> None:

@@ -191,7 +191,11 @@ class Checkpoint:
     @functools.cached_property
     def _weights(self) -> epath.Path:
         """The folder of the weights, whose descriptions can be read."""
-        folder = self._folder / "params"
+        return self._described("params")
+
+    def _described(self, item: str) -> epath.Path:
+        """The folder of an item whose descriptions can be read."""
+        folder = self._folder / item
         try:
             arrays.check_descriptions(folder)
         except FileNotFoundError as error:
@@ -202,6 +206,7 @@ class Checkpoint:
 
     def load_state(self, abstract: TrainState) -> TrainState:
         """The train state, each array straight into the sharding of its ShapeDtypeStruct; not checked yet."""
+        self._described("training")
         items = self._items({"params": abstract.params, "training": training_item(abstract)})
         return TrainState(params=items["params"], **items["training"])
 

@@ -21,6 +21,7 @@ from etils import epath
 
 from medllm_jax.data.deadline import DeadlineError, within
 from medllm_jax.data.long_texts import LONG, encode_long
+from medllm_jax.data.tokenizer_file import read_tokenizer_file
 from medllm_jax.errors import UserError, first_line, quoted
 from medllm_jax.storage.json_files import read_bounded, read_json
 from medllm_jax.storage.json_lines import Row
@@ -92,9 +93,11 @@ def load_tokenizer(path: str | epath.PathLike) -> Any:
 
     with _local_copy(path) as local:
         try:
+            file = local / "tokenizer.json"
+            plain = read_tokenizer_file(file) if file.exists() else None
             kind = PreTrainedTokenizerFast if _follows_its_file(local) else AutoTokenizer
             tokenizer = kind.from_pretrained(str(local), local_files_only=True, trust_remote_code=False)
-            stated = _stated_ids(local / "tokenizer.json", tokenizer)
+            stated = _stated_ids(plain, tokenizer)
         except BaseException as error:  # transformers raises many types, tokenizers' panics are not even Exceptions
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
@@ -168,16 +171,14 @@ def read_otherwise(folder: epath.PathLike, ours: Any) -> str | None:
     return next((text for text, here, there in both if here != there), None)
 
 
-def _stated_ids(file: Path, tokenizer: Any) -> list[list[list[int]]]:
+def _stated_ids(plain: Any, tokenizer: Any) -> list[list[list[int]]]:
     """The ids of each probe that a tokenizer.json allows, once it has the added tokens of the tokenizer; [] without it.
 
-    A class of transformers takes the vocabulary from the file and may bring its own normaliser and splitting.
+    plain: the ``tokenizers.Tokenizer`` of the file, or None. A class of transformers takes the vocabulary from the file
+    and may bring its own normaliser and splitting.
     """
-    if not file.exists() or not tokenizer.is_fast:
+    if plain is None or not tokenizer.is_fast:
         return []
-    import tokenizers
-
-    plain = tokenizers.Tokenizer.from_file(str(file))
     plain.no_truncation()
     plain.no_padding()
     for token in tokenizer.added_tokens_decoder.values():

@@ -131,12 +131,13 @@ def test_an_older_checkpoint_that_would_end_the_writer_is_set_aside(world, finis
     assert ("checkpoint 4 of" in said and "the run goes on from step 6" in said) == is_aside
 
 
-def test_texts_that_nest_without_end_are_one_line(finished, tmp_path):
+@pytest.mark.parametrize("name", ["meta/_strings.json", "params/_sharding", "training/_sharding"])
+def test_what_nests_without_end_is_not_given_to_libraries(finished, tmp_path, name):
+    """One of them would end the process."""
     copy = shutil.copytree(finished[0], tmp_path / "run")
-    for file in (copy / "checkpoints" / "6").rglob("_strings.json"):
-        file.write_text('{"digest": ' + "[" * 100_000 + "]" * 100_000 + "}")
-    with pytest.raises(DamagedError, match=r"_strings\.json"):
-        open_checkpoint(copy)
+    (copy / "checkpoints" / "6" / name).write_text('{"digest": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(DamagedError, match=name.rpartition("/")[2]):
+        open_checkpoint(copy).load_state(finished[1])
 
 
 def test_several_arrays_that_cannot_be_read_are_one_warning(finished, tmp_path, capsys, monkeypatch):

@@ -17,6 +17,7 @@ from medllm_jax.data.tokenizer import (
     load_tokenizer,
     same_tokenizer,
 )
+from medllm_jax.data.tokenizer_file import read_tokenizer_file
 from medllm_jax.errors import UserError
 from tests.tiny import SPECIAL_TOKENS, make_sentencepiece, make_tokenizer
 
@@ -158,6 +159,53 @@ def test_a_setting_of_another_type_is_refused(tokenizer_dir, tmp_path, entry):
     folder = changed(tokenizer_dir, tmp_path, "other", tokenizer_config=entry)
     with pytest.raises(UserError, match=rf"tokenizer_config.json: the field '{next(iter(entry))}' is .* was expected"):
         load_tokenizer(folder)
+
+
+MISREAD = {  # what it would be read as, by its fields
+    "normalizer": (["x"], "normalizer is ['x'], and would be read as {'prepend': 'x'"),
+    "post_processor": ({"type": 2**64, "single": [], "pair": [], "special_tokens": {}}, "post_processor is of type"),
+    "decoder": ({"type": "Sequence", "decoders": [["a"]]}, "cannot be loaded"),
+    "pre_tokenizer": ("x" * 30, "cannot be loaded"),
+    "model": ([], "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("part", MISREAD)
+def test_parts_that_would_be_read_as_something_else_are_refused(tokenizer_dir, tmp_path, part):
+    value, line = MISREAD[part]
+    with pytest.raises(UserError) as refused:
+        load_tokenizer(changed(tokenizer_dir, tmp_path, "other", tokenizer={part: value}))
+    assert line in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("prefix", ["##", "x"])
+def test_merges_that_lack_the_prefix_of_pieces_within_words_are_refused(tokenizer_dir, tmp_path, prefix):
+    model = json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]
+    other = changed(
+        tokenizer_dir, tmp_path, "other", tokenizer={"model": model | {"continuing_subword_prefix": prefix}}
+    )
+    with pytest.raises(
+        UserError, match=f"continuing_subword_prefix is '{prefix}', and the merge .* does not begin with"
+    ):
+        load_tokenizer(other)
+
+
+def test_tokenizers_of_every_make_are_read(tmp_path):
+    """Each part that `tokenizers` has, as it writes it itself."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    words = Tokenizer(models.WordPiece({"[UNK]": 0, "fever": 1, "##s": 2}, unk_token="[UNK]"))
+    words.normalizer = normalizers.Sequence([normalizers.BertNormalizer(), normalizers.Replace(Regex("a+"), "a")])
+    words.pre_tokenizer, words.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    words.post_processor = processors.BertProcessing(("[UNK]", 0), ("[UNK]", 0))
+    pieces = Tokenizer(models.BPE({"a": 0, "@b": 1, "ab": 2}, [("a", "@b")], continuing_subword_prefix="@"))
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    pieces.post_processor = processors.TemplateProcessing("$A a", None, [("a", 0)])
+    units = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    units.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    for number, made in enumerate((words, pieces, units)):
+        made.save(str(tmp_path / "tokenizer.json"))
+        assert read_tokenizer_file(tmp_path / "tokenizer.json").to_str() == made.to_str(), number
 
 
 @pytest.mark.parametrize("file", ["tokenizer", "tokenizer_config"])
