@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from benchmarks import damage, fuzz, trials
 from benchmarks.inputs import KINDS, kind_of, make_inputs
@@ -73,10 +74,19 @@ def test_a_worker_goes_on_after_a_trial_that_had_to_be_ended(inputs, tmp_path):
         worker.close()
 
 
+def test_a_sweep_replaces_every_value_by_every_type(inputs):
+    reading = next(each for each in QUICK if each.name == "config: rounds config")
+    changes = {given.change.name for given in fuzz.sweep(inputs, [reading])}
+    settings = yaml.safe_load((inputs / "rounds.yaml").read_text())
+    assert {f"{key} = {value}" for key in settings for value in ("'-1'", "'{}'", "deep")} <= changes
+    assert {"all = deep", "temperature.0 = 'x'"} <= changes and "temperature.1 = 'x'" not in changes
+
+
 @pytest.mark.slow
-def test_hundreds_of_wrong_files_of_all_kinds(tmp_path):
+@pytest.mark.parametrize("which", [["--inputs", "600", "--seed", "3"], ["--sweep", "--every", "211"]])
+def test_hundreds_of_wrong_files_of_all_kinds(tmp_path, which):
     """Of runs and checkpoints, too."""
-    command = [sys.executable, "-m", "benchmarks.fuzz", "--inputs", "700", "--seed", "3", "--jobs", "1"]
+    command = [sys.executable, "-m", "benchmarks.fuzz", *which, "--jobs", "1"]
     command += ["--output", str(tmp_path / "findings.jsonl")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
