@@ -145,8 +145,8 @@ def _are_scores(conditions: Any) -> bool:
     return all(isinstance(scores, dict) and type(scores.get("n")) is int for scores in each)
 
 
-# What is read of files that programs wrote beside the grades.
-_LIKELIHOOD = {"n": int, "accuracy": int | float, "weighted_accuracy": int | float}
+# What is read of files that programs wrote beside the grades; what may be None may be absent.
+_LIKELIHOOD = {"n": int, "accuracy": int | float, "weighted_accuracy": int | float, "step": int | None}
 _CONTAMINATION = {"overlapping": int, "questions": int, "share": int | float, "threshold": int | float, "n": int}
 _CONTAMINATION |= {"corpora": list}
 
@@ -158,11 +158,11 @@ def _json(file: epath.Path, fields: Mapping[str, Any]) -> dict[str, Any] | None:
     content = read_json(file)
     row = Row(content, str(file))
     for name, kind in fields.items():
-        value = row.get(name, kind)
+        value = row.get(name, kind, None) if isinstance(None, kind) else row.get(name, kind)
         if isinstance(value, list):
             if not all(isinstance(each, str) for each in value):
                 raise row.error(f"the field {name!r} is {_short(value)}; a list of strings was expected")
-        elif not _is_number(value):
+        elif value is not None and not _is_number(value):
             raise row.error(f"the field {name!r} is no number that can be shown")
     return content
 

@@ -152,6 +152,13 @@ def _without(place, tmp_path, change):
         (lambda f: _set_conditions(f, {"answer_only": {"n": True}}), [], "scores.json is not what `medllm evaluate`"),
         (lambda f: (f / "contamination.json").write_text('{"overlapping": null}'), [], "contamination.json: the field"),
         (lambda f: (f / "likelihood.json").write_text('{"n": 1' + "0" * 400 + "}"), [], "'n' is no number"),
+        (
+            lambda f: (f / "likelihood.json").write_text(
+                '{"n": 1, "accuracy": 1, "weighted_accuracy": 1, "step": {"a": 1}}'
+            ),
+            [],
+            "the field 'step' is",
+        ),
         (lambda f: (f / "contamination.json").write_text('{"n": 1e999}'), [], "contamination.json is not JSON"),
         (
             lambda f: (f / "contamination.json").write_text(
