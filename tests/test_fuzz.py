@@ -83,7 +83,7 @@ def test_a_sweep_replaces_every_value_by_every_type(inputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", [["--inputs", "600", "--seed", "3"], ["--sweep", "--every", "211"]])
+@pytest.mark.parametrize("which", [["--inputs", "500", "--seed", "3"], ["--sweep", "--every", "401"]])
 def test_hundreds_of_wrong_files_of_all_kinds(tmp_path, which):
     """Of runs and checkpoints, too."""
     command = [sys.executable, "-m", "benchmarks.fuzz", *which, "--jobs", "1"]
