@@ -203,6 +203,7 @@ class DataConfig(Ranged, section="data"):
 
     def __post_init__(self):
         super().__post_init__()
+        _require(bool(self.stores), "data.store is an empty list: name at least one store")
         _require(
             self.prefetch >= self.threads,
             f"data.prefetch {self.prefetch} is less than data.threads {self.threads}: some threads would never read",

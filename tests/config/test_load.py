@@ -93,6 +93,7 @@ def test_a_mix_and_one_weight_of_it(run_file, tmp_path):
         (["--data.store", "{a: b}"], "data.store: expected text or a list of text, got {'a': 'b'}"),
         (["--data.store", "null"], "data.store: expected text or a list of text, got null"),
         (["--run", "[a]"], "run: expected text, got ['a']"),
+        (["--data.store", "[]"], "data.store is an empty list: name at least one store"),
         (["--data.mix", "a"], "data.mix: expected a mapping of text to a number or null, got 'a'"),
         (["--data.mix.a", "much"], "data.mix: expected a mapping of text to a number or null, got {'a': 'much'}"),
         (["--data.mix", "{2024: 1}"], "data.mix: a name in it is not text; write it in quotes"),
