@@ -116,8 +116,8 @@ def changed_value(value: Any, rng: random.Random, *, strict: bool) -> tuple[str,
 def _kind(path: tuple, old: Any, new: Any) -> str:
     """Which kind of change a new value makes where another was."""
     # Of some things there may be one or several.
-    one = isinstance(new, int) or (isinstance(new, str | list) and len(new) > 0)
-    several = bool(path) and path[-1] in ("eos_token_id", "store") and one
+    one = isinstance(new, int | float) or (isinstance(new, str | list) and len(new) > 0)
+    several = bool(path) and path[-1] in ("eos_token_id", "store", "temperature") and one
     # transformers takes a list of special tokens, or a mapping of names to them.
     several |= bool(path) and path[-1] == "extra_special_tokens" and isinstance(new, list | dict)
     other = _type(new) != _type(old) and new is not None and old is not None and not several
