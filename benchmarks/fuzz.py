@@ -42,7 +42,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,8 +194,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, help="how many (default 20000; with --sweep, all)")
     parser.add_argument("--sweep", action="store_true", help="each value in turn by each type, instead of at random")
-    parser.add_argument("--skip", type=int, default=0, metavar="N", help="leave out the first N of a sweep (default 0)")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="one in N of a sweep (default 1)")
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="leave out the first N (default 0)")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="try one in N (default 1)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no more inputs after so long")
     parser.add_argument("--output", type=Path, default=Path("fuzz-findings.jsonl"), help="default %(default)s")
     parser.add_argument(
@@ -205,15 +205,15 @@ def main() -> int:
     options = parser.parse_args()
     seed, _, index = (options.replay or ("sweep" if options.sweep else str(options.seed))).partition(":")
     with place_of(parser, options) as place:
-        all_given: Iterable[Input]
+        first = int(index or options.skip)
+        all_given: Iterator[Input]
         if seed == "sweep":
-            all_given = itertools.islice(
-                sweep(place.inputs, place.readings), int(index or options.skip), None, options.every
-            )
+            all_given = itertools.islice(sweep(place.inputs, place.readings), first, None, options.every)
         else:
-            all_given = map(Chooser(place.inputs, place.readings, int(seed)), itertools.count(int(index or 0)))
+            chooser = Chooser(place.inputs, place.readings, int(seed))
+            all_given = map(chooser, itertools.count(first, options.every))
         if options.replay:
-            return replay(Worker(place.inputs, place.scratch), next(iter(all_given)))
+            return replay(Worker(place.inputs, place.scratch), next(all_given))
         began = time.monotonic()
         until = began + options.seconds
         most = options.inputs or (None if options.sweep else 20_000)

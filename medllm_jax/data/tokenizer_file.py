@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medllm_jax.errors import UserError, quoted
-from medllm_jax.storage.json_files import is_deep
+from medllm_jax.storage.json_files import parse_json
 
 # What maps text to tokens and back, beside the model. Each part has a type, and may hold a list of such parts.
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -22,12 +22,7 @@ def read_tokenizer_file(file: Path) -> Any:
     """
     import tokenizers
 
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file.name} is not JSON: {error}") from None
-    if not isinstance(content, dict) or is_deep(content):
-        raise UserError(f"{file.name} is no JSON object, or nests deeper than one of a tokenizer")
+    content = parse_json(file.read_bytes(), file.name)
     _check_merges(content.get("model"), file.name)
     read = tokenizers.Tokenizer.from_file(str(file))
     for name in _PARTS:

@@ -6,8 +6,8 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from etils import epath
@@ -24,6 +24,7 @@ from medllm_jax.storage.faults import as_told
 from medllm_jax.storage.lease import Lease
 
 _log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 class Supervision(NamedTuple):
@@ -100,16 +101,14 @@ def restore(folder: epath.Path, abstract: TrainState, watch: Watchdog) -> Restor
     found = steps(folder)
     for step in reversed(found):
         watch.stage(f"restoring step {step}")
-        for pause in (1.0, 0.0):
-            try:
-                restored = _read(folder, step, abstract)
-            except DamagedError as error:
-                bad[step] = error
-                time.sleep(pause)  # once again: it may be the way there, and not what is there
-            else:
-                bad |= _unlisted(folder, [other for other in found if other < step])
-                _set_aside(folder, {other: error for other, error in bad.items() if other != step}, step)
-                return restored
+        try:
+            restored = _twice(functools.partial(_read, folder, step, abstract))
+        except DamagedError as error:
+            bad[step] = error.with_traceback(None)  # it holds on to the whole state
+        else:
+            bad |= _unlisted(folder, [other for other in found if other < step])
+            _set_aside(folder, bad, step)
+            return restored
     if bad:
         raise RunError(
             f"none of the checkpoints of {folder} ({', '.join(map(str, bad))}) can be read: copy one back, or start in "
@@ -118,12 +117,21 @@ def restore(folder: epath.Path, abstract: TrainState, watch: Watchdog) -> Restor
     return None
 
 
+def _twice(read: Callable[[], Result]) -> Result:
+    """What is read; once again if that is damaged: it may be the way there, and not what is there."""
+    with contextlib.suppress(DamagedError):
+        return read()
+    time.sleep(1)  # here, where nothing holds on to what was read
+    return read()
+
+
 def _unlisted(folder: epath.Path, others: list[int]) -> dict[int, DamagedError]:
     """Which of the checkpoints that the run does not go on from would end it when it writes the next."""
     bad = {}
     for step in others:
         try:
-            run_on_all(f"listing checkpoint {step}", functools.partial(check_listing, folder, step), DamagedError)
+            listed = functools.partial(check_listing, folder, step)
+            _twice(functools.partial(run_on_all, f"listing checkpoint {step}", listed, DamagedError))
         except DamagedError as error:
             bad[step] = error
     return bad
