@@ -164,7 +164,7 @@ def test_chat_samples_make_rows_of_messages(exam, pairs_of, tmp_path):
 
 
 def test_gold_in_words_where_the_template_shows_no_letters(exam):
-    from medllm_jax.recipes.demo.world import TEMPLATE as WORDS
+    from medllm_jax.recipes.demo.author import TEMPLATE as WORDS
 
     assert gold_response(exam.questions[0], load_template(WORDS), "explain") == "Leaves.\n答え:green"
 

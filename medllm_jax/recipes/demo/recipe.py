@@ -3,6 +3,7 @@
 A stage whose output is there is not made again, so an interrupted demo continues.
 """
 
+import hashlib
 import json
 import shutil
 import time
@@ -11,15 +12,19 @@ from pathlib import Path
 from etils import epath
 
 from medllm_jax.errors import UserError
+from medllm_jax.evaluation.grading import read_grades
+from medllm_jax.evaluation.significance import compare
 from medllm_jax.recipes.commands import Runner, Score, heading, read_scores
+from medllm_jax.recipes.demo.author import TEMPLATE
+from medllm_jax.recipes.demo.corpora import tokenizer_texts, write_world
 from medllm_jax.recipes.demo.tokenizer import train_tokenizer
-from medllm_jax.recipes.demo.world import TEMPLATE, tokenizer_texts, write_world
 from medllm_jax.storage import lease
 from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.remote import names_in
 from medllm_jax.terminal.tables import markdown
 
 CONFIGS = Path(__file__).parent / "configs"
+VOCABULARY = 2500
 ROW = 128  # tokens; the documents of the world are short
 MODELS = (("base", "base"), ("CPT", "cpt"), ("CPT + RPO", "rpo"))
 CONDITIONS = ("answer_only", "explain")
@@ -51,16 +56,19 @@ def run_demo(workdir: str, seed: int, medllm: Runner) -> Path:
     if not (work / "random").exists():
         medllm("convert", "from-hf", str(work / "hf"), place["random"])
 
-    for name, corpus in (("base", "base.jsonl"), ("cpt", "cpt.jsonl")):
-        heading(
-            {"base": "To a base level", "cpt": "Continued pretraining on facts that the base has hardly seen"}[name]
-        )
-        text = str(work / "world" / corpus)
-        if not Path(stores[name]).exists():
-            # The world says the same things again and again: that is how so small a model comes to know them.
-            store = _store_arguments(place["tokenizer"], stores[name])
-            medllm("data", "cpt", "--input", text, *store, "--duplicates", "keep")
-        _train(medllm, name, place, stores[name], seed)
+    heading("To a base level: statements about diseases, and questions with their answers")
+    if not Path(stores["base"]).exists():
+        # Only responses are learnt: which wrong choices a question has can't be, and they are most of its text.
+        text = str(work / "world" / "base.jsonl")
+        medllm("data", "sft", "--input", text, *_store_arguments(place["tokenizer"], stores["base"]))
+    _train(medllm, "base", place, stores["base"], seed)
+
+    heading("Continued pretraining on diseases that the base knows poorly")
+    if not Path(stores["cpt"]).exists():
+        # The world says the same things again and again: that is how so small a model comes to know them.
+        text, store = str(work / "world" / "cpt.jsonl"), _store_arguments(place["tokenizer"], stores["cpt"])
+        medllm("data", "cpt", "--input", text, *store, "--duplicates", "keep")
+    _train(medllm, "cpt", place, stores["cpt"], seed)
 
     heading("Preference pairs from the CPT model's own answers, graded by the exam's extractor")
     rows = work / "pairs.jsonl"
@@ -106,17 +114,27 @@ def run_demo(workdir: str, seed: int, medllm: Runner) -> Path:
     return work / "table.md"
 
 
+def identity(seed: int) -> dict[str, int | str]:
+    """What a demo's folder is known by: its seed, and a digest of what its world and its training are made from."""
+    here = Path(__file__).parent
+    sources = sorted(path for path in here.rglob("*") if path.suffix in (".py", ".yaml") and path != Path(__file__))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    return {"seed": seed, "recipe": digest[:16]}
+
+
 def _open_workdir(work: Path, seed: int) -> None:
     marker = work / "demo.json"
     if marker.exists():
-        if read_json(marker) != {"seed": seed}:
-            raise UserError(f"{work} holds a demo of another seed: give another --workdir, or remove it")
+        found = read_json(marker)
+        if found != identity(seed):
+            other = "seed" if found.get("seed") != seed else "version"
+            raise UserError(f"{work} holds a demo of another {other}: give another --workdir, or remove it")
         print(f"{work} holds an earlier demo: what is there is kept; remove the folder to begin anew")
     elif names_in(epath.Path(work)) - {lease.FILE}:
         raise UserError(f"{work} is not empty and holds no demo: give another --workdir")
     else:
         work.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps({"seed": seed}))
+        marker.write_text(json.dumps(identity(seed)))
 
 
 def _make_whole(folder: Path, make) -> None:
@@ -128,7 +146,7 @@ def _make_whole(folder: Path, make) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    train_tokenizer(tokenizer_texts(), folder, vocab_size=1536)
+    train_tokenizer(tokenizer_texts(), folder, vocab_size=VOCABULARY)
 
 
 def _make_random_model(work: Path, seed: int, medllm: Runner) -> None:
@@ -180,8 +198,12 @@ def _questions(work: Path) -> int:
 
 
 def _table(work: Path) -> str:
-    rows = [["model", "answer-only", "with explanation", "difference"]]
+    """Accuracies, and what became of the questions that were right without an explanation and are not with one."""
+    rows = [["model", "answer-only", "with explanation", "difference", "lost", "of these unreadable", "gained"]]
     for title, name in MODELS:
         only, explained = (score.accuracy for score in _scores(work, name).values())
-        rows.append([title, f"{only:.3f}", f"{explained:.3f}", f"{explained - only:+.3f}"])
+        grades = (read_grades(work / "evaluation" / name / f"grades-{condition}.jsonl") for condition in CONDITIONS)
+        found = compare(*grades)
+        counts = (found.only_before, found.unparseable.questions, found.gained.questions)
+        rows.append([title, f"{only:.3f}", f"{explained:.3f}", f"{explained - only:+.3f}", *map(str, counts)])
     return markdown(rows, numbers=False)

@@ -1,4 +1,4 @@
-"""The miniature world: same seed, same world; fair exams; one token a term."""
+"""The miniature world: same seed, same world; nothing false in it; fair exams; one token a term."""
 
 import json
 from itertools import combinations
@@ -10,27 +10,36 @@ from medllm_jax.evaluation.exam import LETTERS, load_exam
 from medllm_jax.evaluation.extraction.extract import extract
 from medllm_jax.evaluation.grading import grade
 from medllm_jax.evaluation.prompts import load_template
-from medllm_jax.recipes.demo import world
+from medllm_jax.recipes.demo import author, corpora, world
+from medllm_jax.recipes.demo.recipe import VOCABULARY
 from medllm_jax.recipes.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from medllm_jax.recipes.demo.wordings import WORDINGS, Statement, explained, statements_in
 
 SEEDS = (0, 1, 2)
 TERMS = (*world.facts(), *(value for attribute in world.ATTRIBUTES for value in world.values(attribute)))
+FACTS = [fact for known in world.facts().values() for fact in known.values()]
+TOLD = {form.format(d=fact.disease, v=fact.value) for fact in FACTS for form in WORDINGS[fact.attribute].statements}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return world.write_world(tmp_path_factory.mktemp("world"), seed=0)
+    return corpora.write_world(tmp_path_factory.mktemp("world"), seed=0)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return AutoTokenizer.from_pretrained(
-        train_tokenizer(world.tokenizer_texts(), tmp_path_factory.mktemp("tokenizer"), vocab_size=1536)
-    )
+    place = tmp_path_factory.mktemp("tokenizer")
+    return AutoTokenizer.from_pretrained(train_tokenizer(corpora.tokenizer_texts(), place, VOCABULARY))
 
 
 def documents(folder, name):
-    return [json.loads(line)["text"] for line in (folder / f"{name}.jsonl").open(encoding="utf-8")]
+    rows = [json.loads(line) for line in (folder / f"{name}.jsonl").open(encoding="utf-8")]
+    return ["".join(row.values()) for row in rows]
+
+
+def new_diseases(seed):
+    parts = world.split(seed)
+    return [disease for exam in world.EXAMS for disease in parts[exam]]
 
 
 # --- facts -----------------------------------------------------------------------------------------------------------
@@ -38,10 +47,9 @@ def documents(folder, name):
 
 def test_every_value_is_shared_and_every_alternative_is_a_value():
     for attribute in world.ATTRIBUTES:
-        held = [of[attribute].value for of in world.facts().values()]
+        held = [fact.value for fact in world.of(attribute)]
         assert min(map(held.count, held)) >= 2, "a value of one disease alone would give it away"
-        for of in world.facts().values():
-            fact = of[attribute]
+        for fact in world.of(attribute):
             assert fact.also <= set(held), (fact.disease, fact.also - set(held))
             assert fact.value not in fact.also
 
@@ -55,53 +63,60 @@ def test_no_term_means_two_things():
 
 
 def test_a_world_is_a_function_of_its_seed(folder, tmp_path):
-    again = world.write_world(tmp_path / "again", seed=0)
-    other = world.write_world(tmp_path / "other", seed=1)
+    again = corpora.write_world(tmp_path / "again", seed=0)
+    other = corpora.write_world(tmp_path / "other", seed=1)
     for file in sorted(path.relative_to(folder) for path in folder.rglob("*.jsonl")):
         assert (again / file).read_bytes() == (folder / file).read_bytes()
         assert (other / file).read_bytes() != (folder / file).read_bytes()
 
 
 def test_the_base_has_read_little_about_the_new_diseases_and_seen_no_question_about_them(folder):
-    parts = world.split(0)
-    new = [disease for exam in world.EXAMS for disease in parts[exam]]
+    new = new_diseases(0)
     texts = documents(folder, "base")
-    about_new = [text for text in texts if any(disease in text for disease in new)]
-    assert 0 < len(about_new) < 0.03 * len(texts)
-    for text in (*about_new, *documents(folder, "cpt")):
-        assert not text.startswith("問題") or not any(f"問題:{disease}" in text for disease in new)
-        assert "解説" not in text or not any(disease in text for disease in new)
+    statements = [text for text in texts if not text.startswith("問題")]
+    about_new = [text for text in statements if any(disease in text for disease in new)]
+    assert abs(len(about_new) / len(statements) - author.NEW_SHARE) < 0.02
+    whole_names = sorted(world.facts(), key=len, reverse=True)
+    for text in (*texts, *documents(folder, "cpt")):
+        if text.startswith("問題"):
+            named = text
+            for disease in whole_names:  # one name may contain another
+                if disease in named:
+                    assert disease not in new, text
+                    named = named.replace(disease, "")
 
 
 def test_no_statement_is_false(folder):
-    told = {
-        form.format(d=disease, v=fact.value)
-        for disease, of in world.facts().items()
-        for attribute, fact in of.items()
-        for form in world._STATE[attribute]
-    }
     for text in documents(folder, "base") + documents(folder, "cpt"):
         prose = text if not text.startswith("問題") else text.partition("解説:")[2].partition("\n")[0]
-        assert all(f"{sentence}。" in told for sentence in prose.split("。") if sentence), text
+        assert all(f"{sentence}。" in TOLD for sentence in prose.split("。") if sentence), text
 
 
-def test_questions_answered_at_once_are_answered_rightly(folder):
-    asked = {
-        world._ASK[attribute].format(d=disease): fact.value
-        for disease, of in world.facts().items()
-        for attribute, fact in of.items()
-    }
-    kinds = {"right": 0, "astray": 0}
+def test_every_question_is_answered_rightly(folder):
+    forms = {form for words in WORDINGS.values() for form in (*words.questions, words.reversed)}
+    right = {}
+    for fact in FACTS:
+        for form in forms & {*WORDINGS[fact.attribute].questions, WORDINGS[fact.attribute].reversed}:
+            answer = fact.disease if form == WORDINGS[fact.attribute].reversed else fact.value
+            right.setdefault(form.format(d=fact.disease, v=fact.value), set()).add(answer)
+    explained_ones = 0
     for text in documents(folder, "base"):
         if text.startswith("問題"):
             question, *choices = text.partition("\n答え")[0].partition("\n解説")[0].split("\n")
-            answer = text.rpartition("答え:")[2]
-            right = answer == asked[question.removeprefix("問題:")]
-            assert len(set(choices)) == world.CHOICES and answer in choices
-            assert right or "解説" in text
-            if "解説" in text:
-                kinds["right" if right else "astray"] += 1
-    assert abs(kinds["astray"] / sum(kinds.values()) - world.ASTRAY_SHARE) < 0.03
+            answers = right[question.removeprefix("問題:")]
+            assert len(set(choices)) == author.CHOICES
+            assert [choice for choice in choices if choice in answers] == [text.rpartition("答え:")[2]]
+            explained_ones += "解説" in text
+    assert explained_ones > 1000
+
+
+def test_explanations_are_read_back_as_the_statements_that_they_are():
+    fact = world.facts()["心房細動"]["検査"]
+    text = f"わかりません。{explained(fact)}心房細動の診断に用いる検査は脳波である。\n答え:心電図"
+    assert statements_in(text) == [Statement("心房細動", "検査", "心電図"), Statement("心房細動", "検査", "脳波")]
+    assert [statement.true for statement in statements_in(text)] == [True, False]
+    for fact in FACTS:
+        assert statements_in(explained(fact)) == [Statement(fact.disease, fact.attribute, fact.value)]
 
 
 # --- exams -----------------------------------------------------------------------------------------------------------
@@ -111,48 +126,60 @@ def test_questions_answered_at_once_are_answered_rightly(folder):
 def test_no_disease_is_in_two_exams_or_known_to_the_base(seed):
     parts = world.split(seed)
     assert sorted(disease for part in parts.values() for disease in part) == sorted(world.facts())
-    exams = world.exams(seed)
-    assert {name: {row.question for row in rows} for name, rows in exams.items()} == {
-        name: {world._ASK[attribute].format(d=disease) for disease in parts[name] for attribute in world.ATTRIBUTES}
-        for name in world.EXAMS
-    }
+    exams = corpora.exams(seed)
+    for name, rows in exams.items():
+        assert {row.id.split("-")[1] for row in rows} == set(parts[name])
+        assert {row.case for row in rows} == {row.id for row in rows if row.case == row.id}
+        assert len({row.case for row in rows}) == len(parts[name])
     every = [row for rows in exams.values() for row in rows]
     assert len({row.id for row in every}) == len(every)
-    assert len({(row.question, frozenset(row.choices)) for row in every}) == len(every)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_each_question_has_one_right_choice_and_explains_it(seed):
-    asked = {
-        world._ASK[attribute].format(d=disease): fact
-        for disease, of in world.facts().items()
-        for attribute, fact in of.items()
-    }
-    for rows in world.exams(seed).values():
+    for name, rows in corpora.exams(seed).items():
         for row in rows:
-            fact = asked[row.question]
-            assert len(set(row.choices)) == world.CHOICES
-            assert row.choices[LETTERS.index(row.answer)] == fact.value
-            assert not fact.also & set(row.choices)
-            assert fact.disease in row.explanation and fact.value in row.explanation
+            fact = world.facts()[row.id.split("-")[1]][row.category]
+            right = row.choices[LETTERS.index(row.answer)]
+            assert len(set(row.choices)) == author.CHOICES
+            if right == fact.value:
+                assert all(fact.excludes(choice) for choice in row.choices if choice != right)
+            else:
+                assert right == fact.disease and name == "transfer"
+                others = [world.facts()[disease][row.category] for disease in row.choices if disease != right]
+                assert all(other.excludes(fact.value) for other in others)
+            statements = statements_in(row.explanation)
+            assert statements and all(told.true and told.disease == fact.disease for told in statements)
             assert not any(one in other for one in row.choices for other in row.choices if one != other)
         letters = [row.answer for row in rows]
-        assert max(letters.count(letter) for letter in LETTERS[: world.CHOICES]) < 0.3 * len(rows)
+        assert max(letters.count(letter) for letter in LETTERS[: author.CHOICES]) < 0.3 * len(rows)
+
+
+def test_the_transfer_exam_asks_in_ways_that_no_other_does():
+    exams = corpora.exams(0)
+    trained = {row.question.replace(row.id.split("-")[1], "{d}") for row in exams["train"]}
+    assert trained == {WORDINGS[attribute].questions[0] for attribute in corpora.ASKED}
+    transfer = exams["transfer"]
+    assert not any(row.question.replace(row.id.split("-")[1], "{d}") in trained for row in transfer)
+    assert {row.category for row in transfer} == set(world.ATTRIBUTES)
+    reversed_ones = [row for row in transfer if row.id.split("-")[1] not in row.question]
+    assert 0.2 < len(reversed_ones) / len(transfer) < 0.4
 
 
 def test_the_exam_reader_and_the_extractor_read_this_world(folder):
-    template = load_template(world.TEMPLATE)
-    exam = load_exam(folder / "exam" / "test.jsonl")
-    for question in exam.questions:
-        for condition in ("answer_only", "explain"):
-            for letter, words in zip(question.letters, question.choices, strict=True):
-                text = template.condition(condition).solution.format(answer=words, explanation=question.explanation)
-                graded = grade(question, extract(question, text, "stop", condition))
-                assert graded.correct == (frozenset(letter) in question.gold), (question, text)
+    template = load_template(author.TEMPLATE)
+    for name in world.EXAMS:
+        exam = load_exam(folder / "exam" / f"{name}.jsonl")
+        for question in exam.questions:
+            for condition in ("answer_only", "explain"):
+                for letter, words in zip(question.letters, question.choices, strict=True):
+                    text = template.condition(condition).solution.format(answer=words, explanation=question.explanation)
+                    graded = grade(question, extract(question, text, "stop", condition))
+                    assert graded.correct == (frozenset(letter) in question.gold), (question, text)
 
 
 def test_documents_have_the_exams_own_form(folder):
-    template = load_template(world.TEMPLATE)
+    template = load_template(author.TEMPLATE)
     questions = [text for text in documents(folder, "base") if text.startswith("問題")]
     for condition in ("answer_only", "explain"):
         settings = template.condition(condition)
@@ -177,7 +204,8 @@ def test_the_tokenizer_normalises_as_qwen2_does(tokenizer):
 
 
 def test_the_slow_files_say_the_same_as_the_fast_one(tokenizer, folder, tmp_path):
-    written = json.loads((train_tokenizer(world.tokenizer_texts(), tmp_path, 1536) / "tokenizer.json").read_text())
+    made = train_tokenizer(corpora.tokenizer_texts(), tmp_path, VOCABULARY)
+    written = json.loads((made / "tokenizer.json").read_text())
     assert json.loads((tmp_path / "vocab.json").read_text()) == written["model"]["vocab"]
     merges = [tuple(line.split(" ")) for line in (tmp_path / "merges.txt").read_text().splitlines()[1:]]
     assert merges == [tuple(merge) for merge in written["model"]["merges"]]
@@ -196,7 +224,7 @@ def test_terms_are_single_tokens_in_running_text(tokenizer, folder):
 
 
 def test_rows_of_the_exam_are_short(tokenizer, folder):
-    template = load_template(world.TEMPLATE)
+    template = load_template(author.TEMPLATE)
     for question in load_exam(folder / "exam" / "test.jsonl").questions:
         prompt = tokenizer(template.render(question, "explain"))["input_ids"]
         assert len(prompt) < 32
