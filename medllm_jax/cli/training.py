@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
+from medllm_jax.errors import UserError
 from medllm_jax.ranges import NewTokens, PairsPerRow, Seed, SequenceLength, Slices, Tokens
 from medllm_jax.terminal.parser import Parser, number, verb
 
@@ -11,10 +13,15 @@ from medllm_jax.terminal.parser import Parser, number, verb
 def add(verbs: Any) -> None:
     """The verbs."""
     demo = verb(verbs, "demo", _demo, "run the whole recipe, tiny, on this machine; nothing is downloaded")
-    demo.add_argument("--workdir", default="demo-run", help="folder for everything it makes (default %(default)s)")
-    demo.add_argument(
-        "--seed", type=number(Seed), default=0, help="seed of the world, the weights and the data order (default 0)"
+    demo.add_argument("--workdir", help="folder for everything it makes (default demo-run, or study-run)")
+    demo.add_argument("--seed", type=number(Seed), help="seed of the world, the weights and the data order (default 0)")
+    whole = demo.add_argument_group("the study: the paper's facts over several seeds, with ablations (docs/study.md)")
+    only = whole.add_mutually_exclusive_group()
+    only.add_argument("--study", action="store_true", help="run what has no results yet, and write the page")
+    only.add_argument(
+        "--results", metavar="FOLDER", help="run nothing: write the page of results, those of other machines among them"
     )
+    whole.add_argument("--seeds", type=number(Seed), nargs="+", metavar="N", help="its seeds (default 0 1 2 3 4)")
 
     settings = "Every setting of the config file can be overridden as --section.key value:\n\n"
     for name, function, text in (
@@ -110,8 +117,21 @@ def _demo(options: argparse.Namespace) -> None:
     from medllm_jax.cli import main
     from medllm_jax.recipes.commands import Runner
     from medllm_jax.recipes.demo.recipe import run_demo
+    from medllm_jax.recipes.study.page import write_page
+    from medllm_jax.recipes.study.run import run_study
 
-    run_demo(options.workdir, options.seed, Runner(main))
+    if options.seed is not None and (options.study or options.results):
+        raise UserError("--seed is of the demo: give --seeds for the study")
+    if options.seeds is not None and not options.study:
+        raise UserError("--seeds is of the study: give --study with it, or --seed for the demo")
+    if options.results and options.workdir:
+        raise UserError("--workdir is of what is run: --results FOLDER writes the page beside that folder")
+    if options.results:
+        print(write_page(Path(options.results)))
+    elif options.study:
+        run_study(options.workdir or "study-run", options.seeds or range(5), Runner(main))
+    else:
+        run_demo(options.workdir or "demo-run", options.seed or 0, Runner(main))
 
 
 def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the line styles do so in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
-_REASONS = {"unparseable": "#E69F00", "wrong_count": "#56B4E9", "wrong_answer": "#D55E00", "gained": "#009E73"}
+REASONS = {"unparseable": "#E69F00", "wrong_count": "#56B4E9", "wrong_answer": "#D55E00", "gained": "#009E73"}
 _POINTS = 300  # of a curve: as many as a picture of this size shows
 _DPI = 160
 _SIZE = (4.6, 2.7)  # inches
@@ -28,7 +28,7 @@ class Curve(NamedTuple):
 
 def curves(curves: Sequence[Curve], *, log: bool = False) -> bytes:
     """A metric over steps: a line through the means of neighbouring steps, in a band from the least to the most."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for curve in curves:
         colour, style = COLOURS[curve.number % len(COLOURS)], _STYLES[curve.number % len(_STYLES)]
         if curve.held_out:
@@ -40,7 +40,7 @@ def curves(curves: Sequence[Curve], *, log: bool = False) -> bytes:
     if log and all(np.all(curve.values > 0) for curve in curves):
         axes.set_yscale("log")
     axes.set_xlabel("step")
-    return _png(figure)
+    return png(figure)
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -54,7 +54,7 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def conditions(rows: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> bytes:
     """Accuracy of each model under each condition, with its interval: name -> condition -> (value, low, high)."""
-    figure, axes = _figure(height=0.9 + 0.5 * len(rows))
+    figure, axes = new_figure(height=0.9 + 0.5 * len(rows))
     marks = {"answer_only": ("o", "white"), "explain": ("s", "fill")}
     for place, found in enumerate(rows.values()):
         for shift, (condition, (value, low, high)) in zip((-0.13, 0.13), found.items(), strict=False):
@@ -65,27 +65,27 @@ def conditions(rows: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> 
             axes.plot(value, place + shift, shape, color=colour, markerfacecolor=face, markersize=6)
     _name_rows(axes, list(rows))
     axes.set_xlabel("accuracy by points; round: answer only, square: with explanation", fontsize=7)
-    return _png(figure)
+    return png(figure)
 
 
 def drops(rows: Mapping[str, Mapping[str, float]]) -> bytes:
     """The change when a model must explain, in shares of points: lost by reason at the left, gained at the right."""
-    figure, axes = _figure(height=1.1 + 0.42 * len(rows))
+    figure, axes = new_figure(height=1.1 + 0.42 * len(rows))
     for place, parts in enumerate(rows.values()):
         left = 0.0
         for reason in ("unparseable", "wrong_count", "wrong_answer"):
-            axes.barh(place, -parts[reason], left=left, color=_REASONS[reason], height=0.6, edgecolor="white")
+            axes.barh(place, -parts[reason], left=left, color=REASONS[reason], height=0.6, edgecolor="white")
             left -= parts[reason]
-        axes.barh(place, parts["gained"], color=_REASONS["gained"], height=0.6, edgecolor="white")
+        axes.barh(place, parts["gained"], color=REASONS["gained"], height=0.6, edgecolor="white")
         axes.plot(left + parts["gained"], place, "D", color="black", markersize=4)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.locator_params(axis="x", nbins=6)
     _name_rows(axes, list(rows))
     axes.set_xlabel("share of all points; diamond: the whole difference", fontsize=7)
-    handles = [_patch(colour) for colour in _REASONS.values()]
-    names = [reason.replace("_", " ") for reason in _REASONS]
+    handles = [patch(colour) for colour in REASONS.values()]
+    names = [reason.replace("_", " ") for reason in REASONS]
     figure.legend(handles, names, ncols=4, loc="outside upper center", fontsize=6.5, frameon=False, columnspacing=0.9)
-    return _png(figure)
+    return png(figure)
 
 
 def _name_rows(axes, names: list[str]) -> None:
@@ -94,13 +94,15 @@ def _name_rows(axes, names: list[str]) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
-def _patch(colour: str):
+def patch(colour: str):
+    """For a legend."""
     from matplotlib.patches import Patch
 
     return Patch(color=colour)
 
 
-def _figure(height: float = _SIZE[1]):
+def new_figure(height: float = _SIZE[1]):
+    """A figure in the report's style, so many inches high, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -115,7 +117,8 @@ def _figure(height: float = _SIZE[1]):
     return figure, axes
 
 
-def _png(figure) -> bytes:
+def png(figure) -> bytes:
+    """The figure as a file's content."""
     with io.BytesIO() as content:
         figure.savefig(content, format="png")
         return content.getvalue()

@@ -40,6 +40,10 @@ class ExamRow:
         given = (solved.question, list(solved.choices), solved.letter, solved.explanation, fact.attribute)
         return cls(id, *given, case or id)
 
+    @property
+    def disease(self) -> str:
+        return self.id.partition("-")[2].rsplit("-", 2)[0]
+
 
 def base_examples(seed: int) -> Iterator[dict[str, str]]:
     """Text that brings a random model to base level: statements, and questions in the exams' own form.

@@ -72,7 +72,11 @@ class Statement(NamedTuple):
     @property
     def true(self) -> bool:
         """Whether it is right, or could be defended."""
-        fact = world.facts().get(self.disease, {}).get(self.attribute)
+        return self.holds_of(self.disease)
+
+    def holds_of(self, disease: str) -> bool:
+        """The same, were it said of another disease."""
+        fact = world.facts().get(disease, {}).get(self.attribute)
         return fact is not None and self.value in (fact.value, *fact.also)
 
 

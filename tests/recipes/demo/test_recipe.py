@@ -9,7 +9,7 @@ from medllm_jax.evaluation.evaluate import evaluate
 from medllm_jax.evaluation.exam import load_exam
 from medllm_jax.evaluation.prompts import load_template
 from medllm_jax.evaluation.sampling import Completion, Sampler
-from medllm_jax.recipes.demo import recipe
+from medllm_jax.recipes.demo import recipe, stages
 from medllm_jax.recipes.demo.author import TEMPLATE
 from tests.tiny import write_json_lines
 
@@ -17,7 +17,7 @@ from tests.tiny import write_json_lines
 @pytest.mark.parametrize(
     ("kept", "said"),
     [
-        ({"seed": 1, "recipe": recipe.identity(0)["recipe"]}, "a demo of another seed"),
+        ({"seed": 1, "recipe": stages.identity(0)["recipe"]}, "a demo of another seed"),
         ({"seed": 0, "recipe": "of old"}, "a demo of another version"),
         ({"seed": 0}, "a demo of another version"),
         (None, "is not empty and holds no demo"),
@@ -51,7 +51,7 @@ def test_the_table_says_what_became_of_the_questions_that_explaining_costs(tmp_p
     exam, template = load_exam(write_json_lines(tmp_path / "exam.jsonl", rows)), load_template(TEMPLATE)
     said = ["赤", "赤", "赤", "青", "。\n答え:青", "。\n答え:白", "。\n答え:赤", "。\n答え:赤"]
     for _, name in recipe.MODELS:
-        evaluate(exam, template, recipe.CONDITIONS, fixed(said), tmp_path / "evaluation" / name)
+        evaluate(exam, template, stages.CONDITIONS, fixed(said), tmp_path / "evaluation" / name)
     header, _, base, *_ = recipe._table(tmp_path).splitlines()
     assert header.split(" | ")[-3:] == ["lost", "of these unreadable", "gained |"]
     assert base.split(" | ") == ["| base", "0.750", "0.500", "-0.250", "2", "1", "1 |"]

@@ -11,7 +11,7 @@ from medllm_jax.evaluation.extraction.extract import extract
 from medllm_jax.evaluation.grading import grade
 from medllm_jax.evaluation.prompts import load_template
 from medllm_jax.recipes.demo import author, corpora, world
-from medllm_jax.recipes.demo.recipe import VOCABULARY
+from medllm_jax.recipes.demo.stages import VOCABULARY
 from medllm_jax.recipes.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from medllm_jax.recipes.demo.wordings import WORDINGS, Statement, explained, statements_in
 

@@ -1,0 +1,1 @@
+"""`medllm demo --study`: the paper's six facts over several seeds of the miniature world, with ablations."""

@@ -1,0 +1,97 @@
+"""A study's page and its pictures, made from the files of its results.
+
+The page is beside the folder of results and has its name. What is written by hand, before and after the part that is
+made, is kept.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from etils import epath
+
+from medllm_jax.errors import UserError
+from medllm_jax.recipes.study import plots, tables
+from medllm_jax.recipes.study.results import SeedResults, read_study
+from medllm_jax.recipes.study.variants import EXAMS
+from medllm_jax.recipes.study.verdicts import MARGIN, accuracies, judge
+from medllm_jax.storage.remote import write_whole
+
+BEGIN = "<!-- What follows is made by `medllm demo --results`: change the code, not the text. -->"
+END = "<!-- Here ends what is made. -->"
+_MADE = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+_MARGINS = ("rpo", "dpo", "nll", "gold")
+
+
+def write_page(folder: Path) -> Path:
+    """Makes the page and the pictures of a folder of results; returns the page.
+
+    UserError where the results are none or damaged, or the page that is there has no part for what is made.
+    """
+    study = read_study(folder)
+    page = folder.with_name(f"{folder.name}.md")
+    made = f"{BEGIN}\n\n{generated(study, folder.name)}\n{END}"
+    if page.exists():
+        text = page.read_text(encoding="utf-8")
+        if not _MADE.search(text):
+            raise UserError(f"{page} is there and has no lines {BEGIN!r} and {END!r} to write between")
+        text = _MADE.sub(lambda _: made, text)
+    else:
+        text = f"# The study\n\n{made}\n"
+    write_whole(epath.Path(page), text)
+    for name, picture in pictures(study).items():
+        write_whole(epath.Path(folder / f"{name}.png"), picture)
+    return page
+
+
+def pictures(study: Sequence[SeedResults]) -> dict[str, bytes]:
+    """Name -> PNG."""
+    return {
+        "stages": plots.stages(study, "test"),
+        "losses": plots.losses(study, "test"),
+        "margins": plots.margins(study, _MARGINS),
+    }
+
+
+def generated(study: Sequence[SeedResults], folder: str) -> str:
+    """The part of the page that is made: Markdown; folder: of the pictures, as the page calls it."""
+    found = accuracies(study)
+    questions = {exam: sum(len(results.exams[exam].right) for results in study) for exam in EXAMS}
+    asked = " and ".join(f"{count} in `{exam}`" for exam, count in questions.items())
+    return f"""\
+Seeds {", ".join(str(results.seed) for results in study)}; recipe {study[0].recipe}. Questions: {asked}, over all seeds.
+Intervals are of the mean over seeds: 95 %, by a bootstrap of seeds and, within each, of diseases.
+
+### Verdicts
+
+A claim is shown where the whole interval is above zero, or, where it says that nothing is lost, above -{MARGIN}; it is
+reversed where the whole interval is below. A fact is as good as its worst claim.
+
+{tables.verdicts(judge(found))}
+![accuracy by stage and condition]({folder}/stages.png)
+
+### Every model on `test`
+
+{tables.scores(found["test"])}
+### What explaining costs, in parts
+
+Questions that were right without an explanation and are not with one, over all seeds.
+
+{tables.split(study, "test")}
+![the drop in parts]({folder}/losses.png)
+
+### What the explanations say
+
+{tables.explanations(study, "test")}
+### Seed by seed
+
+p is of McNemar's exact test between the two conditions.
+
+{tables.by_seed(study, "test")}
+### Every model on `transfer`
+
+{tables.scores(found["transfer"])}
+### Reward margins
+
+![reward margins]({folder}/margins.png)
+"""

@@ -1,0 +1,92 @@
+"""A study's tables, in Markdown."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from medllm_jax.evaluation.significance import Estimate, mcnemar
+from medllm_jax.recipes.demo.stages import CONDITIONS
+from medllm_jax.recipes.study.explanations import KINDS
+from medllm_jax.recipes.study.results import UNREADABLE, WRONG_COUNT, SeedResults
+from medllm_jax.recipes.study.statistics import Accuracies, accuracy, drop, share_lost
+from medllm_jax.recipes.study.variants import MODELS
+from medllm_jax.recipes.study.verdicts import Fact, Judged, verdict
+from medllm_jax.terminal.tables import markdown
+
+_STAGES = ("base", "cpt", "rpo")
+
+
+def verdicts(judged: dict[Fact, list[Judged]]) -> str:
+    """Facts and their claims."""
+    rows = [["fact", "verdict", "figure", "95 % interval", "in each seed"]]
+    for fact, claims in judged.items():
+        rows.append([f"**{fact.number}. {fact.text}**", f"**{verdict(claims)}**", "", "", ""])
+        for one in claims:
+            low, high = one.estimate.interval
+            seeds = " ".join(f"{value:+.3f}" for value in one.in_each_seed)
+            interval = f"{low:+.3f} to {high:+.3f}"
+            rows.append([one.claim.text, one.verdict, f"{one.estimate.value:+.3f}", interval, seeds])
+    return markdown(rows, numbers=False)
+
+
+def scores(found: Accuracies) -> str:
+    """Every model's accuracies, and what explaining costs it."""
+    rows = [["model", "answer-only", "with explanation", "drop, points", "drop, share of what was right"]]
+    for model, title in MODELS.items():
+        figures = (*(accuracy(model, condition) for condition in CONDITIONS), drop(model), share_lost(model))
+        rows.append([title, *(_interval(found.estimate(figure)) for figure in figures)])
+    return markdown(rows)
+
+
+def split(study: Sequence[SeedResults], exam: str) -> str:
+    """What became of the questions that were right without an explanation and are not with one; sums over seeds."""
+    head = ["model", "lost", "unreadable", "more than one answer", "wrong answer", "gained", "answer changes"]
+    rows = [[*head, "answer contradicts explanation"]]
+    for model, title in MODELS.items():
+        counts = np.sum([_changes(results, model, exam) for results in study], axis=0)
+        lost, unreadable, many, gained, changed, contradicted, questions = counts.tolist()
+        parts = [_of(part, lost) for part in (unreadable, many, lost - unreadable - many)]
+        rows.append([title, str(lost), *parts, str(gained), _of(changed, questions), _of(contradicted, questions)])
+    return markdown(rows)
+
+
+def _changes(results: SeedResults, model: str, exam: str) -> np.ndarray:
+    only, explained = (results.right(model, exam, condition) for condition in CONDITIONS)
+    given = results.given(model, exam, "explain")
+    lost = only & ~explained
+    counted = [lost, lost & (given == UNREADABLE), lost & (given == WRONG_COUNT), explained & ~only]
+    changed = results.given(model, exam, "answer_only") != given
+    return np.array([part.sum() for part in (*counted, changed, results.contradicted(model, exam))] + [len(lost)])
+
+
+def explanations(study: Sequence[SeedResults], exam: str) -> str:
+    """What models say when they explain, and how often the answer is right then; sums over seeds."""
+    rows = [["model", *(f"{text}: share" for text in KINDS.values()), *(f"{text}: right" for text in KINDS.values())]]
+    for model, title in MODELS.items():
+        kinds = np.concatenate([results.kinds(model, exam) for results in study])
+        right = np.concatenate([results.right(model, exam, "explain") for results in study])
+        of_kind = [kinds == kind for kind in KINDS]
+        shares = [f"{found.mean():.3f}" for found in of_kind]
+        rows.append([title, *shares, *(f"{right[found].mean():.3f}" if found.any() else "" for found in of_kind)])
+    return markdown(rows)
+
+
+def by_seed(study: Sequence[SeedResults], exam: str) -> str:
+    """Each seed by itself, with McNemar's exact test of the drop."""
+    rows = [["seed", "questions", *(f"{MODELS[model]}: answer-only / explained (p)" for model in _STAGES)]]
+    for results in study:
+        cells = []
+        for model in _STAGES:
+            only, explained = (results.right(model, exam, condition) for condition in CONDITIONS)
+            p = mcnemar(int((only & ~explained).sum()), int((explained & ~only).sum()))
+            cells.append(f"{only.mean():.3f} / {explained.mean():.3f} ({p:.2g})")
+        rows.append([str(results.seed), str(len(results.exams[exam].right)), *cells])
+    return markdown(rows)
+
+
+def _interval(found: Estimate) -> str:
+    return f"{found.value:.3f} ({found.interval.low:.3f} to {found.interval.high:.3f})"
+
+
+def _of(part: int, whole: int) -> str:
+    return f"{part} ({part / whole:.0%})" if whole else str(part)
