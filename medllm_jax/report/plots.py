@@ -10,7 +10,7 @@ import numpy as np
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the line styles do so in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
-REASONS = {"unparseable": "#E69F00", "wrong_count": "#56B4E9", "wrong_answer": "#D55E00", "gained": "#009E73"}
+_REASONS = {"unparseable": "#E69F00", "wrong_count": "#56B4E9", "wrong_answer": "#D55E00", "gained": "#009E73"}
 _POINTS = 300  # of a curve: as many as a picture of this size shows
 _DPI = 160
 _SIZE = (4.6, 2.7)  # inches
@@ -74,16 +74,16 @@ def drops(rows: Mapping[str, Mapping[str, float]]) -> bytes:
     for place, parts in enumerate(rows.values()):
         left = 0.0
         for reason in ("unparseable", "wrong_count", "wrong_answer"):
-            axes.barh(place, -parts[reason], left=left, color=REASONS[reason], height=0.6, edgecolor="white")
+            axes.barh(place, -parts[reason], left=left, color=_REASONS[reason], height=0.6, edgecolor="white")
             left -= parts[reason]
-        axes.barh(place, parts["gained"], color=REASONS["gained"], height=0.6, edgecolor="white")
+        axes.barh(place, parts["gained"], color=_REASONS["gained"], height=0.6, edgecolor="white")
         axes.plot(left + parts["gained"], place, "D", color="black", markersize=4)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.locator_params(axis="x", nbins=6)
     _name_rows(axes, list(rows))
     axes.set_xlabel("share of all points; diamond: the whole difference", fontsize=7)
-    handles = [patch(colour) for colour in REASONS.values()]
-    names = [reason.replace("_", " ") for reason in REASONS]
+    handles = [patch(colour) for colour in _REASONS.values()]
+    names = [reason.replace("_", " ") for reason in _REASONS]
     figure.legend(handles, names, ncols=4, loc="outside upper center", fontsize=6.5, frameon=False, columnspacing=0.9)
     return png(figure)
 

@@ -1,9 +1,10 @@
 """What an explanation of the miniature world says: whether it is true, and whether the answer agrees with it."""
 
+import functools
 from collections.abc import Iterable
 
 from medllm_jax.recipes.demo.wordings import Statement, statements_in
-from medllm_jax.recipes.demo.world import facts
+from medllm_jax.recipes.demo.world import ATTRIBUTES, facts, values
 
 TRUE, OTHER, FALSE, NOTHING = "tofn"
 # Letter -> what an explanation of this kind says.
@@ -26,6 +27,16 @@ def kind(explanation: str, disease: str) -> str:
     if all(statement.true for statement in said):
         return TRUE if {statement.disease for statement in said} == {disease} else OTHER
     return OTHER if any(_hold(said, other) for other in facts()) else FALSE
+
+
+def is_term(answer: str) -> bool:
+    """Whether an answer is a term of the world: it may be none of the choices, but it can be read."""
+    return answer in _terms()
+
+
+@functools.cache
+def _terms() -> frozenset[str]:
+    return frozenset([*facts(), *(value for attribute in ATTRIBUTES for value in values(attribute))])
 
 
 def contradicts(explanation: str, attribute: str, answer: str) -> bool:

@@ -5,11 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from medllm_jax.recipes.demo.stages import CONDITIONS
-from medllm_jax.recipes.study.results import UNREADABLE, WRONG_COUNT, SeedResults
+from medllm_jax.recipes.study.results import NO_CHOICE, SeedResults
 from medllm_jax.recipes.study.variants import MODELS
-from medllm_jax.report.plots import COLOURS, REASONS, new_figure, patch, png
+from medllm_jax.report.plots import COLOURS, new_figure, patch, png
 
 _STAGES = ("base", "cpt", "rpo")
+_PARTS = dict(
+    zip([*NO_CHOICE.values(), "a wrong choice", "gained"], [COLOURS[i] for i in (4, 5, 6, 1, 2)], strict=True)
+)
 
 
 def stages(study: Sequence[SeedResults], exam: str) -> bytes:
@@ -33,8 +36,8 @@ def losses(study: Sequence[SeedResults], exam: str) -> bytes:
     for place, model in enumerate(MODELS):
         parts = np.mean([_parts(results, model, exam) for results in study], axis=0)
         left = 0.0
-        for part, colour in zip(parts, REASONS.values(), strict=True):
-            lost = colour != REASONS["gained"]
+        for part, (name, colour) in zip(parts, _PARTS.items(), strict=True):
+            lost = name != "gained"
             axes.barh(place, -part if lost else part, left=left if lost else 0, color=colour, height=0.6)
             left -= part if lost else 0
         axes.plot(left + parts[-1], place, "D", color="black", markersize=4)
@@ -42,19 +45,21 @@ def losses(study: Sequence[SeedResults], exam: str) -> bytes:
     axes.set_yticks(range(len(MODELS)), list(MODELS.values()))
     axes.set_ylim(len(MODELS) - 0.5, -0.5)
     axes.set_xlabel("share of all questions; diamond: the whole difference", fontsize=7)
-    names = [reason.replace("_", " ") for reason in REASONS]
-    handles = [patch(colour) for colour in REASONS.values()]
-    figure.legend(handles, names, ncols=4, loc="outside upper center", fontsize=6.5, frameon=False, columnspacing=0.9)
+    handles = [patch(colour) for colour in _PARTS.values()]
+    figure.legend(
+        handles, list(_PARTS), ncols=3, loc="outside upper center", fontsize=6.5, frameon=False, columnspacing=0.9
+    )
     return png(figure)
 
 
 def _parts(results: SeedResults, model: str, exam: str) -> list[float]:
-    """In the order of REASONS."""
+    """In the order of _PARTS."""
     only, explained = (results.right(model, exam, condition) for condition in CONDITIONS)
     given = results.given(model, exam, "explain")
     lost = only & ~explained
-    unreadable, many = lost & (given == UNREADABLE), lost & (given == WRONG_COUNT)
-    return [found.mean() for found in (unreadable, many, lost & ~unreadable & ~many, explained & ~only)]
+    instead = [lost & (given == character) for character in NO_CHOICE]
+    wrong = lost & ~np.isin(given, list(NO_CHOICE))
+    return [found.mean() for found in (*instead, wrong, explained & ~only)]
 
 
 def margins(study: Sequence[SeedResults], models: Sequence[str]) -> bytes:

@@ -1,7 +1,7 @@
 """The results of a study as files: what every model answered to every question, one file a seed.
 
-A question has its disease's number, and its right letter. An answer is its letter, `-` where none could be read, or `+`
-where there was more than one. An explanation has a letter too (`explanations.KINDS`).
+A question has its disease's number, and its right letter. An answer is its letter, or what there is instead of one
+(`NO_CHOICE`). An explanation has a letter too (`explanations.KINDS`).
 """
 
 import json
@@ -21,7 +21,9 @@ from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.remote import write_whole
 
 FORMAT = 1
-UNREADABLE, WRONG_COUNT = "-", "+"
+UNREADABLE, OUTSIDE, WRONG_COUNT = "-?+"
+# Character -> what stands instead of a choice. The extractor calls the first two unreadable.
+NO_CHOICE = {UNREADABLE: "nothing readable", OUTSIDE: "none of the choices", WRONG_COUNT: "more than one"}
 # Of preference training: name -> metric of the run.
 CURVES = {"loss": "loss", "margins": "rewards/margins"}
 
@@ -125,7 +127,7 @@ def _check(results: SeedResults) -> None:
         for model in MODELS:
             for condition in CONDITIONS:
                 text: Any = results.answers[model][exam][condition]
-                _expect(text, LETTERS + UNREADABLE + WRONG_COUNT, questions, f"answers of {model} to {exam}")
+                _expect(text, LETTERS + "".join(NO_CHOICE), questions, f"answers of {model} to {exam}")
             _expect(results.explained[model][exam], "".join(KINDS), questions, f"explanations of {model} to {exam}")
             _expect(results.contradicts[model][exam], "01", questions, f"contradictions of {model} in {exam}")
     for variant in VARIANTS:

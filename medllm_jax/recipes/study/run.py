@@ -8,14 +8,17 @@ from etils import epath
 
 from medllm_jax.evaluation.exam import LETTERS
 from medllm_jax.evaluation.grading import Grade, read_grades
+from medllm_jax.evaluation.prompts import load_template
 from medllm_jax.evaluation.samples import Samples
 from medllm_jax.recipes.commands import Runner, heading
+from medllm_jax.recipes.demo.author import TEMPLATE
 from medllm_jax.recipes.demo.corpora import ExamRow
 from medllm_jax.recipes.demo.stages import CONDITIONS, Stages, identity, open_workdir
-from medllm_jax.recipes.study.explanations import contradicts, kind
+from medllm_jax.recipes.study.explanations import contradicts, is_term, kind
 from medllm_jax.recipes.study.page import write_page
 from medllm_jax.recipes.study.results import (
     CURVES,
+    OUTSIDE,
     UNREADABLE,
     WRONG_COUNT,
     Paper,
@@ -27,6 +30,8 @@ from medllm_jax.recipes.study.variants import EXAMS, MODELS, VARIANTS
 from medllm_jax.storage import lease
 from medllm_jax.storage.json_lines import read_rows
 from medllm_jax.storage.run_folder import read_metrics
+
+_CUE = load_template(TEMPLATE).condition("answer_only").cue
 
 
 def run_study(workdir: str, seeds: Sequence[int], medllm: Runner) -> Path:
@@ -82,10 +87,11 @@ def _collected(work: Path, seed: int) -> SeedResults:
         for exam, questions in exams.items():
             folder = _evaluation(work, model, exam)
             grades = {name: read_grades(folder / f"grades-{name}.jsonl") for name in CONDITIONS}
-            answers[model][exam] = {name: "".join(map(_character, found)) for name, found in grades.items()}
             samples = Samples.read(epath.Path(folder / "samples.jsonl"))
             assert samples is not None, folder
-            said = [samples.of(question.id, "explain")[0].text for question in questions]
+            texts = {name: [samples.of(question.id, name)[0].text for question in questions] for name in CONDITIONS}
+            answers[model][exam] = {name: "".join(map(_character, grades[name], texts[name])) for name in CONDITIONS}
+            said = texts["explain"]
             given = zip(questions, said, answers[model][exam]["explain"], strict=True)
             explained[model][exam] = "".join(map(kind, said, (question.disease for question in questions)))
             contradicted[model][exam] = "".join(str(int(_contradicts(*one))) for one in given)
@@ -109,16 +115,23 @@ def _paper(questions: Sequence[ExamRow]) -> Paper:
     return Paper("".join(q.answer for q in questions), [numbers[question.case] for question in questions])
 
 
-def _character(grade: Grade) -> str:
+def _character(grade: Grade, text: str) -> str:
+    if grade.problem == "wrong_count":
+        return WRONG_COUNT
     if grade.problem is not None or grade.answer is None:
-        return WRONG_COUNT if grade.problem == "wrong_count" else UNREADABLE
+        return OUTSIDE if is_term(_words(text)) else UNREADABLE
     return grade.answer
 
 
-def _contradicts(question: ExamRow, said: str, letter: str) -> bool:
-    if letter not in LETTERS:
-        return False
-    return contradicts(said, question.category, question.choices[LETTERS.index(letter)])
+def _words(text: str) -> str:
+    """The words of an answer, whatever comes before it."""
+    return text.rpartition(_CUE)[2].strip()
+
+
+def _contradicts(question: ExamRow, said: str, character: str) -> bool:
+    if character in LETTERS:
+        return contradicts(said, question.category, question.choices[LETTERS.index(character)])
+    return character == OUTSIDE and contradicts(said, question.category, _words(said))
 
 
 def _curves(run: Path) -> dict[str, list[list[float]]]:

@@ -7,7 +7,7 @@ import numpy as np
 from medllm_jax.evaluation.significance import Estimate, mcnemar
 from medllm_jax.recipes.demo.stages import CONDITIONS
 from medllm_jax.recipes.study.explanations import KINDS
-from medllm_jax.recipes.study.results import UNREADABLE, WRONG_COUNT, SeedResults
+from medllm_jax.recipes.study.results import NO_CHOICE, SeedResults
 from medllm_jax.recipes.study.statistics import Accuracies, accuracy, drop, share_lost
 from medllm_jax.recipes.study.variants import MODELS
 from medllm_jax.recipes.study.verdicts import Fact, Judged, verdict
@@ -40,12 +40,12 @@ def scores(found: Accuracies) -> str:
 
 def split(study: Sequence[SeedResults], exam: str) -> str:
     """What became of the questions that were right without an explanation and are not with one; sums over seeds."""
-    head = ["model", "lost", "unreadable", "more than one answer", "wrong answer", "gained", "answer changes"]
-    rows = [[*head, "answer contradicts explanation"]]
+    head = ["model", "lost", *NO_CHOICE.values(), "a wrong choice", "gained"]
+    rows = [[*head, "answer changes", "answer contradicts explanation"]]
     for model, title in MODELS.items():
         counts = np.sum([_changes(results, model, exam) for results in study], axis=0)
-        lost, unreadable, many, gained, changed, contradicted, questions = counts.tolist()
-        parts = [_of(part, lost) for part in (unreadable, many, lost - unreadable - many)]
+        lost, *instead, gained, changed, contradicted, questions = counts.tolist()
+        parts = [_of(part, lost) for part in (*instead, lost - sum(instead))]
         rows.append([title, str(lost), *parts, str(gained), _of(changed, questions), _of(contradicted, questions)])
     return markdown(rows)
 
@@ -54,7 +54,7 @@ def _changes(results: SeedResults, model: str, exam: str) -> np.ndarray:
     only, explained = (results.right(model, exam, condition) for condition in CONDITIONS)
     given = results.given(model, exam, "explain")
     lost = only & ~explained
-    counted = [lost, lost & (given == UNREADABLE), lost & (given == WRONG_COUNT), explained & ~only]
+    counted = [lost, *(lost & (given == character) for character in NO_CHOICE), explained & ~only]
     changed = results.given(model, exam, "answer_only") != given
     return np.array([part.sum() for part in (*counted, changed, results.contradicted(model, exam))] + [len(lost)])
 

@@ -65,7 +65,9 @@ def test_a_folder_without_results_is_refused(tmp_path, capsys):
     assert "seed-N.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [["--seeds", "1"], ["--study", "--seed", "1"], ["--results", "x", "--workdir", "y"]])
+@pytest.mark.parametrize(
+    "options", [["--seeds", "1"], ["--study", "--seed", "1"], ["--results", "x", "--workdir", "y"]]
+)
 def test_options_that_do_not_belong_together_are_refused(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["demo", *options]) == 2
