@@ -15,13 +15,14 @@ def add(verbs: Any) -> None:
     demo = verb(verbs, "demo", _demo, "run the whole recipe, tiny, on this machine; nothing is downloaded")
     demo.add_argument("--workdir", help="folder for everything it makes (default demo-run, or study-run)")
     demo.add_argument("--seed", type=number(Seed), help="seed of the world, the weights and the data order (default 0)")
-    whole = demo.add_argument_group("the study: the paper's facts over several seeds, with ablations (docs/study.md)")
-    only = whole.add_mutually_exclusive_group()
-    only.add_argument("--study", action="store_true", help="run what has no results yet, and write the page")
+    only = demo.add_mutually_exclusive_group()
     only.add_argument(
-        "--results", metavar="FOLDER", help="run nothing: write the page of results, those of other machines among them"
+        "--study", action="store_true", help="several seeds with ablations, judged against the paper (docs/study.md)"
     )
-    whole.add_argument("--seeds", type=number(Seed), nargs="+", metavar="N", help="its seeds (default 0 1 2 3 4)")
+    only.add_argument("--results", metavar="FOLDER", help="run nothing: write the page of a study's results")
+    demo.add_argument(
+        "--seeds", type=number(Seed), nargs="+", metavar="N", help="seeds of the study (default 0 1 2 3 4)"
+    )
 
     settings = "Every setting of the config file can be overridden as --section.key value:\n\n"
     for name, function, text in (
