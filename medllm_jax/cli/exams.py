@@ -60,7 +60,9 @@ def add(verbs: Any) -> None:
     look.add_argument("--run", required=True, help="run folder (or converted model); its newest checkpoint is used")
     arguments.add_machine(look)
     arguments.add_questions(look)
-    look.add_argument("--output", help="folder for likelihood.json (default: in the run folder)")
+    look.add_argument("--output", help="folder for what is written (default: in the run folder, or RESULTS)")
+    after = "results of this model: take the likeliest answer after its explanations in them too, question by question"
+    look.add_argument("--after", metavar="RESULTS", help=after)
 
 
 def _alone(act: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
@@ -252,16 +254,34 @@ def _likelihood(options: argparse.Namespace) -> None:
     from medllm_jax.checkpoint.handle import open_checkpoint
     from medllm_jax.distributed.mesh_sizes import parse_mesh_sizes
     from medllm_jax.evaluation.exam import load_exam
+    from medllm_jax.evaluation.grading import write_grades
     from medllm_jax.evaluation.prompts import load_template
-    from medllm_jax.inference.likelihood import likelihood_of_checkpoint
+    from medllm_jax.evaluation.samples import Samples
+    from medllm_jax.inference.likelihood import likeliest_of_checkpoint, likelihood_of_checkpoint
     from medllm_jax.storage.remote import write_whole
 
     exam = load_exam(options.exam, options.years, text_only=options.text_only)
     template = load_template(options.template)
     checkpoint = open_checkpoint(options.run)
+    placed = {
+        "batch_size": options.batch_size,
+        "mesh": parse_mesh_sizes(options.mesh),
+        "precision": arguments.precision_of(options),
+    }
+    if options.after:
+        samples = Samples.read(epath.Path(options.after) / "samples.jsonl")
+        if samples is None:
+            raise UserError(f"--after {options.after}: no samples.jsonl, which `medllm evaluate` writes, is there")
+        output = epath.Path(options.output or options.after)
+        output.mkdir(parents=True, exist_ok=True)
+        for condition, grades in likeliest_of_checkpoint(checkpoint, exam, template, samples, **placed).items():
+            write_grades(output / f"likeliest-{condition}.jsonl", grades)
+            right = sum(grade.correct for grade in grades)
+            print(f"the likeliest answer is right, {condition}: {right} of {len(grades)}")
+        print(f"not to be compared with what a model writes; {output}")
+        return
     output = epath.Path(options.output or f"{options.run}/evaluation/{exam.name}-{template.name}-step{checkpoint.step}")
-    placed = {"mesh": parse_mesh_sizes(options.mesh), "precision": arguments.precision_of(options)}
-    score = likelihood_of_checkpoint(checkpoint, exam, template, batch_size=options.batch_size, **placed)
+    score = likelihood_of_checkpoint(checkpoint, exam, template, **placed)
     output.mkdir(parents=True, exist_ok=True)
     found = {"exam": exam.name, "template": template.name, "model": checkpoint.label, "step": checkpoint.step}
     write_whole(output / "likelihood.json", json.dumps(found | score.as_dict(), indent=2, ensure_ascii=False) + "\n")

@@ -94,6 +94,28 @@ class PromptTemplate:
             answers = [question.choices[LETTERS.index(letter)] for letter in sorted(letters)]
         return self.condition(condition).solution.format(answer=",".join(answers), explanation=explanation)
 
+    def explained(self, output: str) -> str:
+        """A model's output to the explain prompt up to its answer: the explanation, and what leads to the answer."""
+        before, turn = self._around_explanation()
+        explanation, answered, _ = output.rpartition(turn.strip())
+        return f"{before}{(explanation if answered else output).strip()}{turn.rstrip()}"
+
+    def solve_explained(self, question: Question, letters: Collection[str]) -> str:
+        """What follows `explained` where these letters are the answer."""
+        before, turn = self._around_explanation()
+        return self.solve(question, letters, "explain").removeprefix(f"{before}{turn.rstrip()}")
+
+    def _around_explanation(self) -> tuple[str, str]:
+        """What stands before an explanation, and between it and the answer; UserError where that is not told apart."""
+        before, explained, rest = self.condition("explain").solution.partition("{explanation}")
+        turn, answered, _ = rest.partition("{answer}")
+        if not explained or not answered or not turn.strip():
+            raise UserError(
+                f"template {quoted(self.name)}: its explain solution is {quoted(before + explained + rest, str)}; "
+                "{explanation}, then text such as a cue, then {answer} were expected"
+            )
+        return before.format(), turn.format()
+
     def condition(self, name: str) -> Condition:
         """The settings of a condition; UserError where the template lacks it."""
         if name not in self.conditions:

@@ -1,8 +1,9 @@
 """Which answer a model finds likeliest, without letting it write: a cheap monitor of what CPT has put into it.
 
 An answer is right if, of all answers of as many letters, it has the highest probability after the cue of the
-answer-only prompt: log P of the whole answer, jointly over its tokens. No model is ranked by this: nobody who asks a
-model sees its likelihoods, and scores are higher than those of what it writes.
+answer-only prompt: log P of the whole answer, jointly over its tokens. The same after a model's own explanation tells
+what the explanation does to what it would choose, where what it writes may be no choice at all. No model is ranked by
+this: nobody who asks a model sees its likelihoods, and scores are higher than those of what it writes.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,19 +20,24 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from medllm_jax.checkpoint.fingerprint import model_fingerprint
 from medllm_jax.checkpoint.handle import Checkpoint
 from medllm_jax.checkpoint.load_model import load_model
 from medllm_jax.config.schema import MeshConfig, ModelConfig, PrecisionConfig
 from medllm_jax.data.tokenizer import encode_parts, load_tokenizer
 from medllm_jax.distributed.compiler_options import compiler_options
 from medllm_jax.distributed.sharding import check_divisible, make_mesh, replicated, rows_over
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 from medllm_jax.evaluation.exam import Exam, Question
+from medllm_jax.evaluation.extraction.extract import Extraction
+from medllm_jax.evaluation.grading import Grade, grade
 from medllm_jax.evaluation.prompts import PromptTemplate
+from medllm_jax.evaluation.samples import Samples
 from medllm_jax.model.qwen2 import empty_cache
 from medllm_jax.storage import run_folder
 
 _CONDITION = "answer_only"
+_RULE = "likeliest"
 _MAX_ANSWERS = 1_000  # possible ones of a question: 10 choices of 20 would be 184,756
 
 
@@ -79,8 +85,11 @@ class Likelihood:
         structure: nnx.GraphDef,
         mesh: Mesh,
         batch_size: int,
+        outputs: Mapping[str, str] | None = None,
     ):
         """Nothing runs on a device yet.
+
+        outputs: question id -> a model's output to the explain prompt; each answer then follows that explanation.
 
         Raises:
           UserError: the batch does not split over the mesh, or no question can be scored.
@@ -88,7 +97,7 @@ class Likelihood:
         check_divisible(mesh, config, batch_size)
         self._structure, self._mesh, self._batch_size = structure, mesh, batch_size
         self._groups: dict[int, list[_Asked]] = defaultdict(list)
-        for asked in _ask(exam, template, tokenizer):
+        for asked in _ask(exam, template, tokenizer, outputs):
             longest = max(map(len, asked.tokens))
             if len(asked.prompt) + longest <= config.max_position_embeddings:
                 self._groups[len(asked.answers)].append(asked)
@@ -108,6 +117,12 @@ class Likelihood:
                 correct, points = correct + 1, points + asked.question.points
         most = sum(asked.question.points for group in self._groups.values() for asked in group)
         return LikelihoodScore(self._scored, correct, points, most, self._left_out)
+
+    def likeliest(self, params: Any) -> dict[str, frozenset[str]]:
+        """Question id -> the letters of its likeliest answer."""
+        return {
+            asked.question.id: asked.answers[int(np.argmax(log_probs))] for asked, log_probs in self.log_probs(params)
+        }
 
     def log_probs(self, params: Any, frozen: Any = None) -> Iterator[tuple[_Asked, np.ndarray]]:
         """float32 [C] log-probabilities of the C possible answers of each question."""
@@ -167,12 +182,16 @@ class Likelihood:
         return jax.lax.map(one, (jnp.moveaxis(candidates, 1, 0), sizes.T)).T
 
 
-def _ask(exam: Exam, template: PromptTemplate, tokenizer: Any) -> Iterator[_Asked]:
+def _ask(exam: Exam, template: PromptTemplate, tokenizer: Any, outputs: Mapping[str, str] | None) -> Iterator[_Asked]:
     questions = [q for q in exam.questions if q.kind == "choice" and math.comb(len(q.choices), q.k) <= _MAX_ANSWERS]
     for question in questions:
         answers = [frozenset(letters) for letters in itertools.combinations(question.letters, question.k)]
-        prompt = template.render(question, _CONDITION)
-        texts = [(prompt, template.solve(question, answer, _CONDITION)) for answer in answers]
+        if outputs is None:
+            prompt = template.render(question, _CONDITION)
+            texts = [(prompt, template.solve(question, answer, _CONDITION)) for answer in answers]
+        else:
+            prompt = template.render(question, "explain") + template.explained(outputs[question.id])
+            texts = [(prompt, template.solve_explained(question, answer)) for answer in answers]
         encoded = [parts for parts in encode_parts(tokenizer, texts, rendered=False) if parts is not None]
         if len(encoded) < len(texts):
             raise UserError(
@@ -196,3 +215,42 @@ def likelihood_of_checkpoint(
     model = load_model(checkpoint, precision, make_mesh(mesh))
     scorer = Likelihood(exam, template, tokenizer, model.config, model.structure, model.mesh, batch_size)
     return scorer.measure(model.params)
+
+
+def likeliest_of_checkpoint(
+    checkpoint: Checkpoint,
+    exam: Exam,
+    template: PromptTemplate,
+    samples: Samples,
+    *,
+    batch_size: int,
+    mesh: MeshConfig,
+    precision: PrecisionConfig,
+) -> dict[str, list[Grade]]:
+    """Condition -> the grades of the likeliest answers, with nothing before them and after the model's explanations.
+
+    Questions that can't be scored under one condition are left out of both.
+
+    Raises:
+      UserError: the samples are of another model, of chat prompts, or do not hold an explanation of every question.
+    """
+    if samples.chat:
+        raise UserError(f"{samples.file} holds outputs to chat prompts: evaluate without --chat first")
+    try:
+        outputs = {question.id: samples.of(question.id, "explain")[0].text for question in exam.questions}
+    except KeyError as missing:
+        question, _ = missing.args[0]
+        raise UserError(f"{samples.file} has no explanation of {quoted(question)}: evaluate this exam first") from None
+    tokenizer = load_tokenizer(run_folder.tokenizer_of(checkpoint.run))
+    model = load_model(checkpoint, precision, make_mesh(mesh))
+    if samples.settings["model"] != model_fingerprint(model.params):
+        raise UserError(f"{samples.file} holds outputs of another model ({samples.where}) than {checkpoint.label}")
+    found = {}
+    for condition, before in (("answer_only", None), ("explain", outputs)):
+        scorer = Likelihood(exam, template, tokenizer, model.config, model.structure, model.mesh, batch_size, before)
+        found[condition] = scorer.likeliest(model.params)
+    scored = [question for question in exam.questions if all(question.id in letters for letters in found.values())]
+    return {
+        condition: [grade(question, Extraction(letters=letters[question.id], rule=_RULE)) for question in scored]
+        for condition, letters in found.items()
+    }

@@ -90,6 +90,25 @@ def test_an_answer_in_the_form_of_the_examples_is_read(name, condition):
     assert not any(stop in completion for stop in chosen.stop)
 
 
+@pytest.mark.parametrize("name", ["igakuqa", "plain"])
+def test_an_answer_can_be_put_after_an_explanation(name):
+    template = load_template(name)
+    whole = template.solve(QUESTION, "ac", "explain", "甲である。\n乙でない。")
+    for output in (
+        template.solve(QUESTION, "b", "explain", "甲である。\n乙でない。"),
+        " 甲である。\n乙でない。",
+        whole,
+    ):
+        assert template.explained(output) + template.solve_explained(QUESTION, "ac") == whole
+
+
+def test_a_template_that_does_not_tell_the_answer_from_the_explanation_is_refused(tmp_path):
+    explain = MINIMAL["conditions"]["answer_only"] | {"solution": "{answer}, {explanation}"}
+    template = load_template(written(tmp_path, conditions={"explain": explain}))
+    with pytest.raises(UserError, match="its explain solution is"):
+        template.explained("a, so it is")
+
+
 def test_the_shown_examples_are_answered_by_their_own_letters():
     for shot in load_template("igakuqa").shots:
         question = dataclasses.replace(QUESTION, choices=shot.choices, k=len(shot.answer))

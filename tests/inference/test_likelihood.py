@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import yaml
 
 from medllm_jax.cli import main
 from medllm_jax.config.schema import HeldOutConfig, MeshConfig, PrecisionConfig
@@ -14,7 +16,9 @@ from medllm_jax.data.batch import batch_of
 from medllm_jax.data.tokenizer import encode_plain, load_tokenizer
 from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import UserError
+from medllm_jax.evaluation import prompts
 from medllm_jax.evaluation.exam import Exam, Question, load_exam
+from medllm_jax.evaluation.grading import read_grades
 from medllm_jax.evaluation.prompts import load_template
 from medllm_jax.inference.likelihood import Likelihood
 from medllm_jax.model.abstract import abstract_model, random_params
@@ -42,11 +46,11 @@ ANSWERS = {1: list("abcdefgh"), 2: list(itertools.combinations("abcde", 2))}
 NUMBER = Question(id="n", text="1+1", numbers=("2",))
 
 
-def scorer(world, sizes=(1, 1, 1), batch_size=4, exam=EXAM):
+def scorer(world, sizes=(1, 1, 1), batch_size=4, exam=EXAM, outputs=None):
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
     plan = abstract_model(CONFIG, PrecisionConfig(compute="float32"), mesh)
     tokenizer = load_tokenizer(world.tokenizer)
-    found = Likelihood(exam, TEMPLATE, tokenizer, CONFIG, plan.structure, mesh, batch_size)
+    found = Likelihood(exam, TEMPLATE, tokenizer, CONFIG, plan.structure, mesh, batch_size, outputs)
     return found, random_params(plan, seed=1), plan
 
 
@@ -78,6 +82,33 @@ def test_an_answer_has_the_probability_of_the_whole_text(world, alone):
         expected = [log_probs[row, len(prompt) : len(prompt) + len(answer)].sum() for row, answer in enumerate(answers)]
         np.testing.assert_allclose(alone[asked.id], expected, atol=1e-4)
         assert np.std(expected) > 0.1
+
+
+def test_an_answer_after_an_explanation_is_that_of_the_whole_output(world, alone):
+    """An output's own answer makes no difference, and neither does one that is not there."""
+    said = "発熱がある。"
+    outputs = [f" {said}\n答え: a", f"{said}\n答え: e", f" {said}"]
+    found = []
+    for output in outputs:
+        scored, params, plan = scorer(world, outputs=dict.fromkeys((q.id for q in EXAM.questions), output))
+        found.append({asked.question.id: log_probs for asked, log_probs in scored.log_probs(params)})
+    from flax import nnx
+
+    network, tokenizer = nnx.merge(plan.structure, params), load_tokenizer(world.tokenizer)
+    score = jax.jit(lambda batch: score_tokens(network, batch, pairs=0, vocab_chunks=1).log_probs)
+    asked = EXAM.questions[3]
+    prompt, *answers = encode_plain(
+        tokenizer, [f"{TEMPLATE.render(asked, 'explain')} {said}\n答え:", *(f" {letter}" for letter in "abcde")]
+    )
+    rows = np.zeros((len(answers), 3, 256), np.int32)
+    for row, answer in zip(rows, answers, strict=True):
+        row[0, : len(prompt + answer)] = prompt + answer
+        row[1, : len(prompt + answer)] = 1
+    log_probs = np.asarray(score(batch_of(rows, "cpt")))
+    expected = [log_probs[row, len(prompt) : len(prompt) + len(answer)].sum() for row, answer in enumerate(answers)]
+    for each in found:
+        np.testing.assert_allclose(each[asked.id], expected, atol=1e-4)
+    assert not np.allclose(expected, alone[asked.id], atol=1e-2)
 
 
 @pytest.mark.parametrize(("sizes", "batch_size"), [((1, 1, 1), 1), ((2, 2, 1), 8), ((1, 2, 2), 4)])
@@ -116,6 +147,46 @@ def test_the_command_and_the_held_out_metric_agree(world, tmp_path, metrics_of):
     assert (written["n"], written["step"], written["left_out"]) == (9, 3, 0)
     assert written["accuracy"] == pytest.approx(found[3]["held_out/likelihood_accuracy"])
     assert load_exam(exam).name == written["exam"]
+
+
+def test_the_command_chooses_after_the_models_own_explanations(world, tmp_path, capsys):
+    rows = [{"id": f"q{n}", "question": f"{n}?", "choices": ["甲", "乙", "丙"], "answer": "a"} for n in range(4)]
+    rows.append({"id": "n", "question": "1+1", "choices": [], "answer": "2"})
+    exam = write_json_lines(tmp_path / "exam.jsonl", rows)
+    shipped = Path(prompts.__file__).parent / "templates" / "plain.yaml"
+    short = yaml.safe_load(shipped.read_text(encoding="utf-8"))
+    for condition in short["conditions"].values():
+        condition["max_new_tokens"] = 6
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(short))
+    asked = ["--exam", str(exam), "--template", str(tmp_path / "short.yaml"), "--batch-size", "8"]
+    results, model = str(tmp_path / "results"), str(world.model)
+    assert main(["likelihood", "--run", model, *asked, "--after", results]) == 2
+    assert "no samples.jsonl" in capsys.readouterr().err
+    assert main(["evaluate", "--run", model, *asked, "--output", results]) == 0
+    before = sorted(path.name for path in (tmp_path / "results").iterdir())
+    assert main(["likelihood", "--run", model, *asked, "--after", results]) == 0
+    written = [f"likeliest-{condition}.jsonl" for condition in ("answer_only", "explain")]
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == sorted([*before, *written])
+
+    only, explained = (read_grades(tmp_path / "results" / name) for name in written)
+    assert [grade.id for grade in only] == [grade.id for grade in explained] == ["q0", "q1", "q2", "q3"]
+    assert all(grade.answer in "abc" and grade.correct == (grade.answer == "a") for grade in (*only, *explained))
+    assert main(["likelihood", "--run", model, *asked, "--output", str(tmp_path / "alone")]) == 0
+    alone = json.loads((tmp_path / "alone" / "likelihood.json").read_text())
+    assert alone["correct"] == sum(grade.correct for grade in only)
+
+    samples = tmp_path / "results" / "samples.jsonl"
+    head, _, rest = samples.read_text().partition("\n")
+    for key, value, said in (("model", "another", "of another model"), ("chat", True, "chat prompts")):
+        changed = json.loads(head)
+        changed["settings"][key] = value
+        samples.write_text(f"{json.dumps(changed)}\n{rest}")
+        capsys.readouterr()
+        assert main(["likelihood", "--run", model, *asked, "--after", results]) == 2
+        assert said in capsys.readouterr().err
+    samples.write_text(f"{head}\n")
+    assert main(["likelihood", "--run", model, *asked, "--after", results]) == 2
+    assert "no explanation of 'q0'" in capsys.readouterr().err
 
 
 def test_a_held_out_section_that_holds_nothing_is_refused():

@@ -84,6 +84,11 @@ class Stages:
     def examine(self, model: str, exam: str, output: str) -> None:
         self.medllm("evaluate", "--run", self.place(model), *self.exam(exam), *BATCH, "--output", output)
 
+    def choose(self, model: str, exam: str, results: str) -> None:
+        """Which answers a model finds likeliest, with nothing before them and after its explanations in the results."""
+        if not (Path(results) / f"likeliest-{CONDITIONS[-1]}.jsonl").exists():
+            self.medllm("likelihood", "--run", self.place(model), *self.exam(exam), *BATCH, "--after", results)
+
     def _once(self, name: str, make: Callable[[Path], object]) -> None:
         """Makes a folder under another name and then renames it, so that it is there whole or not at all."""
         folder = self.work / name

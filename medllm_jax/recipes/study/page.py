@@ -12,7 +12,7 @@ from etils import epath
 
 from medllm_jax.errors import UserError
 from medllm_jax.recipes.study import plots, tables
-from medllm_jax.recipes.study.results import SeedResults, read_study
+from medllm_jax.recipes.study.results import LIKELIEST, READINGS, WRITTEN, SeedResults, read_study
 from medllm_jax.recipes.study.variants import EXAMS
 from medllm_jax.recipes.study.verdicts import MARGIN, accuracies, judge
 from medllm_jax.storage.remote import write_whole
@@ -47,7 +47,8 @@ def write_page(folder: Path) -> Path:
 def pictures(study: Sequence[SeedResults]) -> dict[str, bytes]:
     """Name -> PNG."""
     return {
-        "stages": plots.stages(study, "test"),
+        "stages": plots.stages(study, "test", WRITTEN),
+        "stages-likeliest": plots.stages(study, "test", LIKELIEST),
         "losses": plots.losses(study, "test"),
         "margins": plots.margins(study, _MARGINS),
     }
@@ -55,7 +56,7 @@ def pictures(study: Sequence[SeedResults]) -> dict[str, bytes]:
 
 def generated(study: Sequence[SeedResults], folder: str) -> str:
     """The part of the page that is made: Markdown; folder: of the pictures, as the page calls it."""
-    found = accuracies(study)
+    written, likeliest = (accuracies(study, reading) for reading in READINGS)
     questions = {exam: sum(len(results.exams[exam].right) for results in study) for exam in EXAMS}
     asked = " and ".join(f"{count} in `{exam}`" for exam, count in questions.items())
     return f"""\
@@ -67,15 +68,33 @@ Intervals are of the mean over seeds: 95 %, by a bootstrap of seeds and, within 
 A claim is shown where the whole interval is above zero, or, where it says that nothing is lost, above -{MARGIN}; it is
 reversed where the whole interval is below. A fact is as good as its worst claim.
 
-{tables.verdicts(judge(found))}
-![accuracy by stage and condition]({folder}/stages.png)
+By what models write:
+
+{tables.verdicts(judge(written))}
+By the choice that they find likeliest in its place, so that every answer is one:
+
+{tables.verdicts(judge(likeliest))}
+### Base, CPT and RPO
+
+What they write:
+
+![accuracy by stage and condition, as written]({folder}/stages.png)
+
+The likeliest choice:
+
+![accuracy by stage and condition, the likeliest choice]({folder}/stages-likeliest.png)
 
 ### Every model on `test`
 
-{tables.scores(found["test"])}
+What they write:
+
+{tables.scores(written["test"])}
+The likeliest choice:
+
+{tables.scores(likeliest["test"])}
 ### What explaining costs, in parts
 
-Questions that were right without an explanation and are not with one, over all seeds.
+Questions that were right without an explanation and are not with one, as written, over all seeds.
 
 {tables.split(study, "test")}
 ![the drop in parts]({folder}/losses.png)
@@ -85,12 +104,20 @@ Questions that were right without an explanation and are not with one, over all 
 {tables.explanations(study, "test")}
 ### Seed by seed
 
-p is of McNemar's exact test between the two conditions.
+p is of McNemar's exact test between the two conditions. What they write:
 
-{tables.by_seed(study, "test")}
+{tables.by_seed(study, "test", WRITTEN)}
+The likeliest choice:
+
+{tables.by_seed(study, "test", LIKELIEST)}
 ### Every model on `transfer`
 
-{tables.scores(found["transfer"])}
+What they write:
+
+{tables.scores(written["transfer"])}
+The likeliest choice:
+
+{tables.scores(likeliest["transfer"])}
 ### Reward margins
 
 ![reward margins]({folder}/margins.png)

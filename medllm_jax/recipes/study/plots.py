@@ -15,11 +15,13 @@ _PARTS = dict(
 )
 
 
-def stages(study: Sequence[SeedResults], exam: str) -> bytes:
+def stages(study: Sequence[SeedResults], exam: str, reading: str) -> bytes:
     """Accuracy by stage and condition; a point is a seed, and a line goes through the means."""
     figure, axes = new_figure(height=3.0)
     for condition, colour, mark, shift in zip(CONDITIONS, COLOURS, "os", (-0.06, 0.06), strict=False):
-        found = np.array([[results.right(model, exam, condition).mean() for results in study] for model in _STAGES])
+        found = np.array(
+            [[results.right(model, exam, condition, reading).mean() for results in study] for model in _STAGES]
+        )
         at = np.arange(len(_STAGES)) + shift
         label = condition.replace("_", " ").replace("explain", "with explanation")
         axes.plot(at, found.mean(axis=1), "-", color=colour, linewidth=1.5, marker=mark, markersize=6, label=label)

@@ -1,7 +1,8 @@
 """The results of a study as files: what every model answered to every question, one file a seed.
 
 A question has its disease's number, and its right letter. An answer is its letter, or what there is instead of one
-(`NO_CHOICE`). An explanation has a letter too (`explanations.KINDS`).
+(`NO_CHOICE`). It is read twice: as the model writes it, and as the choice that the model finds likeliest in its place.
+An explanation has a letter too (`explanations.KINDS`).
 """
 
 import json
@@ -24,6 +25,7 @@ FORMAT = 1
 UNREADABLE, OUTSIDE, WRONG_COUNT = "-?+"
 # Character -> what stands instead of a choice. The extractor calls the first two unreadable.
 NO_CHOICE = {UNREADABLE: "nothing readable", OUTSIDE: "none of the choices", WRONG_COUNT: "more than one"}
+WRITTEN, LIKELIEST = READINGS = ("written", "likeliest")
 # Of preference training: name -> metric of the run.
 CURVES = {"loss": "loss", "margins": "rewards/margins"}
 
@@ -40,26 +42,27 @@ class Paper:
 class SeedResults:
     """A seed's exams and answers.
 
-    recipe: the digest of what made them. exams: exam -> paper. answers: model -> exam -> condition -> a character a
-    question. explained: model -> exam -> a character a question, what kind of explanation it was; contradicts: the
-    same, `1` where the answer contradicts what the explanation says. curves: model -> metric -> [step, value] pairs.
+    recipe: the digest of what made them. exams: exam -> paper. answers: reading -> model -> exam -> condition -> a
+    character a question. explained: model -> exam -> a character a question, what kind of explanation it was;
+    contradicts: the same, `1` where the answer contradicts what the explanation says. curves: model -> metric ->
+    [step, value] pairs.
     """
 
     seed: int
     recipe: str
     exams: dict[str, Paper]
-    answers: dict[str, dict[str, dict[str, str]]]
+    answers: dict[str, dict[str, dict[str, dict[str, str]]]]
     explained: dict[str, dict[str, str]]
     contradicts: dict[str, dict[str, str]]
     curves: dict[str, dict[str, list[list[float]]]]
 
-    def right(self, model: str, exam: str, condition: str) -> np.ndarray:
+    def right(self, model: str, exam: str, condition: str, reading: str = WRITTEN) -> np.ndarray:
         """bool [questions], which answers are right."""
-        return _letters(self.answers[model][exam][condition]) == _letters(self.exams[exam].right)
+        return self.given(model, exam, condition, reading) == _letters(self.exams[exam].right)
 
-    def given(self, model: str, exam: str, condition: str) -> np.ndarray:
+    def given(self, model: str, exam: str, condition: str, reading: str = WRITTEN) -> np.ndarray:
         """The answers' characters, [questions]."""
-        return _letters(self.answers[model][exam][condition])
+        return _letters(self.answers[reading][model][exam][condition])
 
     def kinds(self, model: str, exam: str) -> np.ndarray:
         return _letters(self.explained[model][exam])
@@ -126,8 +129,9 @@ def _check(results: SeedResults) -> None:
             raise ValueError(f"cases of {exam}: one number a question was expected")
         for model in MODELS:
             for condition in CONDITIONS:
-                text: Any = results.answers[model][exam][condition]
-                _expect(text, LETTERS + "".join(NO_CHOICE), questions, f"answers of {model} to {exam}")
+                for reading in READINGS:
+                    text: Any = results.answers[reading][model][exam][condition]
+                    _expect(text, LETTERS + "".join(NO_CHOICE), questions, f"answers of {model} to {exam}, {reading}")
             _expect(results.explained[model][exam], "".join(KINDS), questions, f"explanations of {model} to {exam}")
             _expect(results.contradicts[model][exam], "01", questions, f"contradictions of {model} in {exam}")
     for variant in VARIANTS:

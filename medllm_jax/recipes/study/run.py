@@ -18,8 +18,11 @@ from medllm_jax.recipes.study.explanations import contradicts, is_term, kind
 from medllm_jax.recipes.study.page import write_page
 from medllm_jax.recipes.study.results import (
     CURVES,
+    LIKELIEST,
     OUTSIDE,
+    READINGS,
     UNREADABLE,
+    WRITTEN,
     WRONG_COUNT,
     Paper,
     SeedResults,
@@ -71,6 +74,7 @@ def run_seed(workdir: str, seed: int, medllm: Runner, folder: Path) -> None:
         heading(f"Seed {seed}: the exam {exam}")
         for model in MODELS:
             stages.examine(model, exam, str(_evaluation(work, model, exam)))
+            stages.choose(model, exam, str(_evaluation(work, model, exam)))
     write_seed(folder, _collected(work, seed))
 
 
@@ -80,7 +84,9 @@ def _evaluation(work: Path, model: str, exam: str) -> Path:
 
 def _collected(work: Path, seed: int) -> SeedResults:
     exams = {exam: _questions(work, exam) for exam in EXAMS}
-    answers: dict[str, dict[str, dict[str, str]]] = {model: {} for model in MODELS}
+    answers: dict[str, dict[str, dict[str, dict[str, str]]]] = {
+        reading: {model: {} for model in MODELS} for reading in READINGS
+    }
     explained: dict[str, dict[str, str]] = {model: {} for model in MODELS}
     contradicted: dict[str, dict[str, str]] = {model: {} for model in MODELS}
     for model in MODELS:
@@ -90,9 +96,14 @@ def _collected(work: Path, seed: int) -> SeedResults:
             samples = Samples.read(epath.Path(folder / "samples.jsonl"))
             assert samples is not None, folder
             texts = {name: [samples.of(question.id, name)[0].text for question in questions] for name in CONDITIONS}
-            answers[model][exam] = {name: "".join(map(_character, grades[name], texts[name])) for name in CONDITIONS}
+            written = {name: "".join(map(_character, grades[name], texts[name])) for name in CONDITIONS}
+            chosen = {name: read_grades(folder / f"likeliest-{name}.jsonl") for name in CONDITIONS}
+            answers[WRITTEN][model][exam] = written
+            answers[LIKELIEST][model][exam] = {
+                name: "".join(str(grade.answer) for grade in found) for name, found in chosen.items()
+            }
             said = texts["explain"]
-            given = zip(questions, said, answers[model][exam]["explain"], strict=True)
+            given = zip(questions, said, written["explain"], strict=True)
             explained[model][exam] = "".join(map(kind, said, (question.disease for question in questions)))
             contradicted[model][exam] = "".join(str(int(_contradicts(*one))) for one in given)
     return SeedResults(

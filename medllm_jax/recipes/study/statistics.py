@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from medllm_jax.evaluation.significance import Estimate, Interval
-from medllm_jax.recipes.study.results import SeedResults
+from medllm_jax.recipes.study.results import WRITTEN, SeedResults
 
 RESAMPLES = 10_000
 _TAILS = (0.025, 0.975)
@@ -41,10 +41,12 @@ class Accuracies:
     drawn: np.ndarray
 
     @classmethod
-    def of(cls, study: Sequence[SeedResults], exam: str, asked: Sequence[Asked], seed: int = 0) -> "Accuracies":
+    def of(
+        cls, study: Sequence[SeedResults], exam: str, asked: Sequence[Asked], reading: str = WRITTEN, seed: int = 0
+    ) -> "Accuracies":
         """Of what was asked in an exam; seed: of the resamples."""
         rng = np.random.default_rng(seed)
-        counts = [_counts(results, exam, asked) for results in study]
+        counts = [_counts(results, exam, asked, reading) for results in study]
         found = [_shares(of_seed.sum(axis=0)) for of_seed in counts]
         chosen = rng.integers(len(study), size=(RESAMPLES, len(study)))
         drawn = np.empty((len(asked), *chosen.shape))
@@ -66,10 +68,10 @@ class Accuracies:
         return Estimate(float(self.in_each_seed(figure).mean()), Interval(float(low), float(high)))
 
 
-def _counts(results: SeedResults, exam: str, asked: Sequence[Asked]) -> np.ndarray:
+def _counts(results: SeedResults, exam: str, asked: Sequence[Asked], reading: str) -> np.ndarray:
     """float64 [diseases, 1 + asked]: of each disease its questions, and how many of them are right."""
     cases = np.array(results.exams[exam].cases)
-    columns = [np.ones(len(cases)), *(results.right(one.model, exam, one.condition) for one in asked)]
+    columns = [np.ones(len(cases)), *(results.right(one.model, exam, one.condition, reading) for one in asked)]
     return np.stack([np.bincount(cases, weights=column) for column in columns], axis=1)
 
 

@@ -71,13 +71,13 @@ def explanations(study: Sequence[SeedResults], exam: str) -> str:
     return markdown(rows)
 
 
-def by_seed(study: Sequence[SeedResults], exam: str) -> str:
+def by_seed(study: Sequence[SeedResults], exam: str, reading: str) -> str:
     """Each seed by itself, with McNemar's exact test of the drop."""
     rows = [["seed", "questions", *(f"{MODELS[model]}: answer-only / explained (p)" for model in _STAGES)]]
     for results in study:
         cells = []
         for model in _STAGES:
-            only, explained = (results.right(model, exam, condition) for condition in CONDITIONS)
+            only, explained = (results.right(model, exam, condition, reading) for condition in CONDITIONS)
             p = mcnemar(int((only & ~explained).sum()), int((explained & ~only).sum()))
             cells.append(f"{only.mean():.3f} / {explained.mean():.3f} ({p:.2g})")
         rows.append([str(results.seed), str(len(results.exams[exam].right)), *cells])

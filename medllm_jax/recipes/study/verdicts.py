@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from medllm_jax.evaluation.significance import Estimate
 from medllm_jax.recipes.demo.stages import CONDITIONS
-from medllm_jax.recipes.study.results import SeedResults
+from medllm_jax.recipes.study.results import WRITTEN, SeedResults
 from medllm_jax.recipes.study.statistics import Accuracies, Asked, Figure, accuracy, drop, less, minus, share_lost
 from medllm_jax.recipes.study.variants import EXAMS, MODELS
 
@@ -123,10 +123,10 @@ FACTS = (
 )
 
 
-def accuracies(study: Sequence[SeedResults]) -> dict[str, Accuracies]:
+def accuracies(study: Sequence[SeedResults], reading: str = WRITTEN) -> dict[str, Accuracies]:
     """Exam -> the accuracies of every model under every condition."""
     asked = [Asked(model, condition) for model in MODELS for condition in CONDITIONS]
-    return {exam: Accuracies.of(study, exam, asked) for exam in EXAMS}
+    return {exam: Accuracies.of(study, exam, asked, reading) for exam in EXAMS}
 
 
 def judge(found: dict[str, Accuracies]) -> dict[Fact, list[Judged]]:

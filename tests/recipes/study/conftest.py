@@ -5,7 +5,7 @@ import numpy as np
 from medllm_jax.evaluation.exam import LETTERS
 from medllm_jax.recipes.demo.stages import CONDITIONS
 from medllm_jax.recipes.study import explanations
-from medllm_jax.recipes.study.results import CURVES, UNREADABLE, Paper, SeedResults
+from medllm_jax.recipes.study.results import CURVES, READINGS, UNREADABLE, Paper, SeedResults
 from medllm_jax.recipes.study.variants import EXAMS, MODELS, VARIANTS
 
 CASES, OF_A_CASE = 20, 4
@@ -36,7 +36,12 @@ def seed_results(seed: int, accuracies=None, recipe: str = "a recipe") -> SeedRe
         seed=seed,
         recipe=recipe,
         exams=papers,
-        answers=of_each(lambda m, e: {c: answers(e, share) for c, share in zip(CONDITIONS, shares[m], strict=True)}),
+        answers={
+            reading: of_each(
+                lambda m, e: {c: answers(e, share) for c, share in zip(CONDITIONS, shares[m], strict=True)}
+            )
+            for reading in READINGS
+        },
         explained=of_each(lambda m, e: "".join(rng.choice(list(explanations.KINDS), size=asked))),
         contradicts=of_each(lambda m, e: "".join(rng.choice(["0", "1"], size=asked))),
         curves={one.name: {name: [[1, 0.1], [2, 0.2]] for name in CURVES} for one in VARIANTS},

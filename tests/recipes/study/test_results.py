@@ -44,8 +44,9 @@ def change(file, path, value):
         (["seed"], "0", "damaged"),
         (["exams", "test", "right"], "ab", "damaged"),
         (["exams", "test", "cases"], [0], "damaged"),
-        (["answers", "cpt", "test", "explain"], "ab", "answers of cpt to test"),
-        (["answers", "cpt"], {}, "damaged"),
+        (["answers", "written", "cpt", "test", "explain"], "ab", "answers of cpt to test"),
+        (["answers", "likeliest", "cpt", "test", "explain"], "~" * 80, "answers of cpt to test, likeliest"),
+        (["answers", "written", "cpt"], {}, "damaged"),
         (["explained", "cpt", "test"], "?" * 80, "explanations of cpt"),
         (["contradicts", "cpt", "test"], "2" * 80, "contradictions of cpt"),
         (["curves", "rpo"], {"loss": [[1]], "margins": []}, "damaged"),
@@ -79,8 +80,9 @@ def test_a_page_is_made_and_made_again_within_what_is_written_by_hand(folder, ca
     made = folder.with_name("study.md")
     assert capsys.readouterr().out.strip() == str(made)
     first = made.read_text()
-    assert all(picture in first for picture in ("study/stages.png", "study/losses.png", "study/margins.png"))
-    assert sorted(file.name for file in folder.glob("*.png")) == ["losses.png", "margins.png", "stages.png"]
+    names = ["losses.png", "margins.png", "stages-likeliest.png", "stages.png"]
+    assert sorted(file.name for file in folder.glob("*.png")) == names
+    assert all(f"study/{name}" in first for name in names)
 
     made.write_text(f"Before.\n{first}After.\n")
     write_seed(folder, seed_results(2))

@@ -1,5 +1,6 @@
 """The study's commands: in order, each once, and continued where they stopped; what they leave becomes the results."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -10,13 +11,14 @@ import pytest
 from medllm_jax.errors import RunError
 from medllm_jax.evaluation.evaluate import evaluate
 from medllm_jax.evaluation.exam import load_exam
+from medllm_jax.evaluation.grading import read_grades, write_grades
 from medllm_jax.evaluation.prompts import load_template
 from medllm_jax.evaluation.sampling import Completion, Sampler
 from medllm_jax.recipes.demo import corpora, stages
 from medllm_jax.recipes.demo.author import TEMPLATE
 from medllm_jax.recipes.demo.corpora import ExamRow
 from medllm_jax.recipes.study import explanations, statistics
-from medllm_jax.recipes.study.results import OUTSIDE, UNREADABLE, read_study
+from medllm_jax.recipes.study.results import LIKELIEST, OUTSIDE, UNREADABLE, WRITTEN, read_study
 from medllm_jax.recipes.study.run import run_study
 from medllm_jax.recipes.study.variants import EXAMS, MODELS, VARIANTS
 from medllm_jax.storage.json_lines import read_rows
@@ -48,6 +50,11 @@ class Commands:
             (Path(named["--run"]) / "config.yaml").touch()
         elif verb == "evaluate":
             self.evaluate(Path(named["--run"]).name, Path(named["--exam"]), Path(named["--output"]))
+        elif verb == "likelihood":
+            for condition in stages.CONDITIONS:  # as if the model would always choose what it writes, or else a
+                grades = read_grades(Path(named["--after"]) / f"grades-{condition}.jsonl")
+                chosen = [dataclasses.replace(grade, answer=grade.answer or "a") for grade in grades]
+                write_grades(Path(named["--after"]) / f"likeliest-{condition}.jsonl", chosen)
 
     def evaluate(self, model, file, output):
         questions = [ExamRow(**row.fields) for row in read_rows(file)]
@@ -110,7 +117,9 @@ def test_results_say_what_models_said(small, tmp_path):
         assert [rows[i]["case"] for i in np.searchsorted(cases, cases)] == [row["case"] for row in rows]
         for model in MODELS:
             for condition in stages.CONDITIONS:
-                given = results.answers[model][exam][condition]
+                given = results.answers[WRITTEN][model][exam][condition]
+                chosen = results.answers[LIKELIEST][model][exam][condition]
+                assert chosen == given.replace(UNREADABLE, "a").replace(OUTSIDE, "a")
                 if model != "base":
                     assert given == right
                     continue

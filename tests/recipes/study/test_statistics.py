@@ -5,6 +5,7 @@ import pytest
 
 from medllm_jax.evaluation.significance import Estimate, Interval
 from medllm_jax.recipes.study import statistics, verdicts
+from medllm_jax.recipes.study.results import WRITTEN
 from medllm_jax.recipes.study.statistics import Accuracies, Asked, accuracy, drop, less, share_lost
 from medllm_jax.recipes.study.verdicts import Claim, Judged
 from tests.recipes.study.conftest import CASES, seed_results
@@ -43,7 +44,7 @@ def test_seeds_that_differ_widen_an_interval():
 def test_differences_are_paired():
     """Two models that answer alike differ by nothing, in every resample."""
     results = seed_results(0)
-    results.answers["cpt"] = results.answers["base"]
+    results.answers[WRITTEN]["cpt"] = results.answers[WRITTEN]["base"]
     found = Accuracies.of([results], "test", [*BASE, Asked("cpt", "explain")])
     equal = found.estimate(less(accuracy("cpt", "explain"), accuracy("base", "explain")))
     assert equal == Estimate(0.0, Interval(0.0, 0.0))
