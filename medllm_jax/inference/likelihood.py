@@ -111,18 +111,16 @@ class Likelihood:
 
     def measure(self, params: Any, frozen: Any = None) -> LikelihoodScore:
         """Scores all questions; waits for the device."""
-        correct = points = 0
-        for asked, log_probs in self.log_probs(params, frozen):
-            if asked.answers[int(np.argmax(log_probs))] in asked.question.gold:
-                correct, points = correct + 1, points + asked.question.points
-        most = sum(asked.question.points for group in self._groups.values() for asked in group)
-        return LikelihoodScore(self._scored, correct, points, most, self._left_out)
+        found = self.likeliest(params, frozen)
+        questions = [asked.question for group in self._groups.values() for asked in group]
+        correct = [question for question in questions if found[question.id] in question.gold]
+        points, most = (sum(question.points for question in some) for some in (correct, questions))
+        return LikelihoodScore(self._scored, len(correct), points, most, self._left_out)
 
-    def likeliest(self, params: Any) -> dict[str, frozenset[str]]:
+    def likeliest(self, params: Any, frozen: Any = None) -> dict[str, frozenset[str]]:
         """Question id -> the letters of its likeliest answer."""
-        return {
-            asked.question.id: asked.answers[int(np.argmax(log_probs))] for asked, log_probs in self.log_probs(params)
-        }
+        found = self.log_probs(params, frozen)
+        return {asked.question.id: asked.answers[int(np.argmax(log_probs))] for asked, log_probs in found}
 
     def log_probs(self, params: Any, frozen: Any = None) -> Iterator[tuple[_Asked, np.ndarray]]:
         """float32 [C] log-probabilities of the C possible answers of each question."""

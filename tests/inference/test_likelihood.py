@@ -60,12 +60,23 @@ def alone(world):
     return {asked.question.id: log_probs for asked, log_probs in found.log_probs(params)}
 
 
-def test_an_answer_has_the_probability_of_the_whole_text(world, alone):
+def whole_texts(world, prompt, answers):
+    """Log-probabilities of the answers, read off a forward pass over the prompt with each of them."""
     from flax import nnx
 
     _, params, plan = scorer(world)
-    network, tokenizer = nnx.merge(plan.structure, params), load_tokenizer(world.tokenizer)
+    network = nnx.merge(plan.structure, params)
+    rows = np.zeros((len(answers), 3, 256), np.int32)
+    for row, answer in zip(rows, answers, strict=True):
+        row[0, : len(prompt + answer)] = prompt + answer
+        row[1, : len(prompt + answer)] = 1
     score = jax.jit(lambda batch: score_tokens(network, batch, pairs=0, vocab_chunks=1).log_probs)
+    log_probs = np.asarray(score(batch_of(rows, "cpt")))
+    return [log_probs[row, len(prompt) : len(prompt) + len(answer)].sum() for row, answer in enumerate(answers)]
+
+
+def test_an_answer_has_the_probability_of_the_whole_text(world, alone):
+    tokenizer = load_tokenizer(world.tokenizer)
     for asked in (EXAM.questions[3], EXAM.questions[5]):
         prompt, *answers = encode_plain(
             tokenizer,
@@ -74,12 +85,7 @@ def test_an_answer_has_the_probability_of_the_whole_text(world, alone):
                 *(f" {','.join(letters)}" for letters in itertools.combinations("abcde", asked.k)),
             ],
         )
-        rows = np.zeros((len(answers), 3, 256), np.int32)
-        for row, answer in zip(rows, answers, strict=True):
-            row[0, : len(prompt + answer)] = prompt + answer
-            row[1, : len(prompt + answer)] = 1
-        log_probs = np.asarray(score(batch_of(rows, "cpt")))
-        expected = [log_probs[row, len(prompt) : len(prompt) + len(answer)].sum() for row, answer in enumerate(answers)]
+        expected = whole_texts(world, prompt, answers)
         np.testing.assert_allclose(alone[asked.id], expected, atol=1e-4)
         assert np.std(expected) > 0.1
 
@@ -90,22 +96,14 @@ def test_an_answer_after_an_explanation_is_that_of_the_whole_output(world, alone
     outputs = [f" {said}\n答え: a", f"{said}\n答え: e", f" {said}"]
     found = []
     for output in outputs:
-        scored, params, plan = scorer(world, outputs=dict.fromkeys((q.id for q in EXAM.questions), output))
+        scored, params, _ = scorer(world, outputs=dict.fromkeys((q.id for q in EXAM.questions), output))
         found.append({asked.question.id: log_probs for asked, log_probs in scored.log_probs(params)})
-    from flax import nnx
-
-    network, tokenizer = nnx.merge(plan.structure, params), load_tokenizer(world.tokenizer)
-    score = jax.jit(lambda batch: score_tokens(network, batch, pairs=0, vocab_chunks=1).log_probs)
     asked = EXAM.questions[3]
     prompt, *answers = encode_plain(
-        tokenizer, [f"{TEMPLATE.render(asked, 'explain')} {said}\n答え:", *(f" {letter}" for letter in "abcde")]
+        load_tokenizer(world.tokenizer),
+        [f"{TEMPLATE.render(asked, 'explain')} {said}\n答え:", *(f" {letter}" for letter in "abcde")],
     )
-    rows = np.zeros((len(answers), 3, 256), np.int32)
-    for row, answer in zip(rows, answers, strict=True):
-        row[0, : len(prompt + answer)] = prompt + answer
-        row[1, : len(prompt + answer)] = 1
-    log_probs = np.asarray(score(batch_of(rows, "cpt")))
-    expected = [log_probs[row, len(prompt) : len(prompt) + len(answer)].sum() for row, answer in enumerate(answers)]
+    expected = whole_texts(world, prompt, answers)
     for each in found:
         np.testing.assert_allclose(each[asked.id], expected, atol=1e-4)
     assert not np.allclose(expected, alone[asked.id], atol=1e-2)

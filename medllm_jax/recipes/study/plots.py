@@ -5,14 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from medllm_jax.recipes.demo.stages import CONDITIONS
-from medllm_jax.recipes.study.results import NO_CHOICE, SeedResults
-from medllm_jax.recipes.study.variants import MODELS
+from medllm_jax.recipes.study.results import A_WRONG_CHOICE, NO_CHOICE, SeedResults
+from medllm_jax.recipes.study.variants import MODELS, STAGES
 from medllm_jax.report.plots import COLOURS, new_figure, patch, png
 
-_STAGES = ("base", "cpt", "rpo")
-_PARTS = dict(
-    zip([*NO_CHOICE.values(), "a wrong choice", "gained"], [COLOURS[i] for i in (4, 5, 6, 1, 2)], strict=True)
-)
+_GAINED = "gained"
+_PARTS = dict(zip([*NO_CHOICE.values(), A_WRONG_CHOICE, _GAINED], [COLOURS[i] for i in (4, 5, 6, 1, 2)], strict=True))
 
 
 def stages(study: Sequence[SeedResults], exam: str, reading: str) -> bytes:
@@ -20,13 +18,13 @@ def stages(study: Sequence[SeedResults], exam: str, reading: str) -> bytes:
     figure, axes = new_figure(height=3.0)
     for condition, colour, mark, shift in zip(CONDITIONS, COLOURS, "os", (-0.06, 0.06), strict=False):
         found = np.array(
-            [[results.right(model, exam, condition, reading).mean() for results in study] for model in _STAGES]
+            [[results.right(model, exam, condition, reading).mean() for results in study] for model in STAGES]
         )
-        at = np.arange(len(_STAGES)) + shift
+        at = np.arange(len(STAGES)) + shift
         label = condition.replace("_", " ").replace("explain", "with explanation")
         axes.plot(at, found.mean(axis=1), "-", color=colour, linewidth=1.5, marker=mark, markersize=6, label=label)
         axes.plot(at, found, mark, color=colour, markersize=3, markerfacecolor="white", linewidth=0)
-    axes.set_xticks(range(len(_STAGES)), [MODELS[model] for model in _STAGES])
+    axes.set_xticks(range(len(STAGES)), [MODELS[model] for model in STAGES])
     axes.set_ylabel("accuracy; open: one seed", fontsize=8)
     axes.legend(fontsize=7, frameon=False, loc="lower right")
     return png(figure)
@@ -39,7 +37,7 @@ def losses(study: Sequence[SeedResults], exam: str) -> bytes:
         parts = np.mean([_parts(results, model, exam) for results in study], axis=0)
         left = 0.0
         for part, (name, colour) in zip(parts, _PARTS.items(), strict=True):
-            lost = name != "gained"
+            lost = name != _GAINED
             axes.barh(place, -part if lost else part, left=left if lost else 0, color=colour, height=0.6)
             left -= part if lost else 0
         axes.plot(left + parts[-1], place, "D", color="black", markersize=4)
@@ -56,12 +54,8 @@ def losses(study: Sequence[SeedResults], exam: str) -> bytes:
 
 def _parts(results: SeedResults, model: str, exam: str) -> list[float]:
     """In the order of _PARTS."""
-    only, explained = (results.right(model, exam, condition) for condition in CONDITIONS)
-    given = results.given(model, exam, "explain")
-    lost = only & ~explained
-    instead = [lost & (given == character) for character in NO_CHOICE]
-    wrong = lost & ~np.isin(given, list(NO_CHOICE))
-    return [found.mean() for found in (*instead, wrong, explained & ~only)]
+    found = results.lost(model, exam) | {_GAINED: results.gained(model, exam)}
+    return [float(found[name].mean()) for name in _PARTS]
 
 
 def margins(study: Sequence[SeedResults], models: Sequence[str]) -> bytes:

@@ -25,6 +25,7 @@ FORMAT = 1
 UNREADABLE, OUTSIDE, WRONG_COUNT = "-?+"
 # Character -> what stands instead of a choice. The extractor calls the first two unreadable.
 NO_CHOICE = {UNREADABLE: "nothing readable", OUTSIDE: "none of the choices", WRONG_COUNT: "more than one"}
+A_WRONG_CHOICE = "a wrong choice"
 WRITTEN, LIKELIEST = READINGS = ("written", "likeliest")
 # Of preference training: name -> metric of the run.
 CURVES = {"loss": "loss", "margins": "rewards/margins"}
@@ -64,6 +65,19 @@ class SeedResults:
         """The answers' characters, [questions]."""
         return _letters(self.answers[reading][model][exam][condition])
 
+    def lost(self, model: str, exam: str) -> dict[str, np.ndarray]:
+        """Right without an explanation and not with one, as written: what stands there instead -> bool [questions]."""
+        only, explained = (self.right(model, exam, condition) for condition in CONDITIONS)
+        given = self.given(model, exam, CONDITIONS[-1])
+        lost = only & ~explained
+        instead = {text: lost & (given == character) for character, text in NO_CHOICE.items()}
+        return {**instead, A_WRONG_CHOICE: lost & ~np.isin(given, list(NO_CHOICE))}
+
+    def gained(self, model: str, exam: str) -> np.ndarray:
+        """Right with an explanation and not without, as written; bool [questions]."""
+        only, explained = (self.right(model, exam, condition) for condition in CONDITIONS)
+        return explained & ~only
+
     def kinds(self, model: str, exam: str) -> np.ndarray:
         return _letters(self.explained[model][exam])
 
@@ -94,10 +108,7 @@ def read_study(folder: Path) -> list[SeedResults]:
     files = sorted(folder.glob("seed-*.json"))
     if not files:
         raise UserError(f"{folder}: no results of a study; files named seed-N.json were expected")
-    seeds = sorted((_read_seed(file) for file in files), key=lambda found: found.seed)
-    for file, found in zip(files, (_read_seed(file) for file in files), strict=True):
-        if file != file_of(folder, found.seed):
-            raise UserError(f"{file} holds seed {found.seed}: its name should be {file_of(folder, found.seed).name}")
+    seeds = sorted(map(_read_seed, files), key=lambda found: found.seed)
     if len({found.recipe for found in seeds}) > 1:
         told = ", ".join(f"seed {found.seed} by {found.recipe}" for found in seeds)
         raise UserError(f"{folder}: the seeds are of different versions of the recipe ({told})")
@@ -114,6 +125,10 @@ def _read_seed(file: Path) -> SeedResults:
         _check(results)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file} is damaged ({error}): remove it, and make it again") from None
+    if file != file_of(file.parent, results.seed):
+        raise UserError(
+            f"{file} holds seed {results.seed}: its name should be {file_of(file.parent, results.seed).name}"
+        )
     return results
 
 

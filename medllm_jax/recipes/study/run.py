@@ -1,5 +1,6 @@
 """`medllm demo --study`: every seed, every variant, both exams; what is made is not made again."""
 
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +35,6 @@ from medllm_jax.storage import lease
 from medllm_jax.storage.json_lines import read_rows
 from medllm_jax.storage.run_folder import read_metrics
 
-_CUE = load_template(TEMPLATE).condition("answer_only").cue
-
 
 def run_study(workdir: str, seeds: Sequence[int], medllm: Runner) -> Path:
     """Runs the seeds that have no results yet, and writes the page; returns it.
@@ -45,7 +44,10 @@ def run_study(workdir: str, seeds: Sequence[int], medllm: Runner) -> Path:
     start = time.monotonic()
     folder = Path(workdir) / "study"
     for seed in seeds:
-        run_seed(str(Path(workdir) / f"seed-{seed}"), seed, medllm, folder)
+        if file_of(folder, seed).exists():
+            print(f"{file_of(folder, seed)} is there: seed {seed} is not run again")
+        else:
+            run_seed(str(Path(workdir) / f"seed-{seed}"), seed, medllm, folder)
     page = write_page(folder)
     print(f"\nverdicts and tables: {page}\nresults, to be merged with those of other seeds: {folder}")
     print(f"{time.monotonic() - start:.0f} s in all")
@@ -57,9 +59,6 @@ def run_seed(workdir: str, seed: int, medllm: Runner, folder: Path) -> None:
     """The whole recipe and its variants in a folder, and their results to another."""
     work = Path(workdir)
     open_workdir(work, seed)
-    if file_of(folder, seed).exists():
-        print(f"{file_of(folder, seed)} is there: seed {seed} is not run again")
-        return
     stages = Stages(work, seed, medllm)
     heading(f"Seed {seed}: a world, a base model, and continued pretraining")
     stages.make_world()
@@ -136,7 +135,12 @@ def _character(grade: Grade, text: str) -> str:
 
 def _words(text: str) -> str:
     """The words of an answer, whatever comes before it."""
-    return text.rpartition(_CUE)[2].strip()
+    return text.rpartition(_cue())[2].strip()
+
+
+@functools.cache
+def _cue() -> str:
+    return load_template(TEMPLATE).condition("answer_only").cue
 
 
 def _contradicts(question: ExamRow, said: str, character: str) -> bool:

@@ -7,13 +7,11 @@ import numpy as np
 from medllm_jax.evaluation.significance import Estimate, mcnemar
 from medllm_jax.recipes.demo.stages import CONDITIONS
 from medllm_jax.recipes.study.explanations import KINDS
-from medllm_jax.recipes.study.results import NO_CHOICE, SeedResults
+from medllm_jax.recipes.study.results import A_WRONG_CHOICE, NO_CHOICE, SeedResults
 from medllm_jax.recipes.study.statistics import Accuracies, accuracy, drop, share_lost
-from medllm_jax.recipes.study.variants import MODELS
+from medllm_jax.recipes.study.variants import MODELS, STAGES
 from medllm_jax.recipes.study.verdicts import Fact, Judged, verdict
 from medllm_jax.terminal.tables import markdown
-
-_STAGES = ("base", "cpt", "rpo")
 
 
 def verdicts(judged: dict[Fact, list[Judged]]) -> str:
@@ -40,23 +38,21 @@ def scores(found: Accuracies) -> str:
 
 def split(study: Sequence[SeedResults], exam: str) -> str:
     """What became of the questions that were right without an explanation and are not with one; sums over seeds."""
-    head = ["model", "lost", *NO_CHOICE.values(), "a wrong choice", "gained"]
+    head = ["model", "lost", *NO_CHOICE.values(), A_WRONG_CHOICE, "gained"]
     rows = [[*head, "answer changes", "answer contradicts explanation"]]
     for model, title in MODELS.items():
         counts = np.sum([_changes(results, model, exam) for results in study], axis=0)
-        lost, *instead, gained, changed, contradicted, questions = counts.tolist()
-        parts = [_of(part, lost) for part in (*instead, lost - sum(instead))]
-        rows.append([title, str(lost), *parts, str(gained), _of(changed, questions), _of(contradicted, questions)])
+        *parts, gained, changed, contradicted, questions = counts.tolist()
+        lost = sum(parts)
+        instead = [_of(part, lost) for part in parts]
+        rows.append([title, str(lost), *instead, str(gained), _of(changed, questions), _of(contradicted, questions)])
     return markdown(rows)
 
 
-def _changes(results: SeedResults, model: str, exam: str) -> np.ndarray:
-    only, explained = (results.right(model, exam, condition) for condition in CONDITIONS)
-    given = results.given(model, exam, "explain")
-    lost = only & ~explained
-    counted = [lost, *(lost & (given == character) for character in NO_CHOICE), explained & ~only]
-    changed = results.given(model, exam, "answer_only") != given
-    return np.array([part.sum() for part in (*counted, changed, results.contradicted(model, exam))] + [len(lost)])
+def _changes(results: SeedResults, model: str, exam: str) -> list[int]:
+    only, explained = (results.given(model, exam, condition) for condition in CONDITIONS)
+    counted = (*results.lost(model, exam).values(), results.gained(model, exam), only != explained)
+    return [int(part.sum()) for part in (*counted, results.contradicted(model, exam))] + [len(only)]
 
 
 def explanations(study: Sequence[SeedResults], exam: str) -> str:
@@ -73,10 +69,10 @@ def explanations(study: Sequence[SeedResults], exam: str) -> str:
 
 def by_seed(study: Sequence[SeedResults], exam: str, reading: str) -> str:
     """Each seed by itself, with McNemar's exact test of the drop."""
-    rows = [["seed", "questions", *(f"{MODELS[model]}: answer-only / explained (p)" for model in _STAGES)]]
+    rows = [["seed", "questions", *(f"{MODELS[model]}: answer-only / explained (p)" for model in STAGES)]]
     for results in study:
         cells = []
-        for model in _STAGES:
+        for model in STAGES:
             only, explained = (results.right(model, exam, condition, reading) for condition in CONDITIONS)
             p = mcnemar(int((only & ~explained).sum()), int((explained & ~only).sum()))
             cells.append(f"{only.mean():.3f} / {explained.mean():.3f} ({p:.2g})")

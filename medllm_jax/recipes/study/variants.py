@@ -42,4 +42,5 @@ VARIANTS = (
 
 # Every model that is examined, in the order of tables: name -> title.
 MODELS = {"base": "base", "cpt": "CPT", **{variant.name: variant.title for variant in VARIANTS}}
+STAGES = ("base", "cpt", "rpo")  # the recipe itself
 EXAMS = ("test", "transfer")
