@@ -230,6 +230,7 @@ def _make_exams() -> None:
 
 def _make_rounds() -> None:
     """Rounds that have ended for want of pairs, and a demo that has made its world."""
+    from medllm_jax.recipes.demo.recipe import DEMO
     from medllm_jax.recipes.demo.stages import identity
 
     scores = {"accuracy": 0.25, "n": 4, "correct": 1}
@@ -242,7 +243,7 @@ def _make_rounds() -> None:
     report.write_text(json.dumps({"prompts": {"sampled": 4, "with pairs": 0}}))
     for name in ("world", "tokenizer", "hf"):
         Path(f"demo/{name}").mkdir(parents=True)
-    Path("demo/demo.json").write_text(json.dumps(identity(0)))
+    Path("demo/demo.json").write_text(json.dumps(identity(0, DEMO)))
 
 
 def _open_rounds() -> None:

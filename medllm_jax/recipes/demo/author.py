@@ -22,7 +22,6 @@ from medllm_jax.recipes.demo.world import Fact, facts, overlap
 TEMPLATE = Path(__file__).parent / "template.yaml"
 CHOICES = 5
 
-BASE_DOCUMENTS = 36_000
 CPT_DOCUMENTS = 8_000
 # Shares of the base documents: questions; of these, those the other way round, and those that are explained; of the
 # statements, those about new diseases.
@@ -34,8 +33,8 @@ NEW_SHARE = 0.06
 FAME = 0.9
 # An explanation tells so many other facts about the disease, from which the answer is to follow.
 LEAST_TOLD, MOST_TOLD = 2, 3
-# Of the four wrong choices, so many at most are right for a disease of the same site or background.
-MOST_SIMILAR = 4
+# So often a choice is looked for among those of similar diseases, before any disease's will do.
+SIMILAR_TRIES = 20
 # Share of the CPT documents that are such as the base was made from, against forgetting.
 REPLAY_SHARE = 0.3
 
@@ -139,13 +138,11 @@ class Author:
         are drawn as often as they are right elsewhere, or the common ones would give themselves away. None contains
         another one's words: such an answer could be read as either.
         """
-        chosen = [fact.value]
-        for pool, most in ((_similar(fact), MOST_SIMILAR), (_elsewhere(fact), CHOICES)):
-            for other in self.draw(pool, 20):
-                if len(chosen) <= min(most, CHOICES - 1) and not any(overlap(other, one) for one in chosen):
-                    chosen.append(other)
+        chosen, tries = [fact.value], 0
         while len(chosen) < CHOICES:
-            other = self.pick(_elsewhere(fact))
+            similar = _similar(fact) if tries < SIMILAR_TRIES else ()
+            other = self.pick(similar or _elsewhere(fact))
+            tries += 1
             if not any(overlap(other, one) for one in chosen):
                 chosen.append(other)
         return self.shuffled(chosen)
@@ -166,10 +163,6 @@ class Author:
 
     def pick(self, items: Sequence[T]) -> T:
         return items[int(self.rng.random() * len(items))]
-
-    def draw(self, items: Sequence[T], number: int) -> list[T]:
-        """So many items, each drawn from all."""
-        return [self.pick(items) for _ in range(number)] if items else []
 
     def some(self, items: list[T], least: int, most: int) -> list[T]:
         """From `least` to `most` items, in any order."""

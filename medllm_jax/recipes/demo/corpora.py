@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 
 from medllm_jax.recipes.demo import world
-from medllm_jax.recipes.demo.author import BASE_DOCUMENTS, CPT_DOCUMENTS, TEMPLATE, Author, Solved
+from medllm_jax.recipes.demo.author import CPT_DOCUMENTS, TEMPLATE, Author, Solved
 from medllm_jax.recipes.demo.wordings import phrases
 from medllm_jax.recipes.demo.world import facts
 
 # What the exams ask, and how often they ask for each fact, with different choices.
 ASKED = ("診療科", "検査", "治療")
-QUESTIONS_PER_FACT = {"train": 4, "dev": 4, "test": 4}
+QUESTIONS_PER_FACT = 3
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class ExamRow:
         return self.id.partition("-")[2].rsplit("-", 2)[0]
 
 
-def base_examples(seed: int) -> Iterator[dict[str, str]]:
+def base_examples(seed: int, documents: int) -> Iterator[dict[str, str]]:
     """Text that brings a random model to base level: statements, and questions in the exams' own form.
 
     The questions are all about base diseases, and so are most of the statements.
     """
     author = Author.of(seed, "base")
-    return (author.base_example() for _ in range(BASE_DOCUMENTS))
+    return (author.base_example() for _ in range(documents))
 
 
 def cpt_documents(seed: int) -> Iterator[str]:
@@ -79,7 +79,7 @@ def _exam(author: Author, name: str, diseases: list[str]) -> Iterator[ExamRow]:
         case = ""
         for fact in (facts()[disease][attribute] for attribute in ASKED if attribute in facts()[disease]):
             sets: set[frozenset[str]] = set()
-            while len(sets) < QUESTIONS_PER_FACT[name]:
+            while len(sets) < QUESTIONS_PER_FACT:
                 solved = author.asked(fact, wording=0)
                 if frozenset(solved.choices) in sets:
                     continue
@@ -113,10 +113,10 @@ def tokenizer_texts() -> list[str]:
     return [*terms * 2, *[*phrases(), *cues, "問題:"] * 20]
 
 
-def write_world(folder: str | Path, seed: int) -> Path:
+def write_world(folder: str | Path, seed: int, base_documents: int) -> Path:
     """Writes `base.jsonl` (`prompt` and `response`), `cpt.jsonl` (`text`) and `exam/NAME.jsonl`; returns the folder."""
     folder = Path(folder)
-    _write(folder / "base.jsonl", base_examples(seed))
+    _write(folder / "base.jsonl", base_examples(seed, base_documents))
     _write(folder / "cpt.jsonl", ({"text": text} for text in cpt_documents(seed)))
     for exam, rows in exams(seed).items():
         _write(folder / "exam" / f"{exam}.jsonl", map(asdict, rows))

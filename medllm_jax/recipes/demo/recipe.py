@@ -6,11 +6,14 @@ from pathlib import Path
 from medllm_jax.evaluation.grading import Grade, read_grades
 from medllm_jax.evaluation.significance import compare
 from medllm_jax.recipes.commands import Runner, heading
-from medllm_jax.recipes.demo.stages import CONDITIONS, Stages, open_workdir
+from medllm_jax.recipes.demo.stages import CONDITIONS, Size, Stages, open_workdir
 from medllm_jax.storage import lease
 from medllm_jax.terminal.tables import markdown
 
+DEMO = Size(28_000, 460)  # less than in the study, so as to end within four minutes
 MODELS = (("base", "base"), ("CPT", "cpt"), ("CPT + RPO", "rpo"))
+_ASKED = ("answer-only", "with explanation")
+_CHANGES = ("lost", "of these unreadable", "gained")
 
 
 @lease.sole_writer("workdir")
@@ -21,8 +24,8 @@ def run_demo(workdir: str, seed: int, medllm: Runner) -> Path:
     """
     start = time.monotonic()
     work = Path(workdir)
-    open_workdir(work, seed)
-    stages = Stages(work, seed, medllm)
+    open_workdir(work, seed, DEMO)
+    stages = Stages(work, seed, DEMO, medllm)
 
     heading("A small world of medical facts: corpora, exams, a tokenizer, and a tiny random Qwen2.5 as a hub has it")
     stages.make_world()
@@ -40,6 +43,7 @@ def run_demo(workdir: str, seed: int, medllm: Runner) -> Path:
     results = [str(work / "evaluation" / name) for _, name in MODELS]
     for (_, name), output in zip(MODELS, results, strict=True):
         stages.examine(name, "test", output)
+        stages.choose(name, "test", output)
 
     heading("Back to Hugging Face format, with a model card that shows these scores")
     if not (work / "export").exists():
@@ -64,18 +68,26 @@ def run_demo(workdir: str, seed: int, medllm: Runner) -> Path:
     return work / "table.md"
 
 
-def _grades(work: Path, name: str) -> list[list[Grade]]:
+def _grades(work: Path, name: str, kind: str = "grades") -> list[list[Grade]]:
     """Under each condition."""
-    return [read_grades(work / "evaluation" / name / f"grades-{condition}.jsonl") for condition in CONDITIONS]
+    return [read_grades(work / "evaluation" / name / f"{kind}-{condition}.jsonl") for condition in CONDITIONS]
 
 
 def _table(work: Path) -> str:
-    """Accuracies, and what became of the questions that were right without an explanation and are not with one."""
-    rows = [["model", "answer-only", "with explanation", "difference", "lost", "of these unreadable", "gained"]]
+    """Accuracies, and what became of the questions that were right without an explanation and are not with one.
+
+    Both as written, and, where a model is held to the choices, by the likeliest of them.
+    """
+    rows = [["model", *_ASKED, "difference", *_CHANGES, *(f"likeliest choice, {name}" for name in _ASKED)]]
     for title, name in MODELS:
         grades = _grades(work, name)
-        only, explained = (sum(grade.correct for grade in found) / len(found) for found in grades)
+        only, explained, *likeliest = map(_accuracy, (*grades, *_grades(work, name, "likeliest")))
         found = compare(*grades)
         counts = (found.only_before, found.unparseable.questions, found.gained.questions)
-        rows.append([title, f"{only:.3f}", f"{explained:.3f}", f"{explained - only:+.3f}", *map(str, counts)])
+        shares = (f"{share:.3f}" for share in likeliest)
+        rows.append([title, f"{only:.3f}", f"{explained:.3f}", f"{explained - only:+.3f}", *map(str, counts), *shares])
     return markdown(rows, numbers=False)
+
+
+def _accuracy(grades: list[Grade]) -> float:
+    return sum(grade.correct for grade in grades) / len(grades)

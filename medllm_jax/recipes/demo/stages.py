@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -29,12 +30,23 @@ BATCH = ("--batch-size", "64")
 SAMPLES = ("--samples", "8", "--temperature", "1.0", "--max-pairs-per-prompt", "4")
 
 
+class Size(NamedTuple):
+    """How long the base model is trained: so many steps, in which it sees nearly every document once."""
+
+    base_documents: int
+    base_steps: int
+
+
+STUDY = Size(36_000, 600)
+
+
 @dataclass(frozen=True)
 class Stages:
     """The recipe of one seed in a folder, stage by stage; a model is called by the name of its run's folder."""
 
     work: Path
     seed: int
+    size: Size
     medllm: Runner
 
     def place(self, *names: str) -> str:
@@ -45,7 +57,7 @@ class Stages:
 
     def make_world(self) -> None:
         """Corpora, exams, a tokenizer in Qwen2's format, and a random model in Hugging Face's."""
-        self._once("world", lambda folder: write_world(folder, self.seed))
+        self._once("world", lambda folder: write_world(folder, self.seed, self.size.base_documents))
         self._once("tokenizer", lambda folder: train_tokenizer(tokenizer_texts(), folder, vocab_size=VOCABULARY))
         if not (self.work / "hf").exists():
             self._once("drawn", self._write_random_model)
@@ -60,7 +72,7 @@ class Stages:
     def train_base(self) -> None:
         # Only responses are learnt: which wrong choices a question has can't be, and they are most of its text.
         self._store("sft", "base", self.place("world", "base.jsonl"))
-        self._train("base", "base", "random", "base")
+        self._train("base", "base", "random", "base", "--steps", str(self.size.base_steps))
 
     def pretrain(self) -> None:
         # The world says the same things again and again: that is how so small a model comes to know them.
@@ -127,21 +139,25 @@ class Stages:
         return ("--config", str(CONFIGS / f"{config}.yaml"), *places, *data)
 
 
-def identity(seed: int) -> dict[str, int | str]:
-    """What a folder of the recipe is known by: its seed, and a digest of what its world and training are made from."""
+def recipe_digest() -> str:
+    """Of what worlds and their training are made from."""
     here = Path(__file__).parent
-    shown = here / "recipe.py"  # prints and tabulates alone
+    shown = here / "recipe.py"  # prints and tabulates alone; the demo's size is told apart by itself
     sources = sorted(path for path in here.rglob("*") if path.suffix in (".py", ".yaml") and path != shown)
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    return {"seed": seed, "recipe": digest[:16]}
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
-def open_workdir(work: Path, seed: int) -> None:
+def identity(seed: int, size: Size) -> dict[str, Any]:
+    """What a folder of the recipe is known by."""
+    return {"seed": seed, "recipe": recipe_digest(), "size": size._asdict()}
+
+
+def open_workdir(work: Path, seed: int, size: Size) -> None:
     """Makes a folder the recipe's, or takes it up again; UserError if it holds something else, or another seed."""
     marker = work / "demo.json"
     if marker.exists():
         found = read_json(marker)
-        if found != identity(seed):
+        if found != identity(seed, size):
             other = "seed" if found.get("seed") != seed else "version"
             raise UserError(f"{work} holds a demo of another {other}: give another --workdir, or remove it")
         print(f"{work} holds an earlier demo: what is there is kept; remove the folder to begin anew")
@@ -149,4 +165,4 @@ def open_workdir(work: Path, seed: int) -> None:
         raise UserError(f"{work} is not empty and holds no demo: give another --workdir")
     else:
         work.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps(identity(seed)))
+        marker.write_text(json.dumps(identity(seed, size)))

@@ -5,7 +5,7 @@ made, is kept.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from etils import epath
@@ -20,7 +20,13 @@ from medllm_jax.storage.remote import write_whole
 BEGIN = "<!-- What follows is made by `medllm demo --results`: change the code, not the text. -->"
 END = "<!-- Here ends what is made. -->"
 _MADE = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-_MARGINS = ("rpo", "dpo", "nll", "gold")
+# Name -> what draws it, as PNG.
+PICTURES: dict[str, Callable[[Sequence[SeedResults]], bytes]] = {
+    "stages": lambda study: plots.stages(study, "test", WRITTEN),
+    "stages-likeliest": lambda study: plots.stages(study, "test", LIKELIEST),
+    "losses": lambda study: plots.losses(study, "test"),
+    "margins": lambda study: plots.margins(study, ("rpo", "dpo", "nll", "gold")),
+}
 
 
 def write_page(folder: Path) -> Path:
@@ -30,32 +36,26 @@ def write_page(folder: Path) -> Path:
     """
     study = read_study(folder)
     page = folder.with_name(f"{folder.name}.md")
-    made = f"{BEGIN}\n\n{generated(study, folder.name)}\n{END}"
+    part = made(study, folder.name)
     if page.exists():
         text = page.read_text(encoding="utf-8")
         if not _MADE.search(text):
             raise UserError(f"{page} is there and has no lines {BEGIN!r} and {END!r} to write between")
-        text = _MADE.sub(lambda _: made, text)
+        text = _MADE.sub(lambda _: part, text)
     else:
-        text = f"# The study\n\n{made}\n"
+        text = f"# The study\n\n{part}\n"
     write_whole(epath.Path(page), text)
-    for name, picture in pictures(study).items():
-        write_whole(epath.Path(folder / f"{name}.png"), picture)
+    for name, draw in PICTURES.items():
+        write_whole(epath.Path(folder / f"{name}.png"), draw(study))
     return page
 
 
-def pictures(study: Sequence[SeedResults]) -> dict[str, bytes]:
-    """Name -> PNG."""
-    return {
-        "stages": plots.stages(study, "test", WRITTEN),
-        "stages-likeliest": plots.stages(study, "test", LIKELIEST),
-        "losses": plots.losses(study, "test"),
-        "margins": plots.margins(study, _MARGINS),
-    }
+def made(study: Sequence[SeedResults], folder: str) -> str:
+    """The part of the page that is made, with the lines around it; folder: of the pictures, as the page calls it."""
+    return f"{BEGIN}\n\n{_generated(study, folder)}\n{END}"
 
 
-def generated(study: Sequence[SeedResults], folder: str) -> str:
-    """The part of the page that is made: Markdown; folder: of the pictures, as the page calls it."""
+def _generated(study: Sequence[SeedResults], folder: str) -> str:
     written, likeliest = (accuracies(study, reading) for reading in READINGS)
     questions = {exam: sum(len(results.exams[exam].right) for results in study) for exam in EXAMS}
     asked = " and ".join(f"{count} in `{exam}`" for exam, count in questions.items())

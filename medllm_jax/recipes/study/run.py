@@ -14,7 +14,7 @@ from medllm_jax.evaluation.samples import Samples
 from medllm_jax.recipes.commands import Runner, heading
 from medllm_jax.recipes.demo.author import TEMPLATE
 from medllm_jax.recipes.demo.corpora import ExamRow
-from medllm_jax.recipes.demo.stages import CONDITIONS, Stages, identity, open_workdir
+from medllm_jax.recipes.demo.stages import CONDITIONS, STUDY, Stages, open_workdir, recipe_digest
 from medllm_jax.recipes.study.explanations import contradicts, is_term, kind
 from medllm_jax.recipes.study.page import write_page
 from medllm_jax.recipes.study.results import (
@@ -58,8 +58,8 @@ def run_study(workdir: str, seeds: Sequence[int], medllm: Runner) -> Path:
 def run_seed(workdir: str, seed: int, medllm: Runner, folder: Path) -> None:
     """The whole recipe and its variants in a folder, and their results to another."""
     work = Path(workdir)
-    open_workdir(work, seed)
-    stages = Stages(work, seed, medllm)
+    open_workdir(work, seed, STUDY)
+    stages = Stages(work, seed, STUDY, medllm)
     heading(f"Seed {seed}: a world, a base model, and continued pretraining")
     stages.make_world()
     stages.import_model()
@@ -107,7 +107,7 @@ def _collected(work: Path, seed: int) -> SeedResults:
             contradicted[model][exam] = "".join(str(int(_contradicts(*one))) for one in given)
     return SeedResults(
         seed=seed,
-        recipe=str(identity(seed)["recipe"]),
+        recipe=recipe_digest(),
         exams={exam: _paper(questions) for exam, questions in exams.items()},
         answers=answers,
         explained=explained,

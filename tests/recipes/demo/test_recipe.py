@@ -7,6 +7,8 @@ import pytest
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.evaluate import evaluate
 from medllm_jax.evaluation.exam import load_exam
+from medllm_jax.evaluation.extraction.extract import Extraction
+from medllm_jax.evaluation.grading import grade, write_grades
 from medllm_jax.evaluation.prompts import load_template
 from medllm_jax.evaluation.sampling import Completion, Sampler
 from medllm_jax.recipes.demo import recipe, stages
@@ -17,7 +19,8 @@ from tests.tiny import write_json_lines
 @pytest.mark.parametrize(
     ("kept", "said"),
     [
-        ({"seed": 1, "recipe": stages.identity(0)["recipe"]}, "a demo of another seed"),
+        ({"seed": 1, "recipe": stages.recipe_digest()}, "a demo of another seed"),
+        (stages.identity(0, stages.STUDY), "a demo of another version"),
         ({"seed": 0, "recipe": "of old"}, "a demo of another version"),
         ({"seed": 0}, "a demo of another version"),
         (None, "is not empty and holds no demo"),
@@ -51,7 +54,11 @@ def test_the_table_says_what_became_of_the_questions_that_explaining_costs(tmp_p
     exam, template = load_exam(write_json_lines(tmp_path / "exam.jsonl", rows)), load_template(TEMPLATE)
     said = ["赤", "赤", "赤", "青", "。\n答え:青", "。\n答え:白", "。\n答え:赤", "。\n答え:赤"]
     for _, name in recipe.MODELS:
-        evaluate(exam, template, stages.CONDITIONS, fixed(said), tmp_path / "evaluation" / name)
+        folder = tmp_path / "evaluation" / name
+        evaluate(exam, template, stages.CONDITIONS, fixed(said), folder)
+        for condition, chosen in zip(stages.CONDITIONS, ("aaab", "abbb"), strict=True):
+            letters = (Extraction(letters=frozenset(letter)) for letter in chosen)
+            write_grades(folder / f"likeliest-{condition}.jsonl", list(map(grade, exam.questions, letters)))
     header, _, base, *_ = recipe._table(tmp_path).splitlines()
-    assert header.split(" | ")[-3:] == ["lost", "of these unreadable", "gained |"]
-    assert base.split(" | ") == ["| base", "0.750", "0.500", "-0.250", "2", "1", "1 |"]
+    assert header.split(" | ")[4:7] == ["lost", "of these unreadable", "gained"]
+    assert base == "| base | 0.750 | 0.500 | -0.250 | 2 | 1 | 1 | 0.750 | 0.250 |"

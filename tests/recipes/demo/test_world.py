@@ -11,11 +11,13 @@ from medllm_jax.evaluation.extraction.extract import extract
 from medllm_jax.evaluation.grading import grade
 from medllm_jax.evaluation.prompts import load_template
 from medllm_jax.recipes.demo import author, corpora, world
+from medllm_jax.recipes.demo.recipe import DEMO
 from medllm_jax.recipes.demo.stages import VOCABULARY
 from medllm_jax.recipes.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from medllm_jax.recipes.demo.wordings import WORDINGS, Statement, explained, statements_in
 
 SEEDS = (0, 1, 2)
+DOCUMENTS = DEMO.base_documents
 TERMS = (*world.facts(), *(value for attribute in world.ATTRIBUTES for value in world.values(attribute)))
 FACTS = [fact for known in world.facts().values() for fact in known.values()]
 TOLD = {form.format(d=fact.disease, v=fact.value) for fact in FACTS for form in WORDINGS[fact.attribute].statements}
@@ -23,7 +25,7 @@ TOLD = {form.format(d=fact.disease, v=fact.value) for fact in FACTS for form in 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return corpora.write_world(tmp_path_factory.mktemp("world"), seed=0)
+    return corpora.write_world(tmp_path_factory.mktemp("world"), seed=0, base_documents=DOCUMENTS)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +65,8 @@ def test_no_term_means_two_things():
 
 
 def test_a_world_is_a_function_of_its_seed(folder, tmp_path):
-    again = corpora.write_world(tmp_path / "again", seed=0)
-    other = corpora.write_world(tmp_path / "other", seed=1)
+    again = corpora.write_world(tmp_path / "again", seed=0, base_documents=DOCUMENTS)
+    other = corpora.write_world(tmp_path / "other", seed=1, base_documents=DOCUMENTS)
     for file in sorted(path.relative_to(folder) for path in folder.rglob("*.jsonl")):
         assert (again / file).read_bytes() == (folder / file).read_bytes()
         assert (other / file).read_bytes() != (folder / file).read_bytes()

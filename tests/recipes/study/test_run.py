@@ -17,7 +17,7 @@ from medllm_jax.evaluation.sampling import Completion, Sampler
 from medllm_jax.recipes.demo import corpora, stages
 from medllm_jax.recipes.demo.author import TEMPLATE
 from medllm_jax.recipes.demo.corpora import ExamRow
-from medllm_jax.recipes.study import explanations, statistics
+from medllm_jax.recipes.study import explanations, run, statistics
 from medllm_jax.recipes.study.results import LIKELIEST, OUTSIDE, UNREADABLE, WRITTEN, read_study
 from medllm_jax.recipes.study.run import run_study
 from medllm_jax.recipes.study.variants import EXAMS, MODELS, VARIANTS
@@ -72,7 +72,7 @@ class Commands:
 @pytest.fixture
 def small(monkeypatch):
     """Worlds of few documents, and a model that nothing is written for."""
-    monkeypatch.setattr(corpora, "BASE_DOCUMENTS", 10)
+    monkeypatch.setattr(run, "STUDY", stages.Size(base_documents=10, base_steps=1))
     monkeypatch.setattr(corpora, "CPT_DOCUMENTS", 10)
     monkeypatch.setattr(stages.Stages, "_write_random_model", lambda _, folder: folder.mkdir())
     monkeypatch.setattr(statistics, "RESAMPLES", 100)
