@@ -1,8 +1,9 @@
 """Who writes the miniature world's texts: statements, questions with their answers, and explanations, all of them true.
 
-An explanation tells other things about the disease than the one that is asked for, and the answer is to follow from
-them. That is harmless to whoever knows the disease. A model that hardly does must still tell something, and may then
-tell what is true of another disease, or of none, and answer accordingly.
+An explanation tells where a disease sits and what is behind it, and the answer is to follow from that. Statements
+seldom do: they tell who treats a disease, and how. That is harmless to whoever knows the disease. A model that has
+hardly read about the why must say something all the same, and may then tell what is true of another disease, or of
+none, and answer accordingly.
 """
 
 import functools
@@ -31,8 +32,10 @@ EXPLAIN_SHARE = 0.5
 NEW_SHARE = 0.06
 # Base diseases are told of as unevenly as diseases are: the n-th most famous one in proportion to n ** -FAME.
 FAME = 0.9
-# An explanation tells so many other facts about the disease, from which the answer is to follow.
-LEAST_TOLD, MOST_TOLD = 2, 3
+# What an explanation begins with: site and background. Statements tell of either as seldom as these shares say.
+WHY = ("部位", "背景")
+BASE_WHY_SHARE = 0.1
+CPT_WHY_SHARE = 0.4
 # So often a choice is looked for among those of similar diseases, before any disease's will do.
 SIMILAR_TRIES = 20
 # Share of the CPT documents that are such as the base was made from, against forgetting.
@@ -84,18 +87,20 @@ class Author:
         if self.happens(QUESTION_SHARE):
             return self.solved_question().example("explain" if self.happens(EXPLAIN_SHARE) else "answer_only")
         disease = self.pick(self.new) if self.happens(NEW_SHARE) else self.famous()
-        told = self.statements(disease)
+        told = self.statements(disease, BASE_WHY_SHARE)
         return {"prompt": told[0], "response": "".join(told[1:])}
 
     def cpt_document(self) -> str:
         """Statements about a new disease, or what the base was made from."""
         if self.happens(REPLAY_SHARE):
             return "".join(self.base_example().values())
-        return "".join(self.statements(self.pick(self.new)))
+        return "".join(self.statements(self.pick(self.new), CPT_WHY_SHARE))
 
-    def statements(self, disease: str) -> tuple[str, str]:
+    def statements(self, disease: str, why_share: float) -> tuple[str, str]:
         """One to four facts about a disease, in any order and wording: the first term, and what follows it."""
-        told = self.some(list(facts()[disease].values()), least=1, most=4)
+        known = facts()[disease].values()
+        chosen = [fact for fact in known if fact.attribute not in WHY or self.happens(why_share)]
+        told = self.some(chosen or list(known), least=1, most=4)
         forms = [(self.pick(WORDINGS[fact.attribute].statements), fact.value) for fact in told]
         first, value = forms[0]
         start = disease if first.startswith("{d}") else value
@@ -148,9 +153,12 @@ class Author:
         return self.shuffled(chosen)
 
     def explanation(self, fact: Fact) -> str:
-        """Two or three other facts about the disease, in any order."""
+        """Why, in any order, and half the time one more fact about the disease; never the one that is asked for."""
         others = [other for other in facts()[fact.disease].values() if other is not fact]
-        return "".join(map(explained, self.some(others, LEAST_TOLD, MOST_TOLD)))
+        why = [other for other in others if other.attribute in WHY]
+        more = [other for other in others if other.attribute not in WHY]
+        told = self.some(why, least=2, most=2) + self.some(more, least=0 if why else 1, most=1)
+        return "".join(map(explained, told))
 
     # --- chance ---
 

@@ -1,6 +1,7 @@
 """Files of results, what explanations say, and the page that is made."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from medllm_jax.recipes.study import page, statistics
 from medllm_jax.recipes.study.explanations import FALSE, NOTHING, OTHER, TRUE, contradicts, kind
 from medllm_jax.recipes.study.results import file_of, read_study, write_seed
 from tests.recipes.study.conftest import seed_results
+
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 @pytest.fixture
@@ -97,6 +100,14 @@ def test_a_page_of_something_else_is_left_alone(folder):
     with pytest.raises(UserError, match="no lines"):
         page.write_page(folder)
     assert folder.with_name("study.md").read_text() == "mine"
+
+
+def test_the_published_page_is_what_the_code_makes_of_the_published_results():
+    results = DOCS / "study"
+    study = read_study(results)
+    text = DOCS.joinpath("study.md").read_text(encoding="utf-8")
+    assert page.made(study, results.name) in text, "run: medllm demo --results docs/study"
+    assert {file.stem for file in results.glob("*.png")} == set(page.PICTURES)
 
 
 # --- explanations ----------------------------------------------------------------------------------------------------

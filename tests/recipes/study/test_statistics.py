@@ -86,11 +86,13 @@ def test_a_study_as_the_paper_has_it_shows_every_fact(monkeypatch):
         "dpo": (1.0, 0.7),
         "nll": (1.0, 0.8),
         "base-rpo": (0.5, 0.5),
+        "rpo-fast": (1.0, 0.9),
+        "dpo-fast": (0.7, 0.4),
     }
     study = [seed_results(seed, paper) for seed in range(5)]
     judged = verdicts.judge(verdicts.accuracies(study))
     assert {fact.number: verdicts.verdict(claims) for fact, claims in judged.items()} == dict.fromkeys(
-        range(1, 8), "shown"
+        range(1, 9), "shown"
     )
 
 
