@@ -118,7 +118,12 @@ What they write:
 The likeliest choice:
 
 {tables.scores(likeliest["transfer"])}
-### Reward margins
+### What the metrics of preference training say
 
+Means over seeds and the last fifth of the steps. `chosen` and `rejected` are what the log-probability of those answers
+has gained over the reference, in nats: `rewards/chosen` and `rewards/rejected` divided by beta. Entropy is the model's
+on chosen tokens. Accuracies are those of `test`, as written.
+
+{tables.training(study, "test")}
 ![reward margins]({folder}/margins.png)
 """

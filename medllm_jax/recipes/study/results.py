@@ -21,14 +21,23 @@ from medllm_jax.recipes.study.variants import EXAMS, MODELS, VARIANTS
 from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.remote import write_whole
 
-FORMAT = 1
+FORMAT = 2
 UNREADABLE, OUTSIDE, WRONG_COUNT = "-?+"
 # Character -> what stands instead of a choice. The extractor calls the first two unreadable.
 NO_CHOICE = {UNREADABLE: "nothing readable", OUTSIDE: "none of the choices", WRONG_COUNT: "more than one"}
 A_WRONG_CHOICE = "a wrong choice"
 WRITTEN, LIKELIEST = READINGS = ("written", "likeliest")
 # Of preference training: name -> metric of the run.
-CURVES = {"loss": "loss", "margins": "rewards/margins"}
+CURVES = {
+    "margins": "rewards/margins",
+    "accuracies": "rewards/accuracies",
+    "chosen": "rewards/chosen",
+    "rejected": "rewards/rejected",
+    "entropy": "entropy",
+}
+# A reward is beta times what log-probability has gained over the reference: these are kept in nats, without beta.
+IN_NATS = ("chosen", "rejected")
+POINTS = 10  # of a curve: each is the mean over a tenth of the steps
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,8 @@ class SeedResults:
 
     recipe: the digest of what made them. exams: exam -> paper. answers: reading -> model -> exam -> condition -> a
     character a question. explained: model -> exam -> a character a question, what kind of explanation it was;
-    contradicts: the same, `1` where the answer contradicts what the explanation says. curves: model -> metric ->
-    [step, value] pairs.
+    contradicts: the same, `1` where the answer contradicts what the explanation says. curves: model -> name ->
+    [last step, mean over the steps since the point before] pairs.
     """
 
     seed: int

@@ -4,7 +4,9 @@ import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from etils import epath
 
 from medllm_jax.evaluation.exam import LETTERS
@@ -19,8 +21,10 @@ from medllm_jax.recipes.study.explanations import contradicts, is_term, kind
 from medllm_jax.recipes.study.page import write_page
 from medllm_jax.recipes.study.results import (
     CURVES,
+    IN_NATS,
     LIKELIEST,
     OUTSIDE,
+    POINTS,
     READINGS,
     UNREADABLE,
     WRITTEN,
@@ -33,7 +37,7 @@ from medllm_jax.recipes.study.results import (
 from medllm_jax.recipes.study.variants import EXAMS, MODELS, VARIANTS
 from medllm_jax.storage import lease
 from medllm_jax.storage.json_lines import read_rows
-from medllm_jax.storage.run_folder import read_metrics
+from medllm_jax.storage.run_folder import read_metrics, recorded_config
 
 
 def run_study(workdir: str, seeds: Sequence[int], medllm: Runner) -> Path:
@@ -112,7 +116,7 @@ def _collected(work: Path, seed: int) -> SeedResults:
         answers=answers,
         explained=explained,
         contradicts=contradicted,
-        curves={variant.name: _curves(work / variant.name) for variant in VARIANTS},
+        curves={variant.name: _curves(str(work / variant.name)) for variant in VARIANTS},
     )
 
 
@@ -149,8 +153,14 @@ def _contradicts(question: ExamRow, said: str, character: str) -> bool:
     return character == OUTSIDE and contradicts(said, question.category, _words(said))
 
 
-def _curves(run: Path) -> dict[str, list[list[float]]]:
-    rows, _ = read_metrics(str(run))
-    return {
-        name: [[row["step"], round(row[metric], 5)] for row in rows if metric in row] for name, metric in CURVES.items()
-    }
+def _curves(run: str) -> dict[str, list[list[float]]]:
+    config = recorded_config(run)
+    assert config is not None, run
+    rows, _ = read_metrics(run)
+    parts = [rows[part[0] : part[-1] + 1] for part in np.array_split(np.arange(len(rows)), POINTS)]
+
+    def point(part: list[dict[str, Any]], name: str) -> list[float]:
+        value = float(np.mean([row[CURVES[name]] for row in part]))
+        return [part[-1]["step"], round(value / config.objective.beta if name in IN_NATS else value, 4)]
+
+    return {name: [point(part, name) for part in parts] for name in CURVES}

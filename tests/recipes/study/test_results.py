@@ -7,6 +7,7 @@ import pytest
 
 from medllm_jax.cli import main
 from medllm_jax.errors import UserError
+from medllm_jax.recipes.demo.stages import recipe_digest
 from medllm_jax.recipes.demo.wordings import explained
 from medllm_jax.recipes.demo.world import facts
 from medllm_jax.recipes.study import page, statistics
@@ -41,7 +42,7 @@ def change(file, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        (["format"], 0, "no result of a study in format 1"),
+        (["format"], 0, "no result of a study in format 2"),
         (["recipe"], "another", "of different versions of the recipe"),
         (["seed"], 7, "seed-0.json holds seed 7"),
         (["seed"], "0", "damaged"),
@@ -52,7 +53,7 @@ def change(file, path, value):
         (["answers", "written", "cpt"], {}, "damaged"),
         (["explained", "cpt", "test"], "?" * 80, "explanations of cpt"),
         (["contradicts", "cpt", "test"], "2" * 80, "contradictions of cpt"),
-        (["curves", "rpo"], {"loss": [[1]], "margins": []}, "damaged"),
+        (["curves", "rpo"], {"margins": [[1]], "chosen": []}, "damaged"),
         (["curves", "rpo"], {}, "damaged"),
         (["curves"], {}, "damaged"),
         (["more"], 1, "damaged"),
@@ -108,6 +109,12 @@ def test_the_published_page_is_what_the_code_makes_of_the_published_results():
     text = DOCS.joinpath("study.md").read_text(encoding="utf-8")
     assert page.made(study, results.name) in text, "run: medllm demo --results docs/study"
     assert {file.stem for file in results.glob("*.png")} == set(page.PICTURES)
+
+
+def test_the_published_results_are_of_this_recipe_and_of_enough_seeds():
+    study = read_study(DOCS / "study")
+    assert study[0].recipe == recipe_digest(), "the recipe has changed: run the study again"
+    assert len(study) >= 5
 
 
 # --- explanations ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
+from medllm_jax.config.load import load_run_config
 from medllm_jax.errors import RunError
 from medllm_jax.evaluation.evaluate import evaluate
 from medllm_jax.evaluation.exam import load_exam
@@ -22,7 +24,14 @@ from medllm_jax.recipes.study.results import LIKELIEST, OUTSIDE, UNREADABLE, WRI
 from medllm_jax.recipes.study.run import run_study
 from medllm_jax.recipes.study.variants import EXAMS, MODELS, VARIANTS
 from medllm_jax.storage.json_lines import read_rows
+from medllm_jax.storage.run_folder import record_config
 from tests.tiny import write_json_lines
+
+
+def metrics(step, beta):
+    """Of a step in which the chosen answers have gained half a nat a step, and the rejected have lost a nat in all."""
+    rewards = {"rewards/chosen": beta * step / 2, "rewards/rejected": -beta}
+    return {**rewards, "rewards/margins": beta * (step / 2 + 1), "rewards/accuracies": 0.75, "entropy": 1.0}
 
 
 class Commands:
@@ -44,10 +53,11 @@ class Commands:
         elif verb == "pairs":
             Path(named["--output"]).touch()
         elif verb == "train":
-            metrics = {"step": 1, "loss": 2.0, "rewards/margins": 0.5}
-            Path(named["--run"]).mkdir(exist_ok=True)
-            write_json_lines(Path(named["--run"]) / "metrics.jsonl", [metrics])
-            (Path(named["--run"]) / "config.yaml").touch()
+            config = load_run_config(words[1], words[2:])  # after --config
+            record_config(epath.Path(config.run), config)
+            beta = config.objective.beta
+            rows = [{"step": step, **metrics(step, beta)} for step in range(1, 41)]
+            write_json_lines(Path(config.run) / "metrics.jsonl", rows)
         elif verb == "evaluate":
             self.evaluate(Path(named["--run"]).name, Path(named["--exam"]), Path(named["--output"]))
         elif verb == "likelihood":
@@ -129,4 +139,12 @@ def test_results_say_what_models_said(small, tmp_path):
                 assert set(given[2::4]) <= {OUTSIDE, *"abcde"} and OUTSIDE in given[2::4]
             assert set(results.explained[model][exam]) == {explanations.TRUE}
         assert "1" in results.contradicts["base"][exam][2::4] and "1" not in results.contradicts["cpt"]["test"]
-    assert results.curves["rpo"] == {"loss": [[1, 2.0]], "margins": [[1, 0.5]]}
+    steps = range(4, 41, 4)
+    for name, beta in (("rpo", 0.1), ("beta-low", 0.03), ("nll", 1e-6)):
+        assert results.curves[name] == {
+            "margins": [[step, round(beta * (step / 2 + 0.25), 4)] for step in steps],
+            "accuracies": [[step, 0.75] for step in steps],
+            "chosen": [[step, step / 2 - 0.75] for step in steps],
+            "rejected": [[step, -1.0] for step in steps],
+            "entropy": [[step, 1.0] for step in steps],
+        }, name
