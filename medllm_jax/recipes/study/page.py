@@ -124,6 +124,6 @@ Means over seeds and the last fifth of the steps. `chosen` and `rejected` are wh
 has gained over the reference, in nats: `rewards/chosen` and `rewards/rejected` divided by beta. Entropy is the model's
 on chosen tokens. Accuracies are those of `test`, as written.
 
-{tables.training(study, "test")}
+{tables.training(study, written["test"])}
 ![reward margins]({folder}/margins.png)
 """

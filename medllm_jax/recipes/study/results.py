@@ -160,7 +160,7 @@ def _check(results: SeedResults) -> None:
             _expect(results.contradicts[model][exam], "01", questions, f"contradictions of {model} in {exam}")
     for variant in VARIANTS:
         curves = results.curves[variant.name]
-        if not all(curves[name] and all(len(point) == 2 for point in curves[name]) for name in CURVES):
+        if not all(np.shape(curves[name]) == (POINTS, 2) for name in CURVES):
             raise ValueError(f"curves of {variant.name}")
 
 

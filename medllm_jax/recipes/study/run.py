@@ -4,7 +4,6 @@ import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -157,10 +156,11 @@ def _curves(run: str) -> dict[str, list[list[float]]]:
     config = recorded_config(run)
     assert config is not None, run
     rows, _ = read_metrics(run)
-    parts = [rows[part[0] : part[-1] + 1] for part in np.array_split(np.arange(len(rows)), POINTS)]
+    last = [int(steps[-1]) for steps in np.array_split([row["step"] for row in rows], POINTS)]
+    units = {name: config.objective.beta if name in IN_NATS else 1.0 for name in CURVES}
 
-    def point(part: list[dict[str, Any]], name: str) -> list[float]:
-        value = float(np.mean([row[CURVES[name]] for row in part]))
-        return [part[-1]["step"], round(value / config.objective.beta if name in IN_NATS else value, 4)]
+    def means(name: str) -> list[float]:
+        parts = np.array_split([row[CURVES[name]] for row in rows], POINTS)
+        return [round(float(part.mean()) / units[name], 4) for part in parts]
 
-    return {name: [point(part, name) for part in parts] for name in CURVES}
+    return {name: [[step, mean] for step, mean in zip(last, means(name), strict=True)] for name in CURVES}

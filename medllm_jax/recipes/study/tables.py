@@ -7,7 +7,7 @@ import numpy as np
 from medllm_jax.evaluation.significance import Estimate, mcnemar
 from medllm_jax.recipes.demo.stages import CONDITIONS
 from medllm_jax.recipes.study.explanations import KINDS
-from medllm_jax.recipes.study.results import A_WRONG_CHOICE, CURVES, IN_NATS, NO_CHOICE, SeedResults
+from medllm_jax.recipes.study.results import A_WRONG_CHOICE, CURVES, IN_NATS, NO_CHOICE, POINTS, SeedResults
 from medllm_jax.recipes.study.statistics import Accuracies, accuracy, drop, share_lost
 from medllm_jax.recipes.study.variants import MODELS, STAGES, VARIANTS
 from medllm_jax.recipes.study.verdicts import Fact, Judged, verdict
@@ -67,14 +67,17 @@ def explanations(study: Sequence[SeedResults], exam: str) -> str:
     return markdown(rows)
 
 
-def training(study: Sequence[SeedResults], exam: str) -> str:
-    """What the metrics of preference training say in its last fifth, and what became of it; means over seeds."""
+def training(study: Sequence[SeedResults], found: Accuracies) -> str:
+    """What the metrics of preference training say in its last fifth, and what became of it; means over seeds.
+
+    found: what a study's models got right.
+    """
     metrics = ["rewards/margins", "rewards/accuracies", "chosen, nats", "rejected, nats", "entropy, first", "last"]
     rows = [["run", *metrics, "answer-only", "with explanation"]]
     for variant in VARIANTS:
-        curves = {name: np.mean([found.curves[variant.name][name] for found in study], axis=0) for name in CURVES}
-        last = {name: curve[-2:, 1].mean() for name, curve in curves.items()}
-        right = [np.mean([found.right(variant.name, exam, name).mean() for found in study]) for name in CONDITIONS]
+        curves = {name: np.mean([results.curves[variant.name][name] for results in study], axis=0) for name in CURVES}
+        last = {name: curve[-(POINTS // 5) :, 1].mean() for name, curve in curves.items()}
+        right = [found.in_each_seed(accuracy(variant.name, condition)).mean() for condition in CONDITIONS]
         pairs = [f"{last['margins']:.3f}", f"{last['accuracies']:.2f}", *(f"{last[name]:+.2f}" for name in IN_NATS)]
         entropy = [f"{value:.2f}" for value in (curves["entropy"][0, 1], last["entropy"])]
         rows.append([variant.title, *pairs, *entropy, *(f"{share:.3f}" for share in right)])

@@ -5,7 +5,7 @@ import numpy as np
 from medllm_jax.evaluation.exam import LETTERS
 from medllm_jax.recipes.demo.stages import CONDITIONS
 from medllm_jax.recipes.study import explanations
-from medllm_jax.recipes.study.results import CURVES, READINGS, UNREADABLE, Paper, SeedResults
+from medllm_jax.recipes.study.results import CURVES, POINTS, READINGS, UNREADABLE, Paper, SeedResults
 from medllm_jax.recipes.study.variants import EXAMS, MODELS, VARIANTS
 
 CASES, OF_A_CASE = 20, 4
@@ -31,6 +31,7 @@ def seed_results(seed: int, accuracies=None, recipe: str = "a recipe") -> SeedRe
     def of_each(make):
         return {model: {exam: make(model, exam) for exam in EXAMS} for model in MODELS}
 
+    curve = [[step, step / 10] for step in range(1, POINTS + 1)]
     shares = {model: (accuracies or {}).get(model, (0.8, 0.8)) for model in MODELS}
     return SeedResults(
         seed=seed,
@@ -44,5 +45,5 @@ def seed_results(seed: int, accuracies=None, recipe: str = "a recipe") -> SeedRe
         },
         explained=of_each(lambda m, e: "".join(rng.choice(list(explanations.KINDS), size=asked))),
         contradicts=of_each(lambda m, e: "".join(rng.choice(["0", "1"], size=asked))),
-        curves={one.name: {name: [[1, 0.1], [2, 0.2]] for name in CURVES} for one in VARIANTS},
+        curves={one.name: dict.fromkeys(CURVES, curve) for one in VARIANTS},
     )

@@ -10,9 +10,10 @@ from medllm_jax.errors import UserError
 from medllm_jax.recipes.demo.stages import recipe_digest
 from medllm_jax.recipes.demo.wordings import explained
 from medllm_jax.recipes.demo.world import facts
-from medllm_jax.recipes.study import page, statistics
+from medllm_jax.recipes.study import page, statistics, tables
 from medllm_jax.recipes.study.explanations import FALSE, NOTHING, OTHER, TRUE, contradicts, kind
 from medllm_jax.recipes.study.results import file_of, read_study, write_seed
+from medllm_jax.recipes.study.verdicts import accuracies
 from tests.recipes.study.conftest import seed_results
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -54,6 +55,7 @@ def change(file, path, value):
         (["explained", "cpt", "test"], "?" * 80, "explanations of cpt"),
         (["contradicts", "cpt", "test"], "2" * 80, "contradictions of cpt"),
         (["curves", "rpo"], {"margins": [[1]], "chosen": []}, "damaged"),
+        (["curves", "rpo", "entropy"], [[1, 0.5]], "curves of rpo"),
         (["curves", "rpo"], {}, "damaged"),
         (["curves"], {}, "damaged"),
         (["more"], 1, "damaged"),
@@ -101,6 +103,13 @@ def test_a_page_of_something_else_is_left_alone(folder):
     with pytest.raises(UserError, match="no lines"):
         page.write_page(folder)
     assert folder.with_name("study.md").read_text() == "mine"
+
+
+def test_a_run_is_told_by_the_last_fifth_of_its_metrics_and_what_it_got_right():
+    study = [seed_results(seed, {"rpo": (1.0, 0.0)}) for seed in (0, 1)]
+    told = tables.training(study, accuracies(study)["test"])
+    (row,) = [line for line in told.splitlines() if line.startswith("| CPT + RPO ")]
+    assert row == "| CPT + RPO | 0.950 | 0.95 | +0.95 | +0.95 | 0.10 | 0.95 | 1.000 | 0.000 |"
 
 
 def test_the_published_page_is_what_the_code_makes_of_the_published_results():
