@@ -23,7 +23,7 @@ def place(tmp_path_factory):
         rows = [
             {"step": n, "loss": 3 / n**0.2 + rng.normal() / 20, "grad_norm": 1 + 1 / n, "tokens": 2048.0}
             | {"tokens_per_second": 1e4, "data_wait": 0.0, "learning_rate": 1e-4}
-            | ({"rewards/margins": n / 20, "rewards/accuracies": 0.9} if name == "rpo" else {})
+            | ({"rewards/margins": n / 20, "rewards/chosen": -n / 99, "entropy": 1.0} if name == "rpo" else {})
             | ({"held_out/loss": 3 / n**0.2} if n % 100 == 0 else {})
             for n in range(1, steps + 1)
         ]

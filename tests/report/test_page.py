@@ -38,7 +38,8 @@ def test_the_page_holds_what_the_files_say(place, tmp_path):
     assert "1 of 6 questions\n(16.7 %) share 50 % or more" in html
     assert cells(html, "Likeliest letters right")[1] == ["rpo", "small", "700", "6", "0.500", "0.500"]
     pictures = {path.stem for path in (tmp_path / "out/figures").iterdir()}
-    assert {"loss", "rewards-margins", "grad_norm", "accuracy-small", "drop-small"} <= pictures
+    assert {"loss", "grad_norm", "accuracy-small", "drop-small"} <= pictures
+    assert {"rewards-margins", "rewards-chosen", "entropy"} <= pictures
     assert html.count("<img ") == html.count("data:image/png;base64,") == len(pictures)
     assert all(alt for alt in re.findall(r'alt="([^"]*)"', html)) and "dots: held out" in html
 

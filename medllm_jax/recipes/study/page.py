@@ -92,6 +92,16 @@ What they write:
 The likeliest choice:
 
 {tables.scores(likeliest["test"])}
+### Every variant against CPT + RPO, on `test`
+
+The mean difference over seeds. Where its interval is all above or all below zero, the two can be told apart.
+
+What they write:
+
+{tables.against(written["test"], "rpo")}
+The likeliest choice:
+
+{tables.against(likeliest["test"], "rpo")}
 ### What explaining costs, in parts
 
 Questions that were right without an explanation and are not with one, as written, over all seeds.

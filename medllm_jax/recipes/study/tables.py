@@ -1,6 +1,7 @@
 """A study's tables, in Markdown."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from medllm_jax.evaluation.significance import Estimate, mcnemar
 from medllm_jax.recipes.demo.stages import CONDITIONS
 from medllm_jax.recipes.study.explanations import KINDS
 from medllm_jax.recipes.study.results import A_WRONG_CHOICE, CURVES, IN_NATS, NO_CHOICE, POINTS, SeedResults
-from medllm_jax.recipes.study.statistics import Accuracies, accuracy, drop, share_lost
+from medllm_jax.recipes.study.statistics import Accuracies, accuracy, drop, less, share_lost
 from medllm_jax.recipes.study.variants import MODELS, STAGES, VARIANTS
 from medllm_jax.recipes.study.verdicts import Fact, Judged, verdict
 from medllm_jax.terminal.tables import markdown
@@ -33,6 +34,17 @@ def scores(found: Accuracies) -> str:
     for model, title in MODELS.items():
         figures = (*(accuracy(model, condition) for condition in CONDITIONS), drop(model), share_lost(model))
         rows.append([title, *(_interval(found.estimate(figure)) for figure in figures)])
+    return markdown(rows)
+
+
+def against(found: Accuracies, other: str) -> str:
+    """What every variant has more than one of them, question by question: accuracies, and the drop in points."""
+    figures = (*(partial(accuracy, condition=condition) for condition in CONDITIONS), drop)
+    rows = [["model", "answer-only", "with explanation", "drop, points"]]
+    for variant in VARIANTS:
+        if variant.name != other:
+            more = (less(figure(variant.name), figure(other)) for figure in figures)
+            rows.append([variant.title, *(_interval(found.estimate(figure), signed=True) for figure in more)])
     return markdown(rows)
 
 
@@ -97,8 +109,9 @@ def by_seed(study: Sequence[SeedResults], exam: str, reading: str) -> str:
     return markdown(rows)
 
 
-def _interval(found: Estimate) -> str:
-    return f"{found.value:.3f} ({found.interval.low:.3f} to {found.interval.high:.3f})"
+def _interval(found: Estimate, signed: bool = False) -> str:
+    value, low, high = (f"{figure:{'+' if signed else ''}.3f}" for figure in (found.value, *found.interval))
+    return f"{value} ({low} to {high})"
 
 
 def _of(part: int, whole: int) -> str:

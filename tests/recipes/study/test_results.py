@@ -112,6 +112,16 @@ def test_a_run_is_told_by_the_last_fifth_of_its_metrics_and_what_it_got_right():
     assert row == "| CPT + RPO | 0.950 | 0.95 | +0.95 | +0.95 | 0.10 | 0.95 | 1.000 | 0.000 |"
 
 
+def test_variants_are_told_against_one_of_them(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)
+    study = [seed_results(seed, {"rpo": (1.0, 0.0), "dpo": (0.0, 1.0)}) for seed in (0, 1)]
+    told = tables.against(accuracies(study)["test"], "rpo")
+    assert not any(line.startswith("| CPT + RPO ") for line in told.splitlines())
+    (row,) = [line for line in told.splitlines() if line.startswith("| CPT + DPO ")]
+    lost, won, twice = (f"{value:+.3f} ({value:+.3f} to {value:+.3f})" for value in (-1, 1, -2))
+    assert row == f"| CPT + DPO | {lost} | {won} | {twice} |"
+
+
 def test_the_published_page_is_what_the_code_makes_of_the_published_results():
     results = DOCS / "study"
     study = read_study(results)
