@@ -298,8 +298,9 @@ def _seconds(name, text, condition):
     return min(taken)
 
 
-# The goal is 10 ms, which benchmarks/extractor.py shows; a machine that does much else is given more.
-_MOST_SECONDS = 0.03
+# The goal is 10 ms, which benchmarks/extractor.py shows. Here only what grows with the square of a text is to be found,
+# which takes far longer at such sizes: a machine that does much else may take several times as long as the goal.
+_MOST_SECONDS = 0.3
 
 
 @pytest.mark.parametrize("piece", REPEATED)
