@@ -14,7 +14,8 @@ train have few cases, and all others of a kind are preferred to them. The outcom
   covers, and that reads as content of its kind, such as a text; or a file that need not be there;
 - silently wrong: exit code 0, another result, and no word of it;
 - badly told: an error of many lines or characters, or another exit code;
-- traceback; hang (20 s, 60 where a run is trained); memory (500 MB more than before).
+- traceback; hang (20 s of processor time or 60 by the clock, and three times both where a run is
+  trained); memory (500 MB more than before).
 
 Prints a table by kind of file, and with --output writes what is none of the first four as JSON lines. Exit code 1 if
 there is any of these.

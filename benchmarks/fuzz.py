@@ -16,7 +16,8 @@ replaced by one value of each type and shape, in turn. It says nothing of what t
 A finding is any of these:
 
 - an exception that the command line does not foresee, or a traceback that was printed;
-- 20 seconds (60 where a run is trained), or 500 MB more memory than the process had: it is ended;
+- 20 seconds of processor time or 60 by the clock (three times both where a run is trained), or 500 MB more memory than
+  the process had: it is ended;
 - an error that is not one line, or is longer than 600 characters; an exit code other than 0, 1, 2;
 - exit code 0 for a change that must be refused: an unknown key in a config or in another's settings;
 - exit code 0 for a change that corrupts, if what came out is not what comes out of the file as it was, and no line of

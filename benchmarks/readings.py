@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks.inputs import LENGTH
 
-SECONDS = 20.0  # that a trial may take
+SECONDS = 20.0  # of processor time that a trial may take
+WAITING = 3  # times as many by the clock: a busy machine takes longer, and a trial that only waits takes nothing else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Reading:
     name: `room: what`. run: arguments of medllm, or a function that returns what came out. needs: what must be there.
     files: patterns of those that are tried. results: patterns of files whose bytes are what came out. weight: how often
     it is tried; what is slow has a small one. runs: whether it needs what `make_inputs` makes only with its runs.
-    seconds: that it may take.
+    seconds: of processor time that it may take, and WAITING times as many by the clock.
     """
 
     name: str

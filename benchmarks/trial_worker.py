@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.inputs import make_inputs
-from benchmarks.readings import READINGS, Reading, readings
+from benchmarks.readings import READINGS, WAITING, Reading, readings
 from benchmarks.trials import Lost, Outcome, Replaced, attempt, unchanged
 from tests.warm import WarmPython
 
@@ -89,7 +89,8 @@ class Worker:
             if asked is None and grown > GIB * 2**30:
                 asked = now
                 self._process.send_signal(signal.SIGUSR1)
-            if grown > 6 * GIB * 2**30 or now - began > seconds + 5 or (asked is not None and now - asked > 5):
+            over = now - began > WAITING * seconds + 5 or (asked is not None and now - asked > 5)
+            if over or grown > 6 * GIB * 2**30:
                 self._process.kill()
                 self._process.wait()
                 what = "GrowthError" if asked is not None else "HangError"

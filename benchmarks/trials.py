@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.readings import EndedError, HangError, Reading, bytes_of
+from benchmarks.readings import WAITING, EndedError, HangError, Reading, bytes_of
 
 PACKAGE = "medllm_jax"
 
@@ -160,14 +160,18 @@ def _alarms(seconds: float) -> Iterator[None]:
 
         return handler
 
-    before = signal.signal(signal.SIGALRM, raising(HangError)), signal.signal(signal.SIGUSR1, raising(GrowthError))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    raised = {signal.SIGPROF: HangError, signal.SIGALRM: HangError, signal.SIGUSR1: GrowthError}
+    timers = {signal.ITIMER_PROF: seconds, signal.ITIMER_REAL: WAITING * seconds}
+    before = {number: signal.signal(number, raising(error)) for number, error in raised.items()}
+    for timer, limit in timers.items():
+        signal.setitimer(timer, limit)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before[0])
-        signal.signal(signal.SIGUSR1, before[1])
+        for timer in timers:
+            signal.setitimer(timer, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _forget_paths() -> None:

@@ -4,13 +4,14 @@ import dataclasses
 import itertools
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
 
 from benchmarks import damage, fuzz, trials
 from benchmarks.inputs import KINDS, kind_of, make_inputs
-from benchmarks.readings import READINGS, files_of
+from benchmarks.readings import READINGS, Reading, files_of
 from benchmarks.trial_worker import Worker
 from benchmarks.trials import Replaced
 from tests.warm import ROOT
@@ -59,6 +60,25 @@ def test_damaged_files_are_refused_or_do_no_harm(inputs, usual, tmp_path):
         if found in damage.BAD:
             wrong.append(damage.line_of(damage.record(case, found, outcome)))
     assert not wrong, "\n".join(wrong)
+
+
+def _work():
+    while True:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("run", "seconds", "ended"),
+    [
+        (_work, 0.2, True),
+        (lambda: time.sleep(600) or "", 0.2, True),
+        (lambda: time.sleep(1.1) or "", 1.0, False),  # what is waited for, as on a busy machine, is no work
+    ],
+)
+def test_a_trial_is_ended_by_its_work_or_much_later_by_the_clock(run, seconds, ended, tmp_path):
+    trial = Reading("room: what", run, (), seconds=seconds)
+    outcome = trials.attempt(tmp_path, trial, trials.unchanged, tmp_path / "place")
+    assert outcome.error.startswith("HangError") == ended
 
 
 def test_a_worker_goes_on_after_a_trial_that_had_to_be_ended(inputs, tmp_path):
