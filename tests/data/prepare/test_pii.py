@@ -287,13 +287,12 @@ def test_time_grows_with_the_text_and_not_with_its_square(unit):
 
     def seconds(size):
         text = unit * (size // len(unit.encode())) + everything
-        began = time.process_time()
+        began = time.thread_time()
         SCANNER.find(text)
-        return time.process_time() - began
+        return time.thread_time() - began
 
-    assert min(seconds(2**19) for _ in range(2)) < 12 * min(
-        seconds(2**16) for _ in range(3)
-    )  # 8 times the text, not 64
+    # 32 times the text, whose square is 1,024 times as much: between the two is room for a busy machine
+    assert seconds(2**19) < 180 * min(seconds(2**14) for _ in range(5))
 
 
 # Pattern files
