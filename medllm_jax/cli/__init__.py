@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 failure; 2 the input or the config is wrong; 42 told to en
 Each failure is one line. Where a traceback is wanted, MEDLLM_TRACEBACK=1 lets unforeseen errors through.
 """
 
+import argparse
 import os
 import select
 import sys
@@ -12,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from medllm_jax.cli import convert, data, exams, launch, training
+from medllm_jax.cli import completion, configs, convert, data, doctor, exams, launch, training
 from medllm_jax.errors import PREEMPTED, Preempted, RunError, UserError
 from medllm_jax.terminal.log import show_messages
 from medllm_jax.terminal.parser import Parser, parse
@@ -120,14 +121,22 @@ def _one_of_several() -> bool:
     return processes is not None and processes.several()
 
 
+class _Version(argparse.Action):
+    """Prints the version; git is asked for the commit then, and not whenever the parser is made."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from medllm_jax.version import code_version
+
+        print(code_version())
+        parser.exit()
+
+
 def make_parser() -> Parser:
     """The parser of `medllm` with all its verbs."""
-    from medllm_jax import __version__
-
     about = "Qwen2.5 to a medical model: CPT, RPO and the exam, in JAX."
     parser = Parser(prog="medllm", allow_abbrev=False, description=about)
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version, and its commit if known")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for verbs_of in (data, training, exams, convert, launch):
+    for verbs_of in (doctor, configs, data, training, exams, convert, launch, completion):
         verbs_of.add(verbs)
     return parser

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def add(verbs: Any) -> None:
         sub = verb(
             verbs,
             name,
-            function,
+            _or_print_config(function),
             text,
             settings="options",
             usage=f"medllm {name} --config FILE.yaml {'--topology NAME ' * (name == 'plan')}[--section.key value ...]",
@@ -47,6 +48,8 @@ def add(verbs: Any) -> None:
             "--config", required=True, help="run config: a YAML file, or the name of a shipped config such as cpt-tiny"
         )
         sub.format_help = lambda sub=sub: Parser.format_help(sub) + "\n" + settings + _settings_help()
+        shown = "print the config with all its values and where each comes from, and do nothing"
+        sub.add_argument("--print-config", action="store_true", help=shown)
         if name == "plan":
             _add_plan_arguments(sub)
         if name == "train":
@@ -57,6 +60,20 @@ def add(verbs: Any) -> None:
     again.add_argument(
         "--config", required=True, help="rounds config: a YAML file, or the name of a shipped one (see docs/rpo.md)"
     )
+
+
+def _or_print_config(act: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """A verb that prints its config instead of doing anything, where --print-config asks for that."""
+
+    def run(options: argparse.Namespace) -> None:
+        if not options.print_config:
+            act(options)
+            return
+        from medllm_jax.config.load import run_config_with_origins
+
+        print(run_config_with_origins(options.config, options.settings), end="")
+
+    return run
 
 
 def _run_config(options: argparse.Namespace) -> Any:

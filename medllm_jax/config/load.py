@@ -21,10 +21,11 @@ from medllm_jax.config.schema_reader import (
     rename_old_keys,
     type_name,
 )
-from medllm_jax.config.shipped import find_config
+from medllm_jax.config.shipped import CONFIGS, find_config
 from medllm_jax.errors import UserError, quoted
 from medllm_jax.ranges import hints_with_ranges, ranges_in
 
+_COMMENTS = 50  # the column where comments begin, behind values that are not longer
 _MAX_DOTS = 10  # in the name of a setting, of which each makes a mapping
 
 
@@ -34,14 +35,64 @@ def load_run_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> R
     path: of a file, or the name of a shipped config, such as ``cpt-72b-v5p-4x4x4``. `model:` may be a model file,
     relative to the config file (or, as an override, to the working directory), or the name of a shipped model.
     """
+    return _read_run_config(path, overrides)[0]
+
+
+def run_config_with_origins(path: str | Path, overrides: typing.Sequence[str] = ()) -> str:
+    """The config that `load_run_config` makes, as YAML; a comment behind each value says where it came from."""
+    config, origins = _read_run_config(path, overrides)
+    return "".join(_lines_with_origins(config, origins))
+
+
+# Dotted key -> where its value came from: a file, an option. What is in a section came from where the section did, if
+# it has no entry of its own; what has none came from the defaults.
+_Origins = dict[str, str]
+
+
+def _read_run_config(path: str | Path, overrides: typing.Sequence[str]) -> tuple[RunConfig, _Origins]:
     file = find_config(path, "runs")
     settings = rename_old_keys(RunConfig, read_yaml(file))
-    settings["model"] = _model_section(settings.get("model"), file.parent)
+    origins = {key: _place(file) for key in _leaves(settings)}
+    settings["model"] = _model_section(settings.get("model"), file.parent, origins)
     for key, value in _parse_overrides(overrides):
+        option, key = f"--{key}", current_key(RunConfig, key)
+        for replaced in [each for each in origins if f"{each}.".startswith(f"{key}.")]:
+            del origins[replaced]
+        origins[key] = option
         if key == "model":
-            value = _model_section(value, Path.cwd())
-        _set_dotted(settings, current_key(RunConfig, key), value)
-    return build(RunConfig, settings, where=str(path))
+            value = _model_section(value, Path.cwd(), origins)
+        _set_dotted(settings, key, value)
+    return build(RunConfig, settings, where=str(path)), origins
+
+
+def _leaves(settings: typing.Mapping[str, Any], prefix: str = "") -> typing.Iterator[str]:
+    """The dotted keys of values that are no mappings."""
+    for key, value in settings.items():
+        if isinstance(value, typing.Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _lines_with_origins(config: Any, origins: _Origins, prefix: str = "") -> typing.Iterator[str]:
+    for f in dataclasses.fields(config):
+        value, key, indent = getattr(config, f.name), f"{prefix}{f.name}", "  " * prefix.count(".")
+        if dataclasses.is_dataclass(value):
+            yield f"{indent}{f.name}:\n"
+            yield from _lines_with_origins(value, origins, f"{key}.")
+        else:
+            text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9)
+            text = text.removesuffix("\n...\n").strip()
+            yield f"{f'{indent}{f.name}: {text}':<{_COMMENTS - 2}}  # {_origin(key, origins)}\n"
+
+
+def _origin(key: str, origins: _Origins) -> str:
+    inside = [origin for each, origin in origins.items() if each.startswith(f"{key}.")]
+    if inside and key not in origins:  # a mapping whose entries were given one by one
+        return ", ".join(dict.fromkeys(inside))
+    while key and key not in origins:
+        key = key.rpartition(".")[0]
+    return origins.get(key, "default")
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
@@ -49,8 +100,21 @@ def load_model_config(path: str | Path) -> ModelConfig:
     return build(ModelConfig, read_yaml(find_config(path, "model")), where=str(path))
 
 
-def _model_section(value: Any, folder: Path) -> Any:
-    return read_yaml(find_config(value, "model", folder=folder)) if isinstance(value, str) else value
+def _model_section(value: Any, folder: Path, origins: _Origins) -> Any:
+    """The shape that `model` names, or holds itself."""
+    if not isinstance(value, str):
+        return value
+    file = find_config(value, "model", folder=folder)
+    shape = read_yaml(file)
+    del origins["model"]  # which named the file, and no value
+    origins |= {f"model.{key}": _place(file) for key in shape}
+    return shape
+
+
+def _place(file: Path) -> str:
+    """A file as people know it: a shipped one by its place in configs/."""
+    file, shipped = file.resolve(), CONFIGS.resolve()
+    return f"configs/{file.relative_to(shipped)}, shipped" if file.is_relative_to(shipped) else str(file)
 
 
 def _parse_overrides(arguments: typing.Sequence[str]) -> list[tuple[str, Any]]:

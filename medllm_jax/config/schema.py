@@ -11,7 +11,8 @@ import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from types import MappingProxyType
+from typing import Annotated, ClassVar, Literal
 
 from medllm_jax.errors import UserError, quoted
 from medllm_jax.ranges import BatchSize, Range, Ranged, Seed, Share, Steps
@@ -399,6 +400,37 @@ class RunConfig(Ranged):
         distributed: one process a host; JAX finds the others by itself on TPU pods, GKE and Slurm
         profile: steps to trace for xprof, like steps=10:13; the trace is in profile/ of the run folder
     """
+
+    # What settings are called by TRL, transformers, LLaMA-Factory and MaxText -> here: to say which one was meant.
+    NAMES_ELSEWHERE: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "adam_beta1": "optimizer.b1",
+            "adam_beta2": "optimizer.b2",
+            "adam_epsilon": "optimizer.eps",
+            "base_output_directory": "run",
+            "bf16": "precision.compute",
+            "dataset": "data.store",
+            "eval_steps": "held_out.every",
+            "gradient_accumulation_steps": "data.accumulate",
+            "gradient_checkpointing": "remat",
+            "gradient_clipping_threshold": "optimizer.clip_norm",
+            "learning_rate_schedule": "optimizer.schedule",
+            "logging_steps": "logging.every",
+            "lora_alpha": "adapter.alpha",
+            "lora_rank": "adapter.rank",
+            "lr": "optimizer.learning_rate",
+            "lr_scheduler_type": "optimizer.schedule",
+            "max_grad_norm": "optimizer.clip_norm",
+            "max_steps": "steps",
+            "model_name_or_path": "init.checkpoint",
+            "output_dir": "run",
+            "per_device_batch_size": "data.batch_size",
+            "per_device_train_batch_size": "data.batch_size",
+            "rpo_alpha": "objective.alpha",
+            "save_steps": "checkpoint.every",
+            "save_total_limit": "checkpoint.keep",
+        }
+    )
 
     run: str = field(metadata=FREE)
     steps: Steps = field(metadata=FREE_IF_SCHEDULE_IS_CONSTANT)

@@ -22,6 +22,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -200,7 +201,7 @@ def build(cls: type[Schema], settings: Any, where: str) -> Schema:
 
     current: dict[str, Any] = {}
     try:
-        current = _current_keys(cls, settings, known=list(dotted_keys(cls)))
+        current = _current_keys(cls, settings, list(dotted_keys(cls)), getattr(cls, "NAMES_ELSEWHERE", {}))
         # Strict in JSON means what YAML means: a mapping is a dataclass there, and a list a tuple.
         return _adapter(cls).validate_json(json.dumps(current), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
@@ -294,7 +295,35 @@ def field_docs(cls: type) -> dict[str, str]:
 # --- what `build` checks ---------------------------------------------------------------------------------------------
 
 
-def _current_keys(cls: type, settings: Any, known: Sequence[str], prefix: str = "") -> dict[str, Any]:
+def likely_key(unknown: str, known: Sequence[str], elsewhere: Mapping[str, str] = MappingProxyType({})) -> str | None:
+    """The key that was probably meant by one that is unknown; None where none is like it.
+
+    elsewhere: what other programs call a setting -> its key here. Then come a key of that last name in another section,
+    one in the same section whose words or initials it has, and what is spelt alike.
+    """
+    section, _, last = unknown.rpartition(".")
+    beside = [key for key in known if key.rpartition(".")[0] == section]
+    leaf = {key: key.rpartition(".")[2] for key in known}
+    if last in elsewhere:
+        return elsewhere[last]
+    for keys, is_like in (
+        (known, lambda name: name == last),
+        (beside, lambda name: "".join(word[0] for word in name.split("_")) == last),
+        (known if not section else beside, lambda name: len(name) > 3 and f"_{name}_" in f"_{last}_"),
+        (beside, lambda name: len(last) > 3 and name.startswith(last)),
+    ):
+        found = [key for key in keys if is_like(leaf[key])]
+        if found:
+            return found[0]
+    near = difflib.get_close_matches(last, [leaf[key] for key in beside], n=1, cutoff=0.6)
+    if near:
+        return next(key for key in beside if leaf[key] == near[0])
+    return next(iter(difflib.get_close_matches(unknown, known, n=1, cutoff=0.8 if section else 0.5)), None)
+
+
+def _current_keys(
+    cls: type, settings: Any, known: Sequence[str], elsewhere: Mapping[str, str], prefix: str = ""
+) -> dict[str, Any]:
     """Settings under today's keys.
 
     Raises:
@@ -308,16 +337,16 @@ def _current_keys(cls: type, settings: Any, known: Sequence[str], prefix: str = 
         f = _fields_by_key(cls).get(key)
         if f is None:
             shown = quoted(key, str)
-            near = difflib.get_close_matches(f"{prefix}{shown}", known, n=1, cutoff=0.5)
+            near = likely_key(f"{prefix}{shown}", known, elsewhere)
             beside = [k.removeprefix(prefix) for k in known if k.startswith(prefix)]
-            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(k for k in beside if '.' not in k)}"
+            hint = f"did you mean {near}?" if near else f"known keys: {', '.join(k for k in beside if '.' not in k)}"
             raise UserError(f"unknown key {prefix}{shown}: {hint}")
         if _key(f) in current:
             raise UserError(f"{prefix}{f.metadata['formerly']} is the older name of {prefix}{_key(f)}: keep one")
         hint = _hints(cls)[f.name]
         section, optional = _section_of(hint)
         if section and not (optional and value is None):
-            value = _current_keys(section, value, known, f"{prefix}{_key(f)}.")
+            value = _current_keys(section, value, known, elsewhere, f"{prefix}{_key(f)}.")
         elif not _is_plain(value):
             if isinstance(value, Mapping) and not all(isinstance(name, str) for name in value):
                 raise UserError(f"{prefix}{_key(f)}: a name in it is not text; write it in quotes")

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +13,15 @@ Kind = Literal["runs", "model", "rounds"]
 
 
 def shipped_configs(kind: Kind) -> dict[str, Path]:
-    """The shipped files of one kind by their names, such as ``cpt-72b-v5p-4x4x4``."""
-    return {file.name.removesuffix(".yaml"): file for file in sorted((CONFIGS / kind).glob("*.yaml"))}
+    """The shipped files of one kind by their names, such as ``cpt-72b-v5p-4x4x4``; 7b comes before 32b."""
+    files = {file.name.removesuffix(".yaml"): file for file in (CONFIGS / kind).glob("*.yaml")}
+    return dict(sorted(files.items(), key=lambda entry: _natural(entry[0])))
+
+
+def _natural(name: str) -> list[tuple[float, str]]:
+    """A key that sorts numbers in names by their value."""
+    parts = re.split(r"([0-9]+(?:\.[0-9]+)?)", name)
+    return [(float(part), "") if number % 2 else (-1.0, part) for number, part in enumerate(parts)]
 
 
 def find_config(path_or_name: str | Path, kind: Kind, folder: Path = Path()) -> Path:

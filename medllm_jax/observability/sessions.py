@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import logging
-import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +14,7 @@ from medllm_jax.storage.append import keep_damaged
 from medllm_jax.storage.best_effort import BestEffort
 from medllm_jax.storage.json_lines import AppendedRows, read_appended_rows
 from medllm_jax.storage.remote import write_whole
+from medllm_jax.version import code_version
 
 _log = logging.getLogger(__name__)
 
@@ -56,18 +55,6 @@ def begin(run: epath.Path, step: int, changes: dict[str, Any]) -> list[dict[str,
 
 def _is_session(line: dict[str, Any]) -> bool:
     return type(line.get("time")) in (int, float) and isinstance(line.get("code"), str)
-
-
-def code_version() -> str:
-    """The version of this package, and the commit where it is used from a checkout."""
-    from medllm_jax import __version__
-
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return __version__
-    return f"{__version__}+{commit}"
 
 
 @dataclasses.dataclass

@@ -4,8 +4,18 @@ import dataclasses
 
 import pytest
 
-from medllm_jax.config.load import build, describe, load_model_config, load_run_config, read_yaml, to_plain, to_yaml
+from medllm_jax.config.load import (
+    build,
+    describe,
+    load_model_config,
+    load_run_config,
+    read_yaml,
+    run_config_with_origins,
+    to_plain,
+    to_yaml,
+)
 from medllm_jax.config.schema import ModelConfig, RunConfig
+from medllm_jax.config.schema_reader import dotted_keys
 from medllm_jax.errors import UserError
 
 MODEL = """vocab_size: 100
@@ -202,3 +212,53 @@ def test_every_field_is_described():
     for name in names:
         assert any(key == name or key.startswith(f"{name}.") for key in keys), name
     assert all(line.strip() for line in lines), "a field without a description"
+
+
+def test_a_printed_config_is_the_config_and_says_where_each_value_came_from(run_file, tmp_path):
+    overrides = ["--optimizer.b1", "0.8", "--data.mix.a", "2", "--data.mix.b=1", "--model.rope_theta", "5000"]
+    text = run_config_with_origins(run_file, overrides)
+    (tmp_path / "printed.yaml").write_text(text)
+    assert load_run_config(tmp_path / "printed.yaml") == load_run_config(run_file, overrides)
+    origins = {line.split(":")[0].strip(): line.partition("# ")[2] for line in text.splitlines() if "#" in line}
+    assert origins["steps"] == origins["weight_decay"] == str(run_file)
+    assert origins["hidden_size"] == str(run_file.with_name("model.yaml"))
+    assert (origins["b1"], origins["rope_theta"]) == ("--optimizer.b1", "--model.rope_theta")
+    assert origins["mix"] == "--data.mix.a, --data.mix.b"
+    assert origins["b2"] == origins["head_dim"] == origins["adapter"] == origins["every"] == "default"
+
+    without = run_config_with_origins(run_file, ["--model", "null", "--init.checkpoint", "there"])
+    assert "model: null                                       # --model\n" in without
+    assert "steps: 100                                        # configs/runs/cpt-tiny.yaml, shipped\n" in (
+        run_config_with_origins("cpt-tiny")
+    )
+
+
+@pytest.mark.parametrize(
+    ("unknown", "meant"),
+    [
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("lr", "optimizer.learning_rate"),
+        ("learning_rate", "optimizer.learning_rate"),
+        ("optimizer.wd", "optimizer.weight_decay"),
+        ("optimizer.warmup", "optimizer.warmup_steps"),
+        ("data.bs", "data.batch_size"),
+        ("per_device_train_batch_size", "data.batch_size"),
+        ("train_batch_size", "data.batch_size"),
+        ("checkpoint.save_every", "checkpoint.every"),
+        ("optimiser.b1", "optimizer"),
+        ("objective.betaa", "objective.beta"),
+    ],
+)
+def test_an_unknown_setting_names_the_one_that_was_meant(run_file, unknown, meant):
+    with pytest.raises(UserError, match=f"unknown key .*: did you mean {meant}\\?$"):
+        load_run_config(run_file, [f"--{unknown}", "1"])
+
+
+def test_what_is_like_no_setting_lists_those_beside_it(run_file):
+    with pytest.raises(UserError, match=r"unknown key optimizer\.banana: known keys: learning_rate, schedule"):
+        load_run_config(run_file, ["--optimizer.banana", "1"])
+
+
+def test_other_programs_names_lead_to_settings_that_exist():
+    assert set(RunConfig.NAMES_ELSEWHERE.values()) <= set(dotted_keys(RunConfig))
+    assert not set(RunConfig.NAMES_ELSEWHERE) & set(dotted_keys(RunConfig))

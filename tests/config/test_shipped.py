@@ -14,7 +14,7 @@ def test_a_name_is_the_shipped_file_from_any_folder(tmp_path, monkeypatch):
     config = load_run_config("cpt-72b-v5p-4x4x4")
     assert config == load_run_config(CONFIGS / "runs" / "cpt-72b-v5p-4x4x4.yaml")
     assert config.model == load_model_config("qwen2.5-72b")
-    assert load_rounds_config("rpo-tiny").train == str(CONFIGS / "rounds" / ".." / "runs" / "rpo-tiny.yaml")
+    assert load_rounds_config("rpo-tiny").train == str(CONFIGS / "runs" / "rpo-tiny.yaml")
 
 
 @pytest.mark.parametrize("kind", ["runs", "model", "rounds"])
@@ -47,7 +47,10 @@ def test_rounds_may_train_by_a_shipped_config(tmp_path):
     ("name", "line"),
     [
         ("cpt-tinny", "no shipped config has that name: did you mean cpt-tiny"),
-        ("xyzzy", "no shipped config has that name: there are cpt-32b-v5p-2x4x4, cpt-72b-qlora-v5p-2x2x1, "),
+        (
+            "xyzzy",
+            "no shipped config has that name: there are cpt-7b-v5p-2x2x1, cpt-32b-v5p-2x4x4, ",
+        ),
         ("configs/runs/cpt-tiny.yaml", "does not exist; shipped configs are given by name: cpt-tiny"),
         ("none.yaml", "config file none.yaml does not exist"),
     ],

@@ -10,7 +10,7 @@ from etils import epath
 
 from medllm_jax.errors import UserError
 from medllm_jax.observability import sessions
-from medllm_jax.observability.sessions import Goodput, code_version
+from medllm_jax.observability.sessions import Goodput
 from medllm_jax.training.loop import train
 from tests.training.test_train import config_of
 
@@ -38,7 +38,7 @@ def config(begun, tmp_path):
 def test_a_start_says_what_ran(config, tmp_path):
     (line,) = lines_of(tmp_path / "copy")
     assert (line["step"], line["changes"], line["processes"]) == (0, {}, 1)
-    assert line["devices"] == "8 x cpu" and line["versions"]["jax"] and line["code"] == code_version()
+    assert line["devices"] == "8 x cpu" and line["versions"]["jax"] and line["code"] == sessions.code_version()
 
 
 DAMAGED = [b'{"time": 1.0, "c\xffde": "a"}', b'{"time": "now", "code": "a"}', b'{"code": "a"}', b"[]", b'{"time": 1.0}']
@@ -99,11 +99,3 @@ def test_goodput_is_the_share_of_all_time_that_trained(monkeypatch):
     goodput.add(20.0)
     monkeypatch.setattr(sessions.time, "time", lambda: 1100.0)
     assert goodput.share == 0.5
-
-
-def test_a_package_without_a_checkout_has_its_version_alone(monkeypatch):
-    def no_git(*_, **__):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(sessions.subprocess, "run", no_git)
-    assert code_version() == __import__("medllm_jax").__version__
