@@ -17,6 +17,7 @@ class RunError(Exception):
     """A run can't go on, and its input need not be wrong: the command line prints the message, and exits with 1."""
 
 
+INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as shells have it
 PREEMPTED = 42  # exit code of a program that was preempted after saving: start it again
 
 
@@ -25,6 +26,10 @@ class Preempted(Exception):  # noqa: N818 (no error)
 
     The message says which step is saved.
     """
+
+
+class Interrupted(Preempted):
+    """The same by Ctrl-C: exit code INTERRUPTED."""
 
 
 def first_line(error: BaseException, *, most: int = 200) -> str:

@@ -1,7 +1,6 @@
 """Which code runs."""
 
 import os
-import subprocess
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -22,6 +21,8 @@ def code_version() -> str:
 
 def _git(folder: Path, *arguments: str) -> str:
     """What a command of git prints; nothing where it fails, or there is no git."""
+    import subprocess  # here, for the start of every verb is quicker without it
+
     command = ["git", "-C", str(folder), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

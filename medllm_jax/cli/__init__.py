@@ -1,24 +1,23 @@
 """`medllm`: one verb a subcommand. What a verb needs is imported inside it, so that `--help` is quick.
 
-Exit codes: 0 done; 1 failure; 2 the input or the config is wrong; 42 told to end (SIGTERM), and saved: start it again.
+Exit codes: 0 done; 1 failure; 2 the input or the config is wrong; 42 preempted (SIGTERM) after saving: start it again;
+130 interrupted (Ctrl-C), after saving where there was something to save.
 Each failure is one line. Where a traceback is wanted, MEDLLM_TRACEBACK=1 lets unforeseen errors through.
 """
 
 import argparse
 import os
 import select
+import shlex
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from medllm_jax.cli import completion, configs, convert, data, doctor, exams, launch, training
-from medllm_jax.errors import PREEMPTED, Preempted, RunError, UserError
+from medllm_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, RunError, UserError
 from medllm_jax.terminal.log import show_messages
 from medllm_jax.terminal.parser import Parser, parse
-
-_INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None, *, group: str | None = None) -> int:
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str] | None = None, *, group: str | None = None) ->
             code = 1
         else:
             raise
-    stopped = code in (_INTERRUPTED, PREEMPTED) and arguments is None
+    stopped = code in (INTERRUPTED, PREEMPTED) and arguments is None
     if stopped or (code and _one_of_several()):
         _end(code)
     return code
@@ -48,12 +47,16 @@ def _run(arguments: Sequence[str], *, from_terminal: bool) -> int:
         return options.verb(options) or 0
     except (UserError, RunError) as error:
         return _fail(error)
+    except Interrupted as ended:
+        resume = f"to resume: medllm {shlex.join(arguments)}" if from_terminal else "run the same command to resume"
+        print(f"interrupted: {ended}; {resume}", file=sys.stderr)
+        return INTERRUPTED
     except Preempted as ended:
         print(f"preempted: {ended}; run the same command to resume", file=sys.stderr)
         return PREEMPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 1
@@ -133,6 +136,8 @@ class _Version(argparse.Action):
 
 def make_parser() -> Parser:
     """The parser of `medllm` with all its verbs."""
+    from medllm_jax.cli import completion, configs, convert, data, doctor, exams, launch, training
+
     about = "Qwen2.5 to a medical model: CPT, RPO and the exam, in JAX."
     parser = Parser(prog="medllm", allow_abbrev=False, description=about)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version, and its commit if known")

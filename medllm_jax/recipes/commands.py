@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from medllm_jax.errors import PREEMPTED, Preempted, RunError, UserError
+from medllm_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, RunError, UserError
 from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.json_lines import Row
 
@@ -31,6 +31,8 @@ class Runner:
         code = self._main(words)
         if code == PREEMPTED:
             raise Preempted(f"in: {line}")
+        if code == INTERRUPTED:
+            raise Interrupted(f"in: {line}")
         if code == 2:
             raise UserError(f"stopped at: {line}")
         if code:  # which may pass, so that whoever starts it again is right to

@@ -51,13 +51,13 @@ def open_run(config: RunConfig, *, force: bool = False) -> tuple[epath.Path, dic
     """The folder of a new run, or of one that goes on, and what was changed by force: setting -> what it was and is.
 
     UserError if the folder holds something else, or a run whose config differs in what it computes; by force it may,
-    but for what the checkpoints hold.
+    but for what the checkpoints hold. A run that was started and has no checkpoint is a new one, whatever its config.
     """
     folder = epath.Path(config.run)
-    recorded = recorded_config(folder)
+    recorded = begun_config(folder)
     if recorded is not None:
         return folder, _check_same_run(config, recorded, folder, force)
-    if not all(name.startswith(_UNFINISHED_CONFIG) or name in _BEFORE_A_RUN for name in names_in(folder)):
+    if recorded_config(folder) is None and not all(name.startswith(_UNFINISHED_CONFIG) or name in _BEFORE_A_RUN for name in names_in(folder)):
         raise UserError(f"run folder {folder} is not empty and holds no run: choose another folder, or empty this one")
     return folder, {}
 
@@ -68,16 +68,23 @@ def recorded_config(run: str | epath.Path) -> RunConfig | None:
     return build(RunConfig, read_yaml(file), where=str(file)) if is_there(file) else None
 
 
-def record_config(folder: epath.Path, config: RunConfig, *, replaced_at: int | None = None) -> None:
-    """Writes config.yaml of a new run; that of a run that goes on stays as it was first written.
+def begun_config(run: str | epath.Path) -> RunConfig | None:
+    """The config of a run that has a checkpoint, whole or not, and so goes on; None for one that begins at step 0."""
+    steps = names_in(epath.Path(run) / "checkpoints")
+    return recorded_config(run) if any(name.isascii() and name.isdigit() for name in steps) else None
 
-    replaced_at: step from which on another config holds; the one before is kept under that number.
+
+def record_config(folder: epath.Path, config: RunConfig, *, start: int = 0, changed: bool = False) -> None:
+    """Writes config.yaml of a run that begins; that of a run that goes on stays as it was first written.
+
+    start: step that it goes on from. changed: another config holds from then on; the one before is kept under that
+    number.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.yaml"
-    if replaced_at is not None:
-        write_whole(folder / f"config-until-{replaced_at}.yaml", file.read_text())
-    if replaced_at is not None or not file.exists():
+    if changed:
+        write_whole(folder / f"config-until-{start}.yaml", file.read_text())
+    if changed or start == 0 or not file.exists():
         write_whole(file, to_yaml(config))
 
 

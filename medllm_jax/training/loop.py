@@ -11,7 +11,7 @@ from medllm_jax.data.prefetch import Prefetcher, put_batch
 from medllm_jax.data.rows import Seen
 from medllm_jax.distributed.processes import run_on_all
 from medllm_jax.distributed.sharding import make_mesh
-from medllm_jax.errors import Preempted, UserError
+from medllm_jax.errors import UserError
 from medllm_jax.observability.profiler import Profiler
 from medllm_jax.reliability.bad_steps import BadStepGuard
 from medllm_jax.reliability.supervision import supervised
@@ -36,7 +36,7 @@ def train(config: RunConfig, *, force: bool = False) -> epath.Path:
 
     Raises:
       UserError: config and input don't fit the run, or each other.
-      Preempted: the process got SIGTERM, and what there was to save is saved.
+      Preempted: the process got SIGTERM, or Ctrl-C (then `Interrupted`), and what there was to save is saved.
       RunError: the run can't go on, and says why.
     """
     source = open_source(config)
@@ -64,13 +64,13 @@ def train(config: RunConfig, *, force: bool = False) -> epath.Path:
             CheckpointWriter(folder, every=config.checkpoint.every, keep=config.checkpoint.keep) as checkpoints,
             Profiler(config.profiled, folder) as profiler,
         ):
-            preemption.arm()
             for step in range(start + 1, config.steps + 1):
                 watch.stage(f"reading the batch of step {step}")
                 batch = next(batches)
                 watch.stage(f"step {step}")
                 profiler.before(step)
                 state, metrics = program.step(state, batch.arrays, frozen)
+                preemption.arm()
                 profiler.after(step, state)
                 if held_out is not None and held_out.due(step):
                     metrics |= held_out.measure(state.params, frozen)
@@ -87,5 +87,5 @@ def train(config: RunConfig, *, force: bool = False) -> epath.Path:
             watch.stage(f"writing what is left of step {step}")
         progress.summarise()
         if step < config.steps:
-            raise Preempted(f"step {step} of {config.steps} is saved")
+            raise preemption.ended(f"step {step} of {config.steps} is saved")
     return folder

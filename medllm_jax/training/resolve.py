@@ -26,7 +26,7 @@ class ResolvedConfig(RunConfig):
 
 def open_source(config: RunConfig) -> Checkpoint | None:
     """The checkpoint that a new run starts from; None for random weights, and for a run that was started before."""
-    if config.init.checkpoint is None or run_folder.recorded_config(config.run) is not None:
+    if config.init.checkpoint is None or run_folder.begun_config(config.run) is not None:
         return None
     return open_on_all(config.init.checkpoint)
 
@@ -42,7 +42,7 @@ def resolve(config: RunConfig, source: Checkpoint | None = None, *, elsewhere: b
     if elsewhere and config.model is not None:
         _check_rounding(config)
         return _with_model(config, config.model)
-    recorded = run_folder.recorded_config(config.run)
+    recorded = run_folder.begun_config(config.run)
     if recorded is not None:  # a run that goes on no longer needs the checkpoint that it started from
         found = config.model or recorded.model
     elif config.init.checkpoint is None:

@@ -70,7 +70,7 @@ def open_session(config: ResolvedConfig, folder: epath.Path, start: int, changes
     """Records this start of the run; returns when it was first started, in seconds since the epoch."""
     if jax.process_index() != 0:
         return 0.0
-    run_folder.record_config(folder, config, replaced_at=start if changes else None)
+    run_folder.record_config(folder, config, start=start, changed=bool(changes))
     run_folder.carry_tokenizer(config.init.checkpoint, folder)
     return sessions.begin(folder, start, changes)[0]["time"]
 

@@ -73,6 +73,8 @@ def test_a_run_is_resumed_by_these_rules(tmp_path, key, value, rule):
     now = changed(before, key, value)
     folder, _ = open_run(before)
     record_config(folder, before)
+    assert open_run(before) == open_run(now) == (folder, {}), "it has no checkpoint yet, and so is a new run"
+    (folder / "checkpoints" / "3").mkdir(parents=True)
     assert open_run(before) == (folder, {})
     if rule == "free":
         assert open_run(now) == (folder, {})

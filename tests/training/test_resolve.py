@@ -28,7 +28,7 @@ def test_weights_that_rounding_would_keep_where_they_are_are_refused(world, tmp_
 def test_a_run_that_was_begun_goes_on(world, tmp_path, monkeypatch):
     config = config_of(world, tmp_path / "run", precision=PrecisionConfig(params="bfloat16"))
     config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=1e-6), model=tiny_config())
-    monkeypatch.setattr("medllm_jax.training.resolve.run_folder.recorded_config", lambda run: config)
+    monkeypatch.setattr("medllm_jax.training.resolve.run_folder.begun_config", lambda run: config)
     assert resolve(config).optimizer.learning_rate == 1e-6
 
 

@@ -9,7 +9,9 @@ import contextlib
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing import forkserver, get_context
@@ -120,20 +122,27 @@ def in_processes(workers: int) -> Iterator[Executor]:
         nonlocal pool
         if workers == 1 or len(arguments) < 2:
             return in_this_process(function, arguments)
-        pool = pool or ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
+        pool = pool or ProcessPoolExecutor(workers, mp_context=context, initializer=_set_up_worker)
         futures = [pool.submit(function, argument) for argument in arguments]
         return (future.result() for future in as_completed(futures))
 
     try:
         yield run
+    except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
 
 
-def _one_thread() -> None:
-    """There are as many workers as cores: threads of their own would only get in each other's way."""
+def _set_up_worker() -> None:
+    """There are as many workers as cores: threads of their own would only get in each other's way. Ctrl-C, which a
+    terminal sends to all of them, is for the process that they work for to answer.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def on_beam(options: Sequence[str]) -> Executor:

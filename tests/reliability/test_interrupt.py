@@ -1,0 +1,128 @@
+"""Ctrl-C in a terminal: the run saves what there is, says how to go on, and ends with 130, whatever it does just then."""
+
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from medllm_jax.checkpoint.orbax import steps
+from medllm_jax.config.load import to_yaml
+from medllm_jax.errors import INTERRUPTED
+from medllm_jax.training.loop import train
+from tests.training.test_train import assert_equal_bits, config_of, params_of
+
+# What is told before something that a Ctrl-C shall come into. The first call of a step compiles it.
+TOLD = """
+import fcntl, sys, termios, time
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # this terminal's Ctrl-C is for us
+from medllm_jax.checkpoint.orbax import CheckpointWriter
+from medllm_jax.observability.progress import Progress
+from medllm_jax.training import loop
+
+def told(word, function, seconds=0):
+    def tell(*arguments, **more):
+        print(word, flush=True)
+        time.sleep(seconds)
+        return function(*arguments, **more)
+    return tell
+
+def make_program(*arguments, make=loop.train_program):
+    program = make(*arguments)
+    return program._replace(step=told("COMPILING", program.step))
+
+loop.run_folder.open_run = told("STARTING", loop.run_folder.open_run, seconds=1)
+loop.train_program = make_program
+Progress.add = told("STEPPING", Progress.add, seconds=0.1)
+CheckpointWriter.save = told("SAVING", CheckpointWriter.save, seconds=1)
+from medllm_jax.cli import main
+sys.exit(main())
+"""
+CTRL_C = b"\x03"
+
+
+class Terminal:
+    """`medllm train` in a terminal of its own, and what it has printed so far."""
+
+    def __init__(self, config, folder):
+        self.command = ["train", "--config", str(folder / "run.yaml")]
+        (folder / "run.yaml").write_text(to_yaml(config))
+        self._own, its = pty.openpty()
+        program = [sys.executable, "-c", TOLD, *self.command]
+        self._process = subprocess.Popen(program, start_new_session=True, stdin=its, stdout=its, stderr=its)
+        os.close(its)
+        self.text = ""
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self):
+        content = b""
+        try:
+            while read := os.read(self._own, 4096):
+                content += read
+                self.text = content.decode(errors="replace")
+        except OSError:  # of a terminal that nobody has open any more
+            pass
+
+    def wait_for(self, pattern):
+        deadline = time.monotonic() + 300
+        while not re.search(pattern, self.text):
+            assert self._process.poll() is None and time.monotonic() < deadline, self.text
+            time.sleep(0.01)
+
+    def interrupt(self):
+        os.write(self._own, CTRL_C)
+
+    def end(self):
+        code = self._process.wait(timeout=300)
+        self._thread.join()
+        os.close(self._own)
+        assert code == INTERRUPTED and "Traceback" not in self.text, self.text
+        return self.text
+
+
+def test_at_the_start_it_just_ends(world, tmp_path):
+    terminal = Terminal(config_of(world, tmp_path / "run", steps=4), tmp_path)
+    terminal.wait_for("STARTING")
+    terminal.interrupt()
+    terminal.end()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_while_it_compiles_there_is_nothing_to_save_and_another_config_may_follow(world, tmp_path, times):
+    terminal = Terminal(config_of(world, tmp_path / "run", steps=4), tmp_path)
+    terminal.wait_for("COMPILING")
+    for number in range(times):
+        terminal.interrupt()
+        if number + 1 < times:
+            terminal.wait_for("Ctrl-C: the run ends as soon as it can; a second one ends it at once")
+    text = terminal.end()
+    assert ("nothing to save" if times == 1 else "ended at once") in text and steps(tmp_path / "run") == []
+    other = config_of(world, tmp_path / "run", steps=4, seed=5)
+    train(other)
+    train(config_of(world, tmp_path / "undisturbed", steps=4, seed=5))
+    assert_equal_bits(params_of(tmp_path / "run"), params_of(tmp_path / "undisturbed"))
+    assert "seed: 5" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("stage", ["STEPPING", "SAVING"])
+def test_in_a_step_or_a_save_the_step_is_saved_and_the_command_that_goes_on_is_told(world, tmp_path, stage):
+    config = config_of(world, tmp_path / "run", steps=20, every=3)
+    terminal = Terminal(config, tmp_path)
+    terminal.wait_for(stage)
+    terminal.interrupt()
+    text = terminal.end()
+    step = steps(tmp_path / "run")[-1]
+    assert step < 20 and f"interrupted: step {step} of 20 is saved; to resume: medllm {shlex.join(terminal.command)}" in (
+        text.replace("\r\n", "\n")
+    )
+    assert not list(tmp_path.glob("run/crashes/*")) and not (tmp_path / "run" / "writer.json").exists()
+    train(config)
+    train(config_of(world, tmp_path / "undisturbed", steps=20, every=3))
+    assert_equal_bits(params_of(tmp_path / "run"), params_of(tmp_path / "undisturbed"))
