@@ -67,7 +67,7 @@ class Progress:
             self._goodput = Goodput(started, self._log.seconds_before)
         self._host = HostLog(folder, check=check)
         self._host.note_and_show(f"from step {start} on, of {steps}; {len(jax.local_devices())} devices here")
-        self._console = Console(f"{name} {folder.name}", steps, done=start, enabled=writes)
+        self._console = Console(f"{name} {folder.name}", steps, done=start, enabled=writes, late=True)
 
     @property
     def skipped(self) -> int:

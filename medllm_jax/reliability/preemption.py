@@ -1,5 +1,5 @@
-"""Preemption: a run that gets SIGTERM, as pods do before they are taken away, saves first and then ends. Ctrl-C (SIGINT)
-is the same notice, by hand.
+"""Preemption: a run that gets SIGTERM, as pods do before they are taken away, saves first and then ends. Ctrl-C, which
+is SIGINT, is the same notice by hand.
 
 A second notice ends the process at once, whatever it does; what was saved before is whole.
 """
@@ -25,9 +25,9 @@ _Handler = Callable[[int, FrameType | None], object] | signal.Handlers | int | N
 class PreemptionHandler:
     """Listens for the notice; a context, in the main thread (elsewhere Python hears no signals, and it hears none).
 
-    Until `arm` is called a notice ends the run where it is, with `Preempted` or `Interrupted`: there is nothing to save.
-    From then on it waits to be asked for. While the compiler works, Python's code hears nothing; a thread does, which
-    answers at once, and ends the process at a second Ctrl-C.
+    Until `arm` is called a notice ends the run where it is, with `Preempted` or `Interrupted`: there is nothing to
+    save. From then on it waits to be asked for. While the compiler works, Python's code hears nothing; a thread does,
+    which answers at once, and ends the process at a second Ctrl-C.
     """
 
     def __init__(self) -> None:

@@ -57,7 +57,9 @@ def open_run(config: RunConfig, *, force: bool = False) -> tuple[epath.Path, dic
     recorded = begun_config(folder)
     if recorded is not None:
         return folder, _check_same_run(config, recorded, folder, force)
-    if recorded_config(folder) is None and not all(name.startswith(_UNFINISHED_CONFIG) or name in _BEFORE_A_RUN for name in names_in(folder)):
+    if recorded_config(folder) is None and not all(
+        name.startswith(_UNFINISHED_CONFIG) or name in _BEFORE_A_RUN for name in names_in(folder)
+    ):
         raise UserError(f"run folder {folder} is not empty and holds no run: choose another folder, or empty this one")
     return folder, {}
 

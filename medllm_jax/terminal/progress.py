@@ -11,13 +11,16 @@ _log = logging.getLogger(__name__)
 class Console:
     """Progress of a long job: a bar on a terminal, plain lines elsewhere; quiet where `enabled` is False.
 
-    unit: what is counted; bytes are shown as sizes.
+    unit: what is counted; bytes are shown as sizes. late: nothing is shown, and no time counted, before the first
+    update, so that the time left is that of what is counted and not of what came before.
     """
 
-    def __init__(self, title: str, total: int, *, done: int = 0, unit: str = "step", enabled: bool = True):
+    def __init__(
+        self, title: str, total: int, *, done: int = 0, unit: str = "step", enabled: bool = True, late: bool = False
+    ):
         self._title, self._total, self._unit, self._enabled = title, total, unit, enabled
         self._start, self._first, self._last_line = time.monotonic(), done, 0.0
-        self._bar = None
+        self._bar, self._late = None, late
         if enabled and sys.stderr.isatty():
             import rich.console
             from rich.progress import (
@@ -38,10 +41,13 @@ class Console:
                 console=rich.console.Console(stderr=True),
             )
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
-            self._bar.start()
+            if not late:
+                self._bar.start()
 
     def update(self, done: int, note: str = "", *, every_seconds: float = 0.0) -> None:
         """Shows that `done` of the total are done; as a plain line at most every so many seconds."""
+        if self._late:
+            self._begin(done)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
             return
@@ -55,8 +61,14 @@ class Console:
         line = f"{self._title}: {counted}" + (f"  {note}" if note else "")
         if self._first < done < self._total:
             left = (now - self._start) / (done - self._first) * (self._total - done)
-            line += f"  ({_duration(left)} left)"
+            line += f"  ({duration(left)} left)"
         _log.info(line)
+
+    def _begin(self, done: int) -> None:
+        self._late, self._start, self._first = False, time.monotonic(), done
+        if self._bar is not None:
+            self._bar.reset(self._task, completed=done)
+            self._bar.start()
 
     def close(self) -> None:
         if self._bar is not None:
@@ -114,7 +126,8 @@ def size_in_words(size: float) -> str:
     return f"{size / 1000**power:.1f} {('bytes', 'kB', 'MB', 'GB')[power]}" if power else f"{size:.0f} bytes"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time for people: ``1h05m``, ``2m03s`` or ``7s``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

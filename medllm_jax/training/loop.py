@@ -16,6 +16,7 @@ from medllm_jax.observability.profiler import Profiler
 from medllm_jax.reliability.bad_steps import BadStepGuard
 from medllm_jax.reliability.supervision import supervised
 from medllm_jax.storage import run_folder
+from medllm_jax.training.announce import AnnouncedStep, announce
 from medllm_jax.training.programs import train_program
 from medllm_jax.training.resolve import open_source, resolve
 from medllm_jax.training.setup import (
@@ -64,12 +65,14 @@ def train(config: RunConfig, *, force: bool = False) -> epath.Path:
             CheckpointWriter(folder, every=config.checkpoint.every, keep=config.checkpoint.keep) as checkpoints,
             Profiler(config.profiled, folder) as profiler,
         ):
+            announce(config, rows, program, start)
+            take_step = AnnouncedStep(config, rows, program, mesh)
             for step in range(start + 1, config.steps + 1):
                 watch.stage(f"reading the batch of step {step}")
                 batch = next(batches)
                 watch.stage(f"step {step}")
                 profiler.before(step)
-                state, metrics = program.step(state, batch.arrays, frozen)
+                state, metrics = take_step(state, batch.arrays, frozen)
                 preemption.arm()
                 profiler.after(step, state)
                 if held_out is not None and held_out.due(step):

@@ -1,4 +1,4 @@
-"""Ctrl-C in a terminal: the run saves what there is, says how to go on, and ends with 130, whatever it does just then."""
+"""Ctrl-C in a terminal: whatever the run does, it saves what there is, says how to go on, and ends with 130."""
 
 import os
 import pty
@@ -119,8 +119,10 @@ def test_in_a_step_or_a_save_the_step_is_saved_and_the_command_that_goes_on_is_t
     terminal.interrupt()
     text = terminal.end()
     step = steps(tmp_path / "run")[-1]
-    assert step < 20 and f"interrupted: step {step} of 20 is saved; to resume: medllm {shlex.join(terminal.command)}" in (
-        text.replace("\r\n", "\n")
+    assert (
+        step < 20
+        and f"interrupted: step {step} of 20 is saved; to resume: medllm {shlex.join(terminal.command)}"
+        in (text.replace("\r\n", "\n"))
     )
     assert not list(tmp_path.glob("run/crashes/*")) and not (tmp_path / "run" / "writer.json").exists()
     train(config)
