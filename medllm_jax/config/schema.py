@@ -192,6 +192,8 @@ class DataConfig(Ranged, section="data"):
         accumulate: micro-batches that one optimizer step is computed in
         threads: reading threads
         prefetch: batches held ready ahead of the device; at least as many as threads
+        epochs: the run ends when all rows were read so many times, if `steps` does not end it before; null has `steps`
+            alone end it
     """
 
     # Rows are told apart by their digest, not by where they lie.
@@ -201,6 +203,8 @@ class DataConfig(Ranged, section="data"):
     accumulate: BatchSize = field(default=1, metadata=FREE)
     threads: Annotated[int, Range(1, 1024)] = field(default=4, metadata=FREE)
     prefetch: Annotated[int, Range(1, 65_536)] = field(default=8, metadata=FREE)
+    # What comes of it are steps, which have their own rule.
+    epochs: Annotated[float, Range(above=0, most=1e6)] | None = field(default=None, metadata=FREE)
 
     def __post_init__(self):
         super().__post_init__()
@@ -208,6 +212,10 @@ class DataConfig(Ranged, section="data"):
         _require(
             self.prefetch >= self.threads,
             f"data.prefetch {self.prefetch} is less than data.threads {self.threads}: some threads would never read",
+        )
+        _require(
+            self.epochs is None or self.mix is None,
+            "data.epochs and data.mix are both set: with a mix each corpus has epochs of its own; give steps instead",
         )
         _require(
             self.batch_size % self.accumulate == 0,
@@ -386,7 +394,7 @@ class RunConfig(Ranged):
 
     Attributes:
         run: run folder, local or gs://; everything the run writes is in it
-        steps: optimizer steps
+        steps: optimizer steps; null leaves their number to data.epochs
         seed: of random weights, of the data order and of the step's random numbers
         model: shape, or the path of a model file beside the config; null takes it from init.checkpoint
         adapter: trains adapters on the frozen weights of init.checkpoint; null trains all weights
@@ -422,6 +430,7 @@ class RunConfig(Ranged):
             "lr_scheduler_type": "optimizer.schedule",
             "max_grad_norm": "optimizer.clip_norm",
             "max_steps": "steps",
+            "num_train_epochs": "data.epochs",
             "model_name_or_path": "init.checkpoint",
             "output_dir": "run",
             "per_device_batch_size": "data.batch_size",
@@ -433,8 +442,8 @@ class RunConfig(Ranged):
     )
 
     run: str = field(metadata=FREE)
-    steps: Steps = field(metadata=FREE_IF_SCHEDULE_IS_CONSTANT)
     data: DataConfig
+    steps: Steps | None = field(default=None, metadata=FREE_IF_SCHEDULE_IS_CONSTANT)
     seed: Seed = 0
     model: ModelConfig | None = field(default=None, metadata=FIXED)
     init: InitConfig = field(default_factory=InitConfig)
@@ -455,6 +464,10 @@ class RunConfig(Ranged):
 
     def __post_init__(self):
         super().__post_init__()
+        _require(
+            self.steps is not None or self.data.epochs is not None,
+            "neither steps nor data.epochs is set: say how long to train",
+        )
         _require(
             self.model is not None or self.init.checkpoint is not None,
             "neither model nor init.checkpoint is set: give the shape of a new model, or a checkpoint to start from",

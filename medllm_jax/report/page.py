@@ -131,7 +131,7 @@ def _run_table(runs: Sequence[RecordedRun]) -> Table:
                 config.objective.name,
                 f"{model.num_hidden_layers} layers of {model.hidden_size}" if model else "-",
                 f"rank {adapter.rank} on {adapter.base}" if adapter else "-",
-                f"{last.get('step', 0):,} of {config.steps:,}",
+                f"{last.get('step', 0):,} of {config.steps or 0:,}",
                 f"{config.data.batch_size:,}",
                 f"{config.optimizer.learning_rate:.2g}",
                 f"{tokens:,.0f}",

@@ -44,7 +44,8 @@ class AnnouncedStep:
     """
 
     def __init__(self, config: ResolvedConfig, rows: Rows, program: TrainProgram, mesh: Mesh):
-        self._program, self._compiled = program, None
+        self._program = program
+        self._compiled: jax.stages.Compiled | None = None
         self._memory = functools.partial(_memory, config, rows, mesh)
 
     def __call__(self, state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:

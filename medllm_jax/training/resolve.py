@@ -6,6 +6,7 @@ import math
 from medllm_jax.checkpoint.handle import Checkpoint, open_on_all
 from medllm_jax.config.load import to_plain
 from medllm_jax.config.schema import ModelConfig, RunConfig
+from medllm_jax.data.store import RowStore
 from medllm_jax.errors import UserError
 from medllm_jax.storage import run_folder
 
@@ -14,9 +15,10 @@ _SPREAD = 0.02  # standard deviation of Qwen2.5's weights, about, and the size o
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedConfig(RunConfig):
-    """A RunConfig that names its model's shape."""
+    """A RunConfig that names its model's shape and its number of steps."""
 
     model: ModelConfig = dataclasses.field(kw_only=True)
+    steps: int = dataclasses.field(kw_only=True)
 
     @property
     def micro_batch(self) -> int:
@@ -32,16 +34,18 @@ def open_source(config: RunConfig) -> Checkpoint | None:
 
 
 def resolve(config: RunConfig, source: Checkpoint | None = None, *, elsewhere: bool = False) -> ResolvedConfig:
-    """The config with the model's shape filled in from where the run starts, and checked against it.
+    """The config with the model's shape filled in from where the run starts, and checked against it; and with the steps
+    that its epochs come to.
 
     source: the checkpoint of `config.init`, where the caller has opened it; it is opened here otherwise, if needed.
     elsewhere: the run is not made here, so that a shape that the config gives is taken without a look at run folder or
-    checkpoint, which need not be there. UserError where config and checkpoint differ in shape, and for a new
-    run whose steps would be rounded away.
+    checkpoint, which need not be there; nor need stores, whose epochs then are one step: programs are the same for any
+    number. UserError where config and checkpoint differ in shape, and for a new run whose steps would be rounded away.
     """
+    steps = config.steps or 1 if elsewhere else count_steps(config)
     if elsewhere and config.model is not None:
         _check_rounding(config)
-        return _with_model(config, config.model)
+        return _resolved(config, config.model, steps)
     recorded = run_folder.begun_config(config.run)
     if recorded is not None:  # a run that goes on no longer needs the checkpoint that it started from
         found = config.model or recorded.model
@@ -54,7 +58,16 @@ def resolve(config: RunConfig, source: Checkpoint | None = None, *, elsewhere: b
         _check_same_shape(config, found)
     if found is None:  # a config is refused that has neither, and a run records what it found
         raise UserError(f"run {config.run} names no model: set model, or init.checkpoint")
-    return _with_model(config, found)
+    return _resolved(config, found, steps)
+
+
+def count_steps(config: RunConfig) -> int:
+    """The steps of a run: those that it names, or as many as its epochs have, if these are fewer. Reads store.json."""
+    if config.data.epochs is None:
+        return config.steps or 1  # a config without either is refused
+    rows = sum(len(RowStore.open(store)) for store in config.data.stores)
+    read = math.ceil(rows * config.data.epochs / config.data.batch_size)
+    return max(1, min(read, config.steps or read))
 
 
 def _check_rounding(config: RunConfig) -> None:
@@ -84,6 +97,6 @@ def _check_same_shape(config: RunConfig, found: ModelConfig) -> None:
     )
 
 
-def _with_model(config: RunConfig, model: ModelConfig) -> ResolvedConfig:
+def _resolved(config: RunConfig, model: ModelConfig, steps: int) -> ResolvedConfig:
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)}
-    return ResolvedConfig(**settings | {"model": model})
+    return ResolvedConfig(**settings | {"model": model, "steps": steps})

@@ -40,11 +40,12 @@ from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import UserError
 from medllm_jax.model.abstract import abstract_model, random_params
 from medllm_jax.observability.progress import Progress
+from medllm_jax.storage.run_folder import recorded_config
 from medllm_jax.training.loop import train
 from medllm_jax.training.losses import objective
 from medllm_jax.training.programs import train_program
 from medllm_jax.training.reference import cache_reference
-from medllm_jax.training.resolve import resolve
+from medllm_jax.training.resolve import count_steps, resolve
 from medllm_jax.training.step import summed_gradients
 from tests.tiny import write_json_lines
 from tests.world import SEQUENCE_LENGTH, tiny_config
@@ -187,6 +188,25 @@ def test_bfloat16_stays_close(world, finished, tmp_path, metrics_of, params, mom
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {"int32", moments}
     for step, row in metrics_of(tmp_path / "run").items():
         assert row["loss"] == pytest.approx(metrics_of(finished / "cpt")[step]["loss"], abs=0.05)
+
+
+def test_epochs_are_steps(world, finished, tmp_path, monkeypatch, metrics_of):
+    """A run of so many epochs is the run of as many steps, resumed too."""
+    epochs = 6 * 8 / len(RowStore.open(world.token_store))
+    config = config_of(world, tmp_path / "run")
+    by_epochs = dataclasses.replace(config, steps=None, data=dataclasses.replace(config.data, epochs=epochs))
+    with monkeypatch.context() as patch:
+        break_at(patch, 5)
+        with pytest.raises(KilledError):
+            train(by_epochs)
+    train(by_epochs)
+    assert metrics_of(tmp_path / "run") == metrics_of(finished / "cpt")
+    assert recorded_config(tmp_path / "run").steps == count_steps(by_epochs) == 6
+    assert count_steps(dataclasses.replace(by_epochs, steps=4)) == 4
+    with pytest.raises(UserError, match="each corpus has epochs of its own"):
+        dataclasses.replace(config.data, epochs=1.0, mix={"corpus": 1.0})
+    with pytest.raises(UserError, match=r"neither steps nor data\.epochs"):
+        dataclasses.replace(config, steps=None)
 
 
 def test_a_finished_run_is_left_as_it_is(world, finished, metrics_of):
