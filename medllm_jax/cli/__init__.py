@@ -136,12 +136,12 @@ class _Version(argparse.Action):
 
 def make_parser() -> Parser:
     """The parser of `medllm` with all its verbs."""
-    from medllm_jax.cli import completion, configs, convert, data, doctor, exams, launch, training
+    from medllm_jax.cli import chat, completion, configs, convert, data, doctor, exams, launch, training
 
     about = "Qwen2.5 to a medical model: CPT, RPO and the exam, in JAX."
     parser = Parser(prog="medllm", allow_abbrev=False, description=about)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version, and its commit if known")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for verbs_of in (doctor, configs, data, training, exams, convert, launch, completion):
+    for verbs_of in (doctor, configs, data, training, exams, chat, convert, launch, completion):
         verbs_of.add(verbs)
     return parser

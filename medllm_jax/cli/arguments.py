@@ -3,6 +3,7 @@
 import argparse
 from typing import Annotated, Any
 
+from medllm_jax.errors import UserError
 from medllm_jax.ranges import BatchSize, Range, Samples, Seed, SequenceLength, Share, Temperature, TopP
 from medllm_jax.terminal.parser import number
 
@@ -27,11 +28,25 @@ def add_store(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     parser.add_argument("--overwrite", action="store_true", help="replace an existing store")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", help="run folder (or converted model): evaluate its newest checkpoint with JAX")
+def add_which_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", help="run folder (or converted model): its newest checkpoint is asked, with JAX")
     parser.add_argument("--hf", metavar="DIR", help="or a model in Hugging Face format, with transformers and torch")
     parser.add_argument("--server", metavar="URL", help="or an OpenAI-compatible server, like vLLM's")
     parser.add_argument("--model", metavar="NAME", help="name of the model on the server; identifies its weights")
+
+
+def check_which_model(options: argparse.Namespace) -> None:
+    """UserError where several models are named, or a server without its model."""
+    kinds = {"--run": options.run, "--hf": options.hf, "--server": options.server}
+    named = [kind for kind, value in kinds.items() if value]
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)} are given: one model is asked at a time")
+    if bool(options.server) != bool(options.model):
+        raise UserError("a server's model is named by --server URL and --model NAME, both")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    add_which_model(parser)
     parser.add_argument(
         "--chat", action="store_true", help="send prompts as chat messages, with the model's chat template"
     )
@@ -39,12 +54,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--concurrency", type=requests, default=16, help="concurrent requests to the server (default 16)"
     )
+    add_batch_size(parser)
     add_machine(parser)
 
 
-def add_machine(parser: argparse.ArgumentParser) -> None:
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
     prompts = "prompts completed at a time (default 8)"
     parser.add_argument("--batch-size", type=number(BatchSize), default=8, help=prompts)
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh", default="", help="device mesh like data=1,fsdp=-1,tensor=1 (default: fsdp over all devices)"
     )
@@ -80,10 +99,18 @@ def add_samples(parser: argparse.ArgumentParser, *, samples: int) -> None:
     parser.add_argument("--resample", action="store_true", help="discard existing samples")
 
 
-def add_questions(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--exam", required=True, help="IgakuQA folder, or multiple-choice .jsonl (see docs/exams.md)")
+def add_which_questions(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    exam = "IgakuQA folder, or multiple-choice .jsonl (see docs/exams.md); local or gs://"
+    parser.add_argument("--exam", required=required, metavar="PATH", help=exam)
     parser.add_argument("--years", type=number(Years), nargs="+", help="only these years of the exam")
     parser.add_argument("--text-only", action="store_true", help="only questions that need no picture")
+
+
+def add_questions(parser: argparse.ArgumentParser) -> None:
+    """Of a verb that puts the questions to a model."""
+    add_which_questions(parser)
+    questions = number(Annotated[int, Range(1, 1_000_000_000)])
+    parser.add_argument("--limit", type=questions, metavar="N", help="ask only the first N questions")
     parser.add_argument("--template", default="igakuqa", help="prompt template: name or YAML file (default igakuqa)")
 
 

@@ -11,6 +11,8 @@ from medllm_jax.errors import RunError, UserError
 from medllm_jax.ranges import Characters, PairsPerPrompt, Range, SimilarityThreshold
 from medllm_jax.terminal.parser import number, verb
 
+_KINDS = ("igakuqa", "questions")  # what --exam was of `score`, beside --data
+
 
 def add(verbs: Any) -> None:
     """The verbs."""
@@ -31,15 +33,11 @@ def add(verbs: Any) -> None:
     exam.add_argument(
         "--prepend-stems", action="store_true", help="put the case before follow-up questions that lack it"
     )
-    questions = number(Annotated[int, Range(1, 1_000_000_000)])
-    exam.add_argument("--limit", type=questions, help="ask only the first N questions")
     exam.add_argument("--output", help="folder for outputs and scores (default: in the run folder)")
 
     about = "measure how much of an exam occurs in corpora or stores (see docs/contamination.md)"
     overlap = verb(verbs, "contamination", _contamination, about)
-    overlap.add_argument("--exam", required=True, help="IgakuQA folder, or multiple-choice .jsonl")
-    overlap.add_argument("--years", type=number(arguments.Years), nargs="+", help="only these years of the exam")
-    overlap.add_argument("--text-only", action="store_true", help="only questions that need no picture")
+    arguments.add_which_questions(overlap)
     sources = "stores, or files, folders and globs of documents, pairs, instructions; local or gs://"
     overlap.add_argument("--against", nargs="+", required=True, metavar="PATH", help=sources)
     overlap.add_argument("--tokenizer", metavar="DIR", help="tokenizer that the stores were made with")
@@ -58,6 +56,7 @@ def add(verbs: Any) -> None:
     about = "measure how often the likeliest letters are right: a quick look at a model, not an exam score"
     look = verb(verbs, "likelihood", _likelihood, about)
     look.add_argument("--run", required=True, help="run folder (or converted model); its newest checkpoint is used")
+    arguments.add_batch_size(look)
     arguments.add_machine(look)
     arguments.add_questions(look)
     look.add_argument("--output", help="folder for what is written (default: in the run folder, or RESULTS)")
@@ -96,7 +95,7 @@ def _pairs(options: argparse.Namespace) -> None:
     names = ("strategy", "max_pairs_per_prompt", "min_characters", "max_characters", "format_failures")
     wanted = PairOptions(**{name: getattr(options, name) for name in names})
     template = load_template(options.template)
-    exam = load_exam(options.exam, years=options.years, text_only=options.text_only)
+    exam = load_exam(options.exam, options.years, text_only=options.text_only, limit=options.limit)
     judged_by = list(map(load_exam, options.evaluation_exam))
     exam, left_out = choose_questions(exam, judged_by, options.on_overlap)
     output = epath.Path(options.output)
@@ -163,10 +162,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _opened(options: argparse.Namespace) -> Any:
     """The newest checkpoint of --run, opened once; None without --run. UserError where several models are named."""
-    kinds = {"--run": options.run, "--hf": options.hf, "--server": options.server}
-    named = [kind for kind, value in kinds.items() if value]
-    if len(named) > 1:
-        raise UserError(f"{' and '.join(named)} are given: one model is asked at a time")
+    arguments.check_which_model(options)
     if not options.run:
         return None
     from medllm_jax.checkpoint.handle import open_checkpoint
@@ -179,8 +175,6 @@ def _sampler(options: argparse.Namespace, checkpoint: Any) -> Any:
     from medllm_jax.distributed.mesh_sizes import parse_mesh_sizes
     from medllm_jax.inference import samplers
 
-    if bool(options.server) != bool(options.model):
-        raise UserError("a server's model is named by --server URL and --model NAME, both")
     if options.server:
         of_server = {"concurrency": options.concurrency, "chat": options.chat}
         return samplers.server_sampler(options.server, options.model, **of_server)
@@ -216,12 +210,13 @@ def _score(options: argparse.Namespace) -> None:
     from medllm_jax.evaluation.score_predictions import SystemScore, as_json, comparison_text, text_of
     from medllm_jax.evaluation.significance import compare
 
-    whole = load_exam(options.data, name=options.exam)
-    exam = load_exam(options.data, options.years, name=options.exam, text_only=options.text_only)
-    if options.exam == "igakuqa" and any(question.year is None for question in exam.questions):
-        raise UserError(f"{options.data} holds other questions than IgakuQA's: give --exam questions")
+    path, name = _scored_exam(options)
+    whole = load_exam(path, name=name)
+    exam = load_exam(path, options.years, name=name, text_only=options.text_only)
+    if name == "igakuqa" and any(question.year is None for question in exam.questions):
+        raise UserError(f"{path} holds other questions than IgakuQA's: give it as --exam {path}, without --data")
     if options.tier == "official" and not has_official(exam.questions):
-        raise UserError(f"--tier official: {options.data} has none, only IgakuQA has; give strict or lenient")
+        raise UserError(f"--tier official: {path} has none, only IgakuQA has; give strict or lenient")
     predictions = read_predictions(options.predictions, exam, whole, allow_missing=options.allow_missing)
     systems = [SystemScore.of(name, found, exam, options.condition) for name, found in predictions.items()]
     by_name = {system.name: system for system in systems}
@@ -246,6 +241,17 @@ def _score(options: argparse.Namespace) -> None:
         )
 
 
+def _scored_exam(options: argparse.Namespace) -> tuple[str, str | None]:
+    """Path and name of the exam; the older way to name one was --data PATH, with --exam for its kind and its name."""
+    if options.data is None and options.exam is None:
+        raise UserError("medllm score: the following arguments are required: --exam")
+    if options.data is None:
+        return options.exam, None
+    if options.exam not in (None, *_KINDS):
+        raise UserError(f"--exam {options.exam} and --data {options.data} name two exams: leave --data out")
+    return options.data, options.exam or _KINDS[0]
+
+
 def _likelihood(options: argparse.Namespace) -> None:
     import json
 
@@ -260,7 +266,7 @@ def _likelihood(options: argparse.Namespace) -> None:
     from medllm_jax.inference.likelihood import likeliest_of_checkpoint, likelihood_of_checkpoint
     from medllm_jax.storage.remote import write_whole
 
-    exam = load_exam(options.exam, options.years, text_only=options.text_only)
+    exam = load_exam(options.exam, options.years, text_only=options.text_only, limit=options.limit)
     template = load_template(options.template)
     checkpoint = open_checkpoint(options.run)
     placed = {
@@ -353,12 +359,9 @@ def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = "IgakuQA with its parts and thresholds (default), or any multiple-choice .jsonl"
-    parser.add_argument("--exam", choices=("igakuqa", "questions"), default="igakuqa", help=kinds)
-    parser.add_argument("--data", required=True, metavar="DIR", help="the exam's folder or file, local or gs://")
+    arguments.add_which_questions(parser, required=False)
+    parser.add_argument("--data", help=argparse.SUPPRESS)  # the exam's older name
     parser.add_argument("--predictions", nargs="+", required=True, metavar="FILE", help="files, folders or patterns")
-    parser.add_argument("--years", type=number(arguments.Years), nargs="+", help="only these years of the exam")
-    parser.add_argument("--text-only", action="store_true", help="only questions that need no picture")
     tier = "rule to show details for (default strict); points are shown for all three"
     parser.add_argument("--tier", choices=("official", "strict", "lenient"), default="strict", help=tier)
     condition = "what the prompt asked for (default answer_only)"

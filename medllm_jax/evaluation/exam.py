@@ -169,7 +169,10 @@ def _sections_of(year: epath.Path) -> list[epath.Path]:
 
 def _exam_files(root: epath.Path, years: set[int] | None) -> list[epath.Path]:
     if not is_folder(root):
-        raise UserError(f"{root}: no such file or folder; an exam is a .jsonl file or a folder of them")
+        raise UserError(
+            f"{root}: no such file or folder; an exam is a .jsonl file or a folder of them "
+            "(IgakuQA is fetched by: medllm data exam igakuqa --output IgakuQA)"
+        )
     data = root / "data"
     for folder in (data, root):
         if is_folder(folder) and (year_folders := [p for p in folder.iterdir() if re.fullmatch(r"\d{4}", p.name)]):
