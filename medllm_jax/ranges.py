@@ -108,6 +108,8 @@ PairsPerRow = Annotated[int, Range(1, 65_536)]
 PairsPerPrompt = Annotated[int, Range(1, 1_000_000)]
 MaxBytes = Annotated[int, Range(1, 2**40)]
 Tokens = Annotated[int, Range(1, 10**18)]
+Rows = Annotated[int, Range(1, 10**12)]
+Price = Annotated[float, Range(0, 1_000_000)]
 Characters = Annotated[int, Range(1, 1_000_000_000)]
 Slices = Annotated[int, Range(1, 4096)]
 # A cache of keys and values is made for so many tokens.

@@ -69,7 +69,7 @@ def _required(cls):
         f.name: _value(hints_with_ranges(cls)[f.name])
         for f in dataclasses.fields(cls)
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    } | ({"model": _value(ModelConfig)} if issubclass(cls, RunConfig) else {})
+    } | ({"model": _value(ModelConfig), "steps": 1} if issubclass(cls, RunConfig) else {})
 
 
 def _outside(kind, within):

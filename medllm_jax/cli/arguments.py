@@ -4,7 +4,7 @@ import argparse
 from typing import Annotated, Any
 
 from medllm_jax.errors import UserError
-from medllm_jax.ranges import BatchSize, Range, Samples, Seed, SequenceLength, Share, Temperature, TopP
+from medllm_jax.ranges import BatchSize, Price, Range, Samples, Seed, SequenceLength, Share, Temperature, TopP
 from medllm_jax.terminal.parser import number
 
 Years = Annotated[int, Range(1, 9999)]
@@ -75,6 +75,11 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16"),
         help="dtype of matrix products (default bfloat16, on a CPU float32)",
     )
+
+
+def add_price(parser: argparse.ArgumentParser) -> None:
+    rate = "price of a chip-hour, in any currency: adds the run's to the report"
+    parser.add_argument("--price", type=number(Price), metavar="RATE", help=rate)
 
 
 def precision_of(options: argparse.Namespace) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from medllm_jax.cli import arguments
 from medllm_jax.errors import UserError
 from medllm_jax.ranges import NewTokens, PairsPerRow, Seed, SequenceLength, Slices, Tokens
 from medllm_jax.terminal.parser import Parser, number, verb
@@ -106,6 +107,9 @@ def _reference(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     import json
+    import os
+
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no device of this machine is asked
 
     from medllm_jax.config.load import load_run_config
     from medllm_jax.distributed.chips import parse_topology
@@ -114,8 +118,13 @@ def _plan(options: argparse.Namespace) -> None:
 
     topology = parse_topology(options.topology, options.slices)
     config = load_run_config(options.config, options.settings)
-    names = ("program", "sequence_length", "pairs_per_row", "new_tokens", "tokens")
-    planned = PlanOptions(topology, **{name: getattr(options, name) for name in names})
+    names = ("program", "sequence_length", "pairs_per_row", "new_tokens", "tokens", "price")
+    asked = {name: getattr(options, name) for name in names}
+    if options.read_store:
+        from medllm_jax.training.resolve import rows_in_stores
+
+        asked["store_rows"], asked["sequence_length"] = rows_in_stores(config)
+    planned = PlanOptions(topology, **asked)
     if options.search:
         report = plan_fastest(config, planned, show=lambda line: print(line, file=sys.stderr, flush=True))
     else:
@@ -164,8 +173,11 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--program", choices=("train", "reference", "generate"), default="train", help="program to plan (default train)"
     )
-    run = "tokens of the whole run: adds hours and chip-hours to the report"
+    run = "tokens of the whole run (default: what the steps of the config read)"
     parser.add_argument("--tokens", type=number(Tokens), help=run)
+    arguments.add_price(parser)
+    store = "read from the config's store how many rows there are and how long they are, for epochs"
+    parser.add_argument("--read-store", action="store_true", help=store)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--search", action="store_true", help="search over remat, rows at a time, mesh and vocab_chunks")
     how.add_argument(

@@ -16,6 +16,7 @@ from medllm_jax.errors import UserError
 from medllm_jax.planning.activations import StepMemory, step_memory
 from medllm_jax.planning.advice import advice
 from medllm_jax.planning.compiling import Compiled, compile_programs, require_compiler
+from medllm_jax.planning.cost import run_cost
 from medllm_jax.planning.estimate import (
     ICI_EFFICIENCY,
     KERNEL_EFFICIENCY,
@@ -26,7 +27,7 @@ from medllm_jax.planning.estimate import (
 )
 from medllm_jax.planning.hlo import parse
 from medllm_jax.planning.search import try_settings
-from medllm_jax.ranges import NewTokens, PairsPerRow, Ranged, SequenceLength, Tokens
+from medllm_jax.ranges import NewTokens, PairsPerRow, Price, Ranged, Rows, SequenceLength, Tokens
 from medllm_jax.training.resolve import ResolvedConfig, resolve
 
 DECODE_CHUNK = 16  # tokens that one call of the decoding program adds
@@ -35,7 +36,8 @@ DECODE_CHUNK = 16  # tokens that one call of the decoding program adds
 @dataclasses.dataclass(frozen=True)
 class PlanOptions(Ranged):
     """What to plan. sequence_length: tokens of a row, or of a prompt; new_tokens: tokens of a completion; tokens: those
-    of the whole run, if its hours are wanted."""
+    of the whole run, if other than the config's steps read; store_rows: rows of the config's stores, where they were
+    read; price: of a chip-hour."""
 
     topology: Topology
     program: Literal["train", "reference", "generate"] = "train"
@@ -43,6 +45,8 @@ class PlanOptions(Ranged):
     pairs_per_row: PairsPerRow = 2
     new_tokens: NewTokens = 512
     tokens: Tokens | None = None
+    store_rows: Rows | None = None
+    price: Price | None = None
 
 
 def plan(config: RunConfig, options: PlanOptions, *, memory_only: bool = False) -> dict[str, Any]:
@@ -87,7 +91,25 @@ def report_of(config: ResolvedConfig, options: PlanOptions, compiled: list[Compi
         "compile_seconds": round(compiled[0].seconds, 1),
         "programs": [_program(config, options, program) for program in compiled],
     }
+    if options.program == "train":
+        report["run"] = _run(config, options, report)
     return report | {"advice": advice(config, report)}
+
+
+def _run(config: ResolvedConfig, options: PlanOptions, report: dict[str, Any]) -> dict[str, Any]:
+    """What the whole run comes to."""
+    (program,) = report["programs"]
+    time = program["time"]
+    return run_cost(
+        config,
+        options.topology,
+        sequence_length=options.sequence_length,
+        seconds=time and time["seconds"],
+        compile_seconds=time and report["compile_seconds"],
+        tokens=options.tokens,
+        store_rows=options.store_rows,
+        price=options.price,
+    )
 
 
 def plan_fastest(config: RunConfig, options: PlanOptions, show: Callable[[str], None]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from medllm_jax.distributed.chips import GIB
 from medllm_jax.distributed.mesh_sizes import mesh_text
+from medllm_jax.planning.cost import as_lines
 
 _KINDS = ("matrix products", "kernels", "everything else")
 
@@ -31,6 +32,9 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
             yield ""
         yield from _collectives(program)
     yield ""
+    if "run" in plan:
+        yield from as_lines(plan["run"])
+        yield ""
     yield from plan["advice"]
     if "search" in plan:
         yield ""

@@ -122,8 +122,8 @@ class Stages:
 
 def size_in_words(size: float) -> str:
     """A number of bytes for people: ``5.3 GB``."""
-    power = min(int(math.log10(max(size, 1))) // 3, 3)
-    return f"{size / 1000**power:.1f} {('bytes', 'kB', 'MB', 'GB')[power]}" if power else f"{size:.0f} bytes"
+    power = min(int(math.log10(max(size, 1))) // 3, 4)
+    return f"{size / 1000**power:.1f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}" if power else f"{size:.0f} bytes"
 
 
 def duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ from medllm_jax.config.load import to_plain
 from medllm_jax.config.schema import ModelConfig, RunConfig
 from medllm_jax.data.store import RowStore
 from medllm_jax.errors import UserError
+from medllm_jax.ranges import Steps
 from medllm_jax.storage import run_folder
 
 _SPREAD = 0.02  # standard deviation of Qwen2.5's weights, about, and the size of what adapters begin with
@@ -18,7 +19,7 @@ class ResolvedConfig(RunConfig):
     """A RunConfig that names its model's shape and its number of steps."""
 
     model: ModelConfig = dataclasses.field(kw_only=True)
-    steps: int = dataclasses.field(kw_only=True)
+    steps: Steps = dataclasses.field(kw_only=True)
 
     @property
     def micro_batch(self) -> int:
@@ -65,9 +66,15 @@ def count_steps(config: RunConfig) -> int:
     """The steps of a run: those that it names, or as many as its epochs have, if these are fewer. Reads store.json."""
     if config.data.epochs is None:
         return config.steps or 1  # a config without either is refused
-    rows = sum(len(RowStore.open(store)) for store in config.data.stores)
+    rows, _ = rows_in_stores(config)
     read = math.ceil(rows * config.data.epochs / config.data.batch_size)
     return max(1, min(read, config.steps or read))
+
+
+def rows_in_stores(config: RunConfig) -> tuple[int, int]:
+    """Rows of a run's stores, all of them, and tokens of a row. Reads each store.json."""
+    stores = [RowStore.open(store) for store in config.data.stores]
+    return sum(map(len, stores)), stores[0].metadata.sequence_length
 
 
 def _check_rounding(config: RunConfig) -> None:
