@@ -4,13 +4,18 @@ Exit codes: 0 launched (or printed); 1 the launcher's own command failed; 2 the 
 """
 
 import argparse
-from collections.abc import Callable, Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any
 
+from medllm_jax.cli import arguments
+from medllm_jax.errors import UserError
 from medllm_jax.launching import backends
+from medllm_jax.launching.checks import Finding, checks, look, placeholders
 from medllm_jax.launching.commands import Command, run
-from medllm_jax.launching.workload import check_text, make_workload
-from medllm_jax.ranges import GraceSeconds, Restarts, Slices
+from medllm_jax.launching.watch import how_to_watch
+from medllm_jax.launching.workload import Workload, check_text, make_workload
+from medllm_jax.ranges import GraceSeconds, Range, Restarts, SequenceLength, Slices
 from medllm_jax.terminal.parser import Parser, group, number, verb
 
 _SHARED = ("name", "topology", "slices", "run", "image", "program", "restarts", "grace", "environment")
@@ -51,22 +56,111 @@ def add(verbs: Any) -> None:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    commands = prepare(options)
-    if not options.dry_run:
-        return run(commands)
-    print("\n".join(map(str, commands)))
-    return 0
+    work, where = _workload(options)
+    commands = options.backend(work, **where)
+    left = placeholders(where, work)
+    watch = [f"{title}: {command}" for title, command in how_to_watch(options.way, work, where)]
+    if options.dry_run:
+        print("\n".join(map(str, commands)))
+        beside = [*_cost(options, work), *watch, *(f"before it is launched, put yours in place of {it}" for it in left)]
+        print("".join(f"# {line}\n" for line in beside), end="")
+        return 0
+    if left:
+        raise UserError(f"{left[0]} stands for something of yours: put that in its place")
+    if options.check:
+        return _check(options, work, where)
+    code = run(commands)
+    if not code:
+        print("\n".join(watch))
+    return code
+
+
+def _cost(options: argparse.Namespace, work: Workload, store_rows: int | None = None) -> list[str]:
+    """What a training run comes to, in words; without a word of what can't be known from here."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no device of this machine is asked
+    from medllm_jax.planning.cost import as_lines, run_cost
+    from medllm_jax.training.resolve import resolve
+
+    if work.program != "train":
+        return []
+    if work.config.model is None and store_rows is None:
+        return ["what it comes to: the model's shape is where init.checkpoint is, which --check reads"]
+    config = resolve(work.config, elsewhere=store_rows is None)
+    length, price = options.sequence_length, options.price
+    asked = {"sequence_length": length, "mfu": options.mfu, "price": price, "store_rows": store_rows}
+    return list(as_lines(run_cost(config, work.slices.topology, **asked)))
+
+
+def _check(options: argparse.Namespace, work: Workload, where: dict[str, Any]) -> int:
+    """Looks at what the launch needs, and changes nothing; 1 where something is wrong."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    found = []
+    for finding in (*map(look, checks(options.way, work, where)), *_of_what_is_read(options, work)):
+        print(f"{finding.state:8}{finding.text}", flush=True)
+        found.append(finding.state)
+    print(
+        f"{found.count('ok')} are right, {found.count('unknown')} can't be told from here, {found.count('wrong')} wrong"
+    )
+    return int("wrong" in found)
+
+
+def _of_what_is_read(options: argparse.Namespace, work: Workload) -> Iterator[Finding]:
+    """Stores, model and run folder, read as the run will read them, but by you; and what the run comes to."""
+    from medllm_jax.errors import RunError
+    from medllm_jax.storage import run_folder
+    from medllm_jax.storage.faults import as_told
+    from medllm_jax.training.resolve import resolve, rows_in_stores
+
+    def tried(what: str, read: Callable[[], str]) -> Finding:
+        try:
+            return Finding("ok", f"{what}: {read()}")
+        except (UserError, RunError) as error:
+            return Finding("wrong", f"{what}: {error}")
+        except Exception as error:
+            told = as_told(error, [what])
+            return Finding("unknown", f"{what}: {told or type(error).__name__}")
+
+    def rows() -> str:
+        number, length = rows_in_stores(work.config)
+        options.sequence_length = length
+        return f"{number:,} rows of {length:,} tokens"
+
+    def begun() -> str:
+        return "a run that goes on" if run_folder.begun_config(work.config.run) is not None else "a new run"
+
+    store = tried(f"store {', '.join(work.config.data.stores)}", rows)
+    yield store
+    yield tried(f"run {work.config.run}", begun)
+    model = tried(f"model {work.config.init.checkpoint or 'of the config'}", lambda: f"{_size(resolve(work.config))}")
+    yield model
+    if store.state == model.state == "ok":
+        for line in _cost(options, work, rows_in_stores(work.config)[0]):
+            yield Finding("ok", line)
+
+
+def _size(config: Any) -> str:
+    from medllm_jax.distributed.flops import matrix_parameters
+
+    return (
+        f"{config.model.num_hidden_layers} layers, {matrix_parameters(config.model) / 1e9:,.1f} billion weights in use"
+    )
 
 
 def prepare(options: argparse.Namespace) -> list[Command]:
     """The commands that options ask for; UserError where they are wrong."""
+    work, where = _workload(options)
+    return options.backend(work, **where)
+
+
+def _workload(options: argparse.Namespace) -> tuple[Workload, dict[str, Any]]:
+    """What is launched, and the options of the backend alone."""
     values = vars(options)
     for name, value in values.items():
         if isinstance(value, str):
             check_text(f"--{name.replace('_', '-')}", value)
     limit = 28 if options.backend is backends.gcluster else 40
     work = make_workload(options.config, options.settings, name_limit=limit, **{name: values[name] for name in _SHARED})
-    return options.backend(work, **{name: values[name] for name in options.own})
+    return work, {name: values[name] for name in options.own}
 
 
 def _way(parent: Any, name: str, function: Callable[..., list[Command]], text: str, *own: tuple[str, str]) -> Parser:
@@ -74,7 +168,7 @@ def _way(parent: Any, name: str, function: Callable[..., list[Command]], text: s
     usage = f"medllm launch {name} --config FILE.yaml --topology NAME --run gs://... --image IMAGE [option ...] "
     usage += "[-- --section.key value ...]"
     sub = verb(parent, name, _launch, text, settings="after --", usage=usage)
-    sub.set_defaults(backend=function)
+    sub.set_defaults(backend=function, way=name)
     add = sub.add_argument
     add("--config", required=True, help="run config: a YAML file, or the name of a shipped config such as cpt-tiny")
     add("--topology", required=True, help="shape of one slice in chips, like v5p:4x4x4")
@@ -89,7 +183,15 @@ def _way(parent: Any, name: str, function: Callable[..., list[Command]], text: s
     add("--grace-seconds", dest="grace", type=number(GraceSeconds), default=300, metavar="N", help=grace)
     variable = "environment variable of the run; repeatable"
     add("--env", dest="environment", action="append", default=[], metavar="NAME=VALUE", help=variable)
-    add("--dry-run", action="store_true", help="print the commands and run nothing")
+    first = sub.add_mutually_exclusive_group()
+    first.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
+    looks = "look at bucket, role, image, quota, cluster, store and model with commands that change nothing"
+    first.add_argument("--check", action="store_true", help=looks)
+    arguments.add_price(sub)
+    mfu = "MFU that --dry-run and --check take a step to reach (default 0.5)"
+    add("--mfu", type=number(Annotated[float, Range(0.01, 1)]), default=0.5, help=mfu)
+    length = "tokens of a row of the store, for --dry-run (default 4096)"
+    add("--sequence-length", type=number(SequenceLength), default=4096, metavar="N", help=length)
     sub.set_defaults(own=[])
     _own(sub, "spot", "take Spot capacity", action="store_true")
     for option, meaning in own:

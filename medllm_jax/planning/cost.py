@@ -37,7 +37,8 @@ def run_cost(
     topology: Topology,
     *,
     sequence_length: int,
-    seconds: float | None,
+    seconds: float | None = None,
+    mfu: float | None = None,
     compile_seconds: float | None = None,
     tokens: int | None = None,
     store_rows: int | None = None,
@@ -47,12 +48,17 @@ def run_cost(
 
     Args:
       sequence_length: tokens of a row; padding counts, since it is computed.
-      seconds: of a step; None where nobody knows.
+      seconds: of a step, where it is known.
+      mfu: that a step is assumed to reach, where its seconds are not known.
       compile_seconds: that compiling takes.
       tokens: of the whole run, instead of what the config's steps or epochs read.
       store_rows: rows of the config's stores, all of them.
       price: of a chip-hour.
     """
+    if seconds is None and mfu is not None:
+        seconds = seconds_at(mfu, config, topology, sequence_length)
+    else:
+        mfu = None
     in_step = config.data.batch_size * sequence_length
     steps = _steps(config, None if tokens is None else tokens / in_step, store_rows)
     chips = chips_of(topology)
@@ -68,6 +74,7 @@ def run_cost(
         "tokens": None if steps is None else steps * in_step,
         "epochs": None if steps is None or store_rows is None else steps * config.data.batch_size / store_rows,
         "seconds_in_a_step": seconds,
+        "assumed_mfu": mfu,
         "hours": hours,
         "chip_hours": chip_hours,
         "price": None if chip_hours is None or price is None else chip_hours * price,
@@ -91,6 +98,8 @@ def as_lines(cost: dict[str, Any]) -> Iterator[str]:
     if cost["hours"] is not None:
         price = "" if cost["price"] is None else f"; price {cost['price']:,.0f}"
         step = f"at {cost['seconds_in_a_step']:,.2f} s a step"
+        if cost["assumed_mfu"] is not None:
+            step += f" (an MFU of {cost['assumed_mfu']:.0%} is assumed; medllm plan estimates it)"
         yield f"time: {cost['hours']:,.1f} hours {step}, {cost['chip_hours']:,.0f} chip-hours{price}"
     one, kept = cost["checkpoint_bytes"], cost["kept"]
     yield (

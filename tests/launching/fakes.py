@@ -24,6 +24,13 @@ if "apply" in sys.argv:
     called["stdin"] = sys.stdin.read()
 with open(folder + "/calls.jsonl", "a") as log:
     log.write(json.dumps(called) + "\\n")
+rules = folder + "/" + called["program"] + ".rules"  # words of a call: exit code, and what to print
+if os.path.exists(rules):
+    line = " ".join(sys.argv[1:])
+    for words, (code, text) in json.load(open(rules)).items():
+        if words in line:
+            print(text)
+            sys.exit(code)
 answers = folder + "/" + called["program"] + ".answers"  # a line a call: exit code, and what to print
 if os.path.exists(answers):
     first, *rest = open(answers).read().splitlines()
@@ -48,6 +55,11 @@ class Fakes:
 
     def answer(self, program, *lines):
         (self.folder / f"{program}.answers").write_text("\n".join(lines))
+
+    def rule(self, program, **rules):
+        """What a program says to calls with these words in them (spaces as underscores): exit code and text."""
+        found = {words.replace("_", " "): answer for words, answer in rules.items()}
+        (self.folder / f"{program}.rules").write_text(json.dumps(found))
 
     def calls(self, *, forget=True):
         log = self.folder / "calls.jsonl"
