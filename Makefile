@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 STAMPED := pyproject.toml constraints.txt
 
-.PHONY: install demo test quick test-all lint format compiler plans harness deep xpk clean newest
+.PHONY: install demo test quick test-all lint format compiler plans harness deep notebook xpk clean newest
 
 install: $(VENV)/.installed
 
@@ -61,6 +61,11 @@ harness: $(VENV)/.installed-test
 deep: $(VENV)/.installed-test
 	$(INSTALL) -e ".[test,plan,harness]"
 	$(COMPILE)
+
+# The notebook, executed; what is in its work folder already, such as a demo's stages, is kept. The result stays out of git.
+notebook: $(VENV)/.installed
+	$(INSTALL) -e ".[notebook]"
+	MEDLLM_WORK=$(abspath $(WORKDIR)) $(BIN)/jupyter-execute notebooks/recipe.ipynb --output $(abspath $(WORKDIR))/recipe.ipynb
 
 # xpk, whose manifests ours are compared with; its pinned versions contradict ours, so it lives by itself.
 xpk: $(VENV)/.installed

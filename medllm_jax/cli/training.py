@@ -125,10 +125,11 @@ def _plan(options: argparse.Namespace) -> None:
 
         asked["store_rows"], asked["sequence_length"] = rows_in_stores(config)
     planned = PlanOptions(topology, **asked)
+    show = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     if options.search:
-        report = plan_fastest(config, planned, show=lambda line: print(line, file=sys.stderr, flush=True))
+        report = plan_fastest(config, planned, show=show)
     else:
-        report = plan(config, planned, memory_only=options.memory_only)
+        report = plan(config, planned, memory_only=options.memory_only, show=show)
     print(json.dumps(report, indent=1) if options.json else as_text(report))
 
 

@@ -7,14 +7,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from medllm_jax.errors import UserError
 from medllm_jax.planning.hlo import Memory, read_memory
+from medllm_jax.terminal.progress import duration
 
 PROGRAMS = {"train": ("train",), "reference": ("reference",), "generate": ("prefill", "decode")}
+_PAUSE = 30.0  # seconds between two words of a compilation that goes on
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # the TPUs are the compiler's alone
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other compilations may go on beside this one
@@ -49,10 +51,13 @@ def require_compiler() -> None:
         raise UserError("plan needs libtpu, the compiler for TPUs: pip install 'medllm_jax[plan]'")
 
 
-def compile_programs(request: dict[str, Any], *, memory_only: bool = False) -> list[Compiled]:
+def compile_programs(
+    request: dict[str, Any], *, memory_only: bool = False, show: Callable[[str], None] = lambda line: None
+) -> list[Compiled]:
     """Compiles a run's programs in a process of their own; see child.py for the request.
 
     memory_only: ends the process as soon as the last program's memory is known, long before its code is there.
+    show: is called with a line at each stage, and every half minute of one.
     Raises UserError for a wrong input that the process reports, and if libtpu is not installed.
     """
     require_compiler()
@@ -64,8 +69,10 @@ def compile_programs(request: dict[str, Any], *, memory_only: bool = False) -> l
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(command, env=os.environ | _ENVIRONMENT, stdout=log, stderr=log)
             try:
+                told = _Told(folder, request, memory_only, show)
                 last = folder / PROGRAMS[request["program"]][-1]
                 while process.poll() is None and not (memory_only and _memory_is_there(last)):
+                    told.look(time.monotonic() - start)
                     time.sleep(0.2)
             finally:
                 process.kill()
@@ -93,6 +100,32 @@ def _programs(folder: Path, names: Sequence[str], refused: str | None, seconds: 
         hlo = _dump(folder / name, "after_codegen" if finished else "after_optimizations")
         told = None if finished else refused
         yield Compiled(name, facts["mesh"], facts["places"], facts["bytes"], memory, told, hlo, finished, seconds)
+
+
+class _Told:
+    """What is said while the compiler works."""
+
+    def __init__(self, folder: Path, request: dict[str, Any], memory_only: bool, show: Callable[[str], None]):
+        self._programs = [folder / name for name in PROGRAMS[request["program"]]]
+        self._show, self._last = show, 0.0
+        slices = f"{request['slices']} slices of " if request["slices"] > 1 else ""
+        until = (
+            "until its memory is known: seconds" if memory_only else "to its end: minutes (--memory-only: seconds)"
+        )
+        show(f"compiling {request['program']} for {slices}{request['topology']}, on this machine's CPU, {until}")
+
+    def look(self, seconds: float) -> None:
+        """seconds: since the start."""
+        known = [program for program in self._programs if _memory_is_there(program)]
+        for program in known:
+            self._programs.remove(program)
+            self._tell(f"the memory of {program.name} is known after {duration(seconds)}", seconds)
+        if seconds - self._last >= _PAUSE:
+            self._tell(f"still compiling after {duration(seconds)}", seconds)
+
+    def _tell(self, line: str, seconds: float) -> None:
+        self._show(line)
+        self._last = seconds
 
 
 def _memory_is_there(dump: Path) -> bool:

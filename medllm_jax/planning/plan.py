@@ -49,13 +49,20 @@ class PlanOptions(Ranged):
     price: Price | None = None
 
 
-def plan(config: RunConfig, options: PlanOptions, *, memory_only: bool = False) -> dict[str, Any]:
+def plan(
+    config: RunConfig,
+    options: PlanOptions,
+    *,
+    memory_only: bool = False,
+    show: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
     """The report as plain values, whose schema is in docs/plan.md; UserError where the config does not fit the mesh.
 
-    memory_only: seconds instead of minutes, and no estimate of time.
+    memory_only: seconds instead of minutes, and no estimate of time. show: is called with a line at each stage.
     """
     config = resolve(config, elsewhere=True)
-    return report_of(config, options, compile_programs(request_of(config, options), memory_only=memory_only))
+    compiled = compile_programs(request_of(config, options), memory_only=memory_only, show=show)
+    return report_of(config, options, compiled)
 
 
 def request_of(config: RunConfig, options: PlanOptions) -> dict[str, Any]:

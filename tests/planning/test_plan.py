@@ -164,8 +164,13 @@ def test_the_search_takes_the_fastest_of_what_fits(file):
 @pytest.mark.slow
 @needs_libtpu
 def test_a_tiny_run_is_planned(file, capsys):
-    assert run(file, "--json", "--tokens", "1000000") == 0
-    report = json.loads(capsys.readouterr().out)
+    assert run(file, "--json", "--tokens", "1000000", "--price", "2") == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("compiling train for v5p:2x2x1, on this machine's CPU, to its end: minutes")
+    report = json.loads(printed.out)
+    cost = report["run"]
+    assert cost["steps"] == 489 and cost["hours"] == pytest.approx(489 * cost["seconds_in_a_step"] / 3600)
+    assert cost["price"] == pytest.approx(2 * 4 * cost["hours"]) and cost["compile_seconds"] > 0
     (program,) = report["programs"]
     assert (report["mesh"], report["chips"]) == ({"data": 1, "fsdp": 2, "tensor": 2}, 4)
     memory, flops, time = program["memory"], program["flops"], program["time"]
