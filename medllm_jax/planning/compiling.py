@@ -109,9 +109,7 @@ class _Told:
         self._programs = [folder / name for name in PROGRAMS[request["program"]]]
         self._show, self._last = show, 0.0
         slices = f"{request['slices']} slices of " if request["slices"] > 1 else ""
-        until = (
-            "until its memory is known: seconds" if memory_only else "to its end: minutes (--memory-only: seconds)"
-        )
+        until = "until its memory is known: seconds" if memory_only else "to its end: minutes (--memory-only: seconds)"
         show(f"compiling {request['program']} for {slices}{request['topology']}, on this machine's CPU, {until}")
 
     def look(self, seconds: float) -> None:
