@@ -103,7 +103,9 @@ def _pairs(options: argparse.Namespace) -> None:
         raise UserError(f"{output} exists: give another output, or --overwrite (which keeps the samples)")
     kept = epath.Path(options.samples_file or f"{str(output).removesuffix('.jsonl')}.samples.jsonl")
 
-    sampler = _sampler(options, _opened(options))
+    checkpoint = _opened(options)
+    print(f"asking {len(exam.questions):,} questions of {exam.name}, {options.samples} samples each", flush=True)
+    sampler = _sampler(options, checkpoint)
     with Console("samples", len(exam.questions) * len(options.conditions), unit="prompt") as console:
         show = lambda done: console.update(done, every_seconds=10)  # noqa: E731
         samples = sample_exam(
@@ -145,6 +147,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     output = options.output or _results_folder(options, checkpoint, exam.name, template.name)
     with contextlib.ExitStack() as stack:
         stack.enter_context(Lease(output))  # before a model is loaded for nothing
+        print(
+            f"asking {len(exam.questions):,} questions of {exam.name}: {' and '.join(options.conditions)}", flush=True
+        )
         sampler = _sampler(options, checkpoint)
         total = len(exam.questions) * len(options.conditions)
         console = stack.enter_context(Console(f"exam {exam.name}", total, unit="question"))

@@ -91,6 +91,7 @@ def _run_config(options: argparse.Namespace) -> Any:
 
 def _train(options: argparse.Namespace) -> None:
     config = _run_config(options)
+    print(f"training {config.run} by {config.objective.name}: reading the store and the model", flush=True)
     from medllm_jax.training.loop import train
 
     folder = train(config, force=options.force)
