@@ -1,6 +1,7 @@
 """Collects the parts of a report: runs and exam results, read from the folders that the user names."""
 
 import dataclasses
+import functools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,11 +47,15 @@ class Results:
     likelihood: dict[str, Any] | None
     contamination: dict[str, Any] | None
 
+    @functools.cached_property
+    def samples(self) -> Samples | None:
+        """The raw outputs; None where they were not kept."""
+        return Samples.read(self.folder / "samples.jsonl")
+
     def outputs(self, question: str, condition: str) -> tuple[Completion, ...]:
         """The raw outputs to a question; none where they were not kept."""
-        samples = Samples.read(self.folder / "samples.jsonl")
         try:
-            return samples.of(question, condition) if samples else ()
+            return self.samples.of(question, condition) if self.samples else ()
         except KeyError:
             return ()
 
