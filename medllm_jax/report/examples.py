@@ -1,7 +1,7 @@
 """What is shown of exams and outputs: the questions that the user asks to see, and no other."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from medllm_jax.errors import UserError
@@ -20,6 +20,11 @@ KINDS = {
     "unreadable": "gave no readable answer to",
     "lost": "answered rightly alone and wrongly with an explanation",
     "gained": "answered rightly with an explanation alone",
+}
+_MEANT: dict[str, Callable[[Grade], bool]] = {
+    "all": lambda grade: True,
+    "wrong": lambda grade: not grade.correct,
+    "unreadable": lambda grade: grade.problem not in (None, "wrong_count"),
 }
 
 
@@ -121,9 +126,7 @@ def _of_kind(kind: str, models: Sequence[Scored]) -> set[str]:
             of = changed(model)
             found.update(i for reason, ids in of.items() if (reason == "gained") == (kind == "gained") for i in ids)
         else:
-            graded = _graded(model)
-            is_meant = {"all": lambda g: True, "wrong": lambda g: not g.correct, "unreadable": lambda g: g.problem}
-            found.update(grade.id for grade in graded if is_meant[kind](grade))
+            found.update(grade.id for grade in _graded(model) if _MEANT[kind](grade))
     return found
 
 
@@ -166,7 +169,11 @@ def _right(question: Question) -> str:
 
 
 def _answer(grade: Grade) -> str:
-    return f"{grade.answer or (grade.problem or 'nothing').replace('_', ' ')} {'✓' if grade.correct else '✗'}"
+    read = grade.answer or "nothing"
+    if grade.problem is not None:
+        named = {"wrong_count": f" ({grade.answer})", "unparseable": f" (mentions {grade.answer})"}
+        read = grade.problem.replace("_", " ") + (named.get(grade.problem, "") if grade.answer else "")
+    return f"{read} {'✓' if grade.correct else '✗'}"
 
 
 def _verdict(grade: Grade) -> str:
