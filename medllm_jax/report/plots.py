@@ -189,12 +189,11 @@ def _japanese_font() -> str | None:
 
 def _between_ticks(axis, low: float, high: float) -> None:
     """An axis from one round number to another, around what is shown."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-    locator = MaxNLocator(nbins=6, steps=_ROUND)
-    ticks = locator.tick_values(low, high)
+    ticks = MaxNLocator(nbins=6, steps=_ROUND).tick_values(low, high)
     margin = (ticks[-1] - ticks[0]) / 60  # marks at an end are not cut
-    axis.set_major_locator(locator)
+    axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axis.set_view_interval(ticks[0] - margin, ticks[-1] + margin, ignore=True)
 

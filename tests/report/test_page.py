@@ -223,6 +223,9 @@ def test_names_tell_folders_apart(place, tmp_path):
     shutil.copytree(tmp_path / "rpo/evaluation/small", tmp_path / "rpo/evaluation/again")
     _, results = collect([str(tmp_path / "rpo"), str(tmp_path / "rpo")])
     assert [r.name for r in results] == ["rpo/again", "rpo/small"]
+    shutil.copytree(place / "exams/base", tmp_path / "exams/rpo")
+    _, results = collect([str(place / "rpo"), str(tmp_path / "exams/rpo")])
+    assert [r.name for r in results] == ["rpo", "exams/rpo"]
 
 
 def _without(place, tmp_path, change):
