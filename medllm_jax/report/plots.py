@@ -211,11 +211,16 @@ def _log_ticks(axes) -> None:
 
 
 def number(value: float) -> str:
-    """A round number as people write it: 20,000 and 0.05, and 5e-6 where zeros would be counted."""
-    if value and not 1e-4 <= abs(value) < 1e7:
+    """A round number as people write it: 20,000 and 0.05; 2M and 5e-6 where zeros would be counted."""
+    size = abs(value)
+    if 1e5 <= size < 1e9:
+        written = f"{value / 1e6:.10g}M" if size >= 1e6 else f"{value / 1e3:.10g}k"
+    elif value and not 1e-4 <= size < 1e5:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace("-", "\u2212")
-    return f"{round(value, 10):,.10g}".replace("-", "\u2212")
+        written = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    else:
+        written = f"{round(value, 10):,.10g}"
+    return written.replace("-", "\u2212")
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

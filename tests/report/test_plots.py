@@ -42,7 +42,10 @@ def test_accuracies_are_percent_of_a_range_that_shows_small_differences_as_small
 
 @pytest.mark.parametrize(
     ("value", "written"),
-    [(0, "0"), (0.1 + 0.2, "0.3"), (20_000, "20,000"), (-0.05, "\u22120.05"), (5e-6, "5e\u22126"), (2.5e9, "2.5e9")],
+    [
+        *((0, "0"), (0.1 + 0.2, "0.3"), (20_000, "20,000"), (200_000, "200k"), (-2_500_000, "\u22122.5M")),
+        *((-0.05, "\u22120.05"), (5e-6, "5e\u22126"), (2.5e9, "2.5e9")),
+    ],
 )
 def test_numbers_are_written_as_people_do(value, written):
     assert plots.number(value) == written
