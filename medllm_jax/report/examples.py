@@ -90,7 +90,9 @@ def chosen(
     wanted = [_wanted(asked, found, models) for found, (_, models) in zip(ids, exams, strict=True)]
     for each in dict.fromkeys(asked):
         if not any(each in found for found in ids) and each not in KINDS:
-            raise UserError(f"--example {each}: no question of these results has this id")
+            raise UserError(
+                f"--example {each}: no question of these results has this id, and it is none of {', '.join(KINDS)}"
+            )
         if each in KINDS and not any(_of_kind(each, models) for _, models in exams):
             _log.warning(f"warning: --example {each}: there is no question that a model {KINDS[each]}")
     found = zip(exams, wanted, exam_of, strict=True)
