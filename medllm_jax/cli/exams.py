@@ -50,8 +50,12 @@ def add(verbs: Any) -> None:
     report = verb(verbs, "report", _report, "write one HTML page with pictures about runs and exam results")
     report.add_argument("folder", nargs="+", help="run folders, or folders of exam results, local or gs://")
     report.add_argument("--output", default="report", help="folder for report.html and figures/ (default report)")
-    shown = "show the outputs for this question; repeatable (none are shown by default)"
+    shown = (
+        "show the outputs for this question, or for all, wrong, unreadable, lost, gained; repeatable (default: none)"
+    )
     report.add_argument("--example", action="append", default=[], metavar="ID", help=shown)
+    asked = "show questions and right answers of this exam beside the examples; repeatable"
+    report.add_argument("--exam", action="append", default=[], metavar="PATH", help=asked)
 
     about = "measure how often the likeliest letters are right: a quick look at a model, not an exam score"
     look = verb(verbs, "likelihood", _likelihood, about)
@@ -324,11 +328,12 @@ def _contamination(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from medllm_jax.evaluation.exam import load_exam
     from medllm_jax.report.collect import collect
     from medllm_jax.report.page import write_page
 
     runs, results = collect(options.folder)
-    page = write_page(runs, results, options.output, options.example)
+    page = write_page(runs, results, options.output, options.example, [load_exam(path) for path in options.exam])
     print(f"{page}: {len(runs)} runs, {len(results)} exam results; pictures: {page.parent / 'figures'}")
 
 

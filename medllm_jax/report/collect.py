@@ -1,6 +1,7 @@
 """Collects the parts of a report: runs and exam results, read from the folders that the user names."""
 
 import dataclasses
+import functools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,11 +47,15 @@ class Results:
     likelihood: dict[str, Any] | None
     contamination: dict[str, Any] | None
 
+    @functools.cached_property
+    def samples(self) -> Samples | None:
+        """The raw outputs; None where they were not kept."""
+        return Samples.read(self.folder / "samples.jsonl")
+
     def outputs(self, question: str, condition: str) -> tuple[Completion, ...]:
         """The raw outputs to a question; none where they were not kept."""
-        samples = Samples.read(self.folder / "samples.jsonl")
         try:
-            return samples.of(question, condition) if samples else ()
+            return self.samples.of(question, condition) if self.samples else ()
         except KeyError:
             return ()
 
@@ -78,11 +83,11 @@ def collect(paths: Iterable[str]) -> tuple[list[RecordedRun], list[Results]]:
             )
     alone = [folder for folder, run in results.items() if run is None]
     run_names = dict(zip(runs, _distinct(list(runs)), strict=True))
-    names = dict(zip(alone, _distinct(alone), strict=True))
     of_run = Counter(results.values())
-    names |= {
+    names = {
         f: run_names[run] if of_run[run] == 1 else f"{run_names[run]}/{f.name}" for f, run in results.items() if run
     }
+    names |= dict(zip(alone, _distinct(alone, names.values()), strict=True))
     read = [RecordedRun(run_names[f], config, _metrics(f)) for f, config in runs.items()]
     return read, [_results(folder, names[folder]) for folder in results]
 
@@ -100,12 +105,13 @@ def _is_results(names: set[str]) -> bool:
     return bool(names & {"scores.json", "likelihood.json"})
 
 
-def _distinct(folders: Sequence[epath.Path]) -> list[str]:
-    """Short names that tell folders apart: the last part of each, or as many parts as it takes."""
+def _distinct(folders: Sequence[epath.Path], taken: Iterable[str] = ()) -> list[str]:
+    """Short names that tell folders apart, none of them taken: the last part of each, or as many parts as it takes."""
+    others = set(taken)
     parts = [[p for p in str(folder).split("/") if p not in ("", ".", "..", "gs:", "evaluation")] for folder in folders]
     for count in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(each[-count:]) for each in parts]
-        if len(set(names)) == len(names):
+        if len(set(names) | others) == len(names) + len(others):
             break
     return names if folders else []
 

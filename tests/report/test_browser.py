@@ -11,21 +11,59 @@ import pytest
 
 from medllm_jax.report.collect import collect
 from medllm_jax.report.page import write_page
+from tests.evaluation.test_evaluate import EXAM
+
+_LEAST_LETTERS = 11  # pixels
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")
 
-# What reaches beyond the window's right edge, unless it can be scrolled to within a container of its own.
 _MEASURE = """<script>
-document.querySelectorAll("details").forEach(each => each.open = true);
-const width = document.documentElement.clientWidth, cut = [];
-for (const each of document.querySelectorAll("body *")) {
-  const scrolls = (e) => e && (["auto", "scroll"].includes(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
-  const box = each.getBoundingClientRect();
-  if (box.width && (box.right > width + 1 || box.left < -1) && !scrolls(each.parentElement)) cut.push(each.tagName);
-  if (each.tagName == "IMG" && !each.naturalWidth) cut.push("IMG without a picture");
+const width = document.documentElement.clientWidth;
+
+// What reaches beyond the window's right edge, unless it can be scrolled to within a container of its own.
+function cut() {
+  const found = [];
+  for (const each of document.querySelectorAll("body *")) {
+    const moves = (e) => ["auto", "scroll"].includes(getComputedStyle(e).overflowX);
+    const scrolls = (e) => e && (moves(e) || scrolls(e.parentElement));
+    const box = each.getBoundingClientRect();
+    if (box.width && (box.right > width + 1 || box.left < -1) && !scrolls(each.parentElement)) found.push(each.tagName);
+    if (each.tagName == "IMG" && !each.naturalWidth) found.push("IMG without a picture");
+  }
+  return found;
 }
-parent.postMessage(JSON.stringify({width, whole: document.documentElement.scrollWidth, cut}), "*");
+
+// Of each picture: how wide it is shown, the shape it is shown in against its own, and its smallest letters in pixels.
+const pictures = () => [...document.querySelectorAll("figure img")].map((img) => {
+  const svg = new DOMParser().parseFromString(atob(img.src.split(",")[1]), "image/svg+xml").documentElement;
+  const sizes = [...svg.querySelectorAll("text, tspan")].map((each) =>
+    parseFloat(each.style.fontSize || each.getAttribute("style").match(/([0-9.]+)px/)[1]));
+  const shape = (img.clientWidth / img.clientHeight) / (img.naturalWidth / img.naturalHeight);
+  return {width: img.clientWidth, shape, letters: Math.min(...sizes) * img.clientWidth / svg.viewBox.baseVal.width};
+});
+
+// Tables wider than their container: whether their names stay where they are when the rest is scrolled.
+const wide = () => [...document.querySelectorAll(".scroll")].filter((e) => e.scrollWidth > e.clientWidth).map((e) => {
+  const name = e.querySelector("tbody th"), before = name.getBoundingClientRect().left;
+  e.scrollLeft = 60;
+  return e.scrollLeft > 0 && Math.abs(name.getBoundingClientRect().left - before) < 2;
+});
+
+// A number's link opens the list that it leads to.
+function reached() {
+  const link = document.querySelector("td a[href^='#']");
+  if (!link) return null;
+  const list = document.querySelector(link.hash), before = list.checkVisibility();
+  link.click();
+  return {before, after: list.checkVisibility()};
+}
+
+const found = {reached: reached()};
+document.querySelectorAll("details").forEach((each) => each.open = true);
+const whole = document.documentElement.scrollWidth;
+Object.assign(found, {width, whole, cut: cut(), pictures: pictures(), wide: wide()});
+parent.postMessage(JSON.stringify(found), "*");
 </script></body>"""
 # A window can't be as narrow as a phone; a frame can.
 _FRAME = """<body><iframe src="{page}" width="{width}" height="30000" style="border: 0"></iframe><script>
@@ -80,10 +118,16 @@ def opened(html, folder, width):
 @pytest.mark.parametrize("width", [400, 1400])
 def test_the_report_in_a_browser(place, tmp_path, width):
     runs, results = collect(map(str, (place / "cpt", place / "rpo", place / "exams/base")))
-    page = write_page(runs, results, tmp_path / "out", ["q0"])
+    page = write_page(runs, results, tmp_path / "out", ["all"], [EXAM])
     measured, console, asked = opened(page.read_text("utf-8"), tmp_path, width)
-    assert measured == {"width": width, "whole": width, "cut": []}
+    assert {name: measured[name] for name in ("width", "whole", "cut")} == {"width": width, "whole": width, "cut": []}
     assert console == [] and asked == []
+    assert measured["reached"] == {"before": False, "after": True}
+    assert all(measured["wide"]) and (measured["wide"] or width > 400)
+    pictures = measured["pictures"]
+    assert len(pictures) >= 9 and all(abs(each["shape"] - 1) < 0.02 for each in pictures)
+    assert min(each["width"] for each in pictures) > (340 if width == 400 else 400)
+    assert min(each["letters"] for each in pictures) >= _LEAST_LETTERS
 
 
 def test_the_measure_sees_what_is_wrong(tmp_path):
