@@ -8,6 +8,10 @@ import json
 import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
+import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -312,3 +316,53 @@ def test_the_reference_has_every_command_and_setting(made):
         assert field_docs(owner).get(f.name), f"{key} has no text"
     page = made[DOCS / "reference/configs.md"]
     assert all(f"### {name}\n" in page for kind in ("runs", "rounds", "model") for name in shipped_configs(kind))
+
+
+# --- the first hour --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_first_hour_runs(tmp_path, monkeypatch):
+    """The page's blocks in their order, as a reader would run them; of the demo, what MEDLLM_DEMO names is taken."""
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    program = bin / "medllm"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m medllm_jax.cli "$@"\n')
+    program.chmod(0o755)
+    here = tmp_path / "clone"
+    here.mkdir()
+    (here / "medllm_jax").symlink_to(ROOT / "medllm_jax")
+    if made := os.environ.get("MEDLLM_DEMO"):
+        (here / "demo-run").symlink_to(Path(made).resolve(strict=True))
+    monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("XLA_FLAGS")
+
+    ran = [block for block in blocks(FIRST_HOUR) if block.mark in ("run", "interrupt")]
+    assert [block.mark for block in ran].count("interrupt") == 1
+    for block in ran:
+        if block.mark == "run":
+            script = "set -euo pipefail\n" + block.text
+            done = subprocess.run(["bash", "-c", script], cwd=here, capture_output=True, text=True)
+            assert done.returncode == 0, f"{block}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        else:
+            assert interrupted(block, here) == 130, block
+    assert (here / "report" / "report.html").is_file()
+    assert len((here / "runs" / "mine" / "sessions.jsonl").read_text().splitlines()) == 2
+
+
+def interrupted(block: Block, here: Path) -> int:
+    """The exit code of a block that trains, with Ctrl-C pressed once it has made steps."""
+    (run,) = re.findall(r"--run (\S+)", block.text)
+    metrics = here / run / "metrics.jsonl"
+    started = subprocess.Popen(["bash", "-c", f"exec {block.text}"], cwd=here, start_new_session=True)
+    try:
+        while started.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
+            time.sleep(0.1)
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGINT)
+        return started.wait()
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
