@@ -52,7 +52,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links to files beside docs/ lead to their pages; links to folders lead to the page that describes the folder."""
+    """Without marks for tests; links to files beside docs/ lead to their pages, those to folders to their README."""
+    markdown = re.sub(r"^ *<!-- test: .* -->\n", "", markdown, flags=re.MULTILINE)
     for name, place in BESIDE.items():
         markdown = markdown.replace(f"](../{name}", f"]({place}")
     return re.sub(r"\]\(((?:[\w.-]+/)+)\)", r"](\1README.md)", markdown)
