@@ -25,6 +25,7 @@ from medllm_jax.config.load import load_run_config
 from medllm_jax.config.schema import RunConfig
 from medllm_jax.config.schema_reader import documented_fields, dotted_keys, field_docs
 from medllm_jax.config.shipped import shipped_configs
+from medllm_jax.errors import UserError
 from medllm_jax.terminal.parser import parse
 from tools import docs_site
 
@@ -117,6 +118,7 @@ def commands(text: str) -> Iterator[list[str]]:
         skipped = False  # where a redirection leads
         for word in [*lexer, ";"]:
             if set(word) <= set("<>&|") and set(word) & set("<>"):
+                words = words[:-1] if words[-1:] == ["2"] else words
                 skipped = True
             elif set(word) <= set("();|&"):
                 if words:
@@ -176,6 +178,38 @@ def check_ours(words: list[str], *, written_before: bool = False) -> None:
         prepare(options)
     elif options.takes_settings and not (written_before and not Path(options.config).is_file()):
         load_run_config(options.config, options.settings)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "medllm trian --config cpt-tiny",
+        "medllm train --config cpt-tiny --optimizer.lr 1.0e-4",
+        "medllm train --config cpt-tiny --steps many",
+        "medllm evaluate --run runs/x --exam e.jsonl --quick",
+        "medllm launch gke --config cpt-7b-v5p-2x2x1 --topology v5p:9x9x9 --run gs://b/r --image I --dry-run",
+        "make everything",
+        "python -m benchmarks.nothing",
+        "pip install 'medllm_jax[nothing]'",
+        "medlm train",
+    ],
+)
+def test_wrong_commands_are_found(command):
+    (words,) = commands(command)
+    with pytest.raises((UserError, AssertionError)):
+        check_command(words)
+
+
+def test_commands_of_a_shell_are_taken_apart():
+    text = "A=1 medllm a --b 'c d' \\\n  -- --e f # no\ncat > x <<'END'\nmedllm no\nEND\nmake x && make y | cat 2> z"
+    words = [["medllm", "a", "--b", "c d", "--", "--e", "f"], ["cat"], ["make", "x"], ["make", "y"], ["cat"]]
+    assert list(commands(text)) == words
+
+
+def test_wrong_links_are_found():
+    for link in ("nowhere.md", "plan.md#nothing", "#nothing"):
+        with pytest.raises(AssertionError):
+            check_links(DOCS / "page.md", f"[text]({link})", {})
 
 
 @pytest.mark.parametrize("page", READ, ids=lambda page: str(page.relative_to(ROOT)))
