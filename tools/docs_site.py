@@ -95,7 +95,7 @@ def verbs(parser: argparse.ArgumentParser, *before: str) -> Iterator[tuple[tuple
 
 def _usage(parser: argparse.ArgumentParser) -> str:
     usage = " ".join(parser.format_usage().removeprefix("usage: ").split())
-    return re.sub(r"(.{60,90}?) (?=[\[-])", r"\1\n    ", usage.replace(" [-h]", ""))
+    return re.sub(r"(.{40,70}?) (?=[\[-])", r"\1\n    ", usage.replace(" [-h]", ""))
 
 
 def _option(action: argparse.Action) -> str:
