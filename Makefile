@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 STAMPED := pyproject.toml constraints.txt
 
-.PHONY: install demo test quick test-all lint format compiler plans harness deep notebook xpk clean newest
+.PHONY: install demo test quick test-all lint docs format compiler plans harness deep notebook xpk clean newest
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,10 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+# The site in site/; whatever a page lacks is a warning, and a warning is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
@@ -91,6 +95,10 @@ $(VENV)/.installed-lint: $(VENV)/.installed-test
 	$(COMPILE)
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(INSTALL) -e ".[docs]"
+	touch $@
+
 # The newest packages, without constraints, in an environment of its own, made anew each time; the suite says what they break.
 # torch stays at its version; where accelerator libraries aren't wanted, set PIP_EXTRA_INDEX_URL to an index of CPU builds.
 NEWEST ?= $(VENV)-newest
@@ -101,4 +109,4 @@ newest:
 	$(NEWEST)/bin/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow"
 
 clean:
-	rm -rf $(VENV) $(VENV)-xpk $(VENV)-newest build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-xpk $(VENV)-newest site build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -155,37 +155,3 @@ def test_help_imports_nothing_heavy(verb):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]", done.stdout
-
-
-PROGRAMS = ("medllm ", "python -m tools.convert_hf ", "python -m launch ")
-
-
-def documented_commands():
-    """Every command of `medllm`, the converter and the launchers in README and docs, continuation lines joined."""
-    for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        text = file.read_text(encoding="utf-8").replace("\\\n", " ")
-        for line in text.splitlines():
-            command = line.partition("#")[0].strip()
-            if line.startswith("    ") and command.startswith(PROGRAMS):
-                yield command
-
-
-def test_documented_commands_are_understood(monkeypatch):
-    import shlex
-
-    from medllm_jax.cli import make_parser
-    from medllm_jax.cli.launch import prepare
-    from medllm_jax.terminal.parser import parse
-
-    monkeypatch.chdir(ROOT)
-    groups = {"tools.convert_hf": ["convert"], "launch": ["launch"]}
-    commands = list(documented_commands())
-    assert len(commands) >= 9
-    for command in commands:
-        words = shlex.split(command)
-        words = words[1:] if words[0] == "medllm" else groups[words[2]] + words[3:]
-        options = parse(make_parser(), words)
-        if words[0] == "launch":
-            prepare(options)
-        elif options.takes_settings:
-            load_run_config(options.config, options.settings)
