@@ -16,6 +16,11 @@ from medllm_jax.errors import UserError, quoted
 from medllm_jax.ranges import Range
 from medllm_jax.terminal.parser import group, number, verb
 
+_SOURCE = (
+    "folder with config.json, *.safetensors, tokenizer, local or gs://; or a model's name on the Hugging Face hub, "
+    "OWNER/NAME or OWNER/NAME@REVISION"
+)
+_SIDE = "Hugging Face folder, a model's name on the hub, or run folder"
 DTYPES = ("float32", "bfloat16", "float16")
 _MAX_PARTS = 1024  # each part looks for all the others' notes
 ADAPTER_BASES = ("float32", "bfloat16", "int8", "int4", "nf4")
@@ -33,7 +38,7 @@ def add(verbs: Any) -> None:
         "--base, SRC is an adapter that PEFT saved, and DST a run of that adapter."
     )
     sub = verb(verbs, "from-hf", _on_the_cpu(_from_hf), text, description=description)
-    sub.add_argument("source", metavar="SRC", help="folder with config.json, *.safetensors, tokenizer; local or gs://")
+    sub.add_argument("source", metavar="SRC", help=_SOURCE)
     sub.add_argument("target", metavar="DST", help="new run folder, local or gs://")
     sub.add_argument("--resume", action="store_true", help="resume an interrupted conversion")
     sub.add_argument(
@@ -78,8 +83,8 @@ def add(verbs: Any) -> None:
         "Predictions need one whole model in host memory at a time."
     )
     sub = verb(verbs, "verify", _on_the_cpu(_verify), text, description=description)
-    sub.add_argument("first", metavar="A", help="Hugging Face folder or run folder")
-    sub.add_argument("second", metavar="B", help="Hugging Face folder or run folder")
+    sub.add_argument("first", metavar="A", help=_SIDE)
+    sub.add_argument("second", metavar="B", help=_SIDE)
     sub.add_argument("--by", choices=("hash", "logits"), help="compare bytes or predictions only (default: both)")
     sub.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="predict on this text; repeatable")
     tokens, logits = number(Annotated[int, Range(1, 100_000)]), number(Annotated[float, Range(0, 1000)])

@@ -27,7 +27,7 @@ from medllm_jax.conversion.run_weights import RANGE_BYTES, RunWeights
 from medllm_jax.data.tokenizer import encode_plain, load_tokenizer
 from medllm_jax.errors import UserError
 from medllm_jax.model.qwen2 import Backend, Qwen2
-from medllm_jax.storage import run_folder
+from medllm_jax.storage import hub, run_folder
 from medllm_jax.storage.remote import is_remote
 from medllm_jax.terminal.progress import Console
 
@@ -67,6 +67,7 @@ def verify(
 
 
 def _open(path: str) -> Side:
+    path = hub.find_folder(path, hub.MODEL).folder
     if (epath.Path(path) / "config.json").exists():
         return open_hf(path)
     if checkpoints_of(path).exists():
