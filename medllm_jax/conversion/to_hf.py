@@ -29,6 +29,7 @@ from medllm_jax.conversion.folders import (
 )
 from medllm_jax.conversion.hf_config import config_json, json_text, token_ids_of
 from medllm_jax.conversion.hf_weights import DTYPES, INDEX, SINGLE
+from medllm_jax.conversion.history import history_of
 from medllm_jax.conversion.names import RowRange, row_ranges
 from medllm_jax.conversion.run_weights import RunWeights
 from medllm_jax.conversion.shards import Shard, holds_shard, index_of, shards_of, tensor_bytes, write_shard
@@ -185,6 +186,7 @@ def _companions(
         files.setdefault(GENERATION, json_text(token_ids).encode())
     texts = documents(
         weights.checkpoint,
+        history=history_of(weights.checkpoint),
         adapter=isinstance(weights, peft.AdapterWeights),
         parameters=sum(int(np.prod(tensor.shape)) for tensor in weights.tensors),
         base_name=base_name,
