@@ -20,6 +20,7 @@ _SOURCE = (
     "folder with config.json, *.safetensors, tokenizer, local or gs://; or a model's name on the Hugging Face hub, "
     "OWNER/NAME or OWNER/NAME@REVISION"
 )
+_DTYPE = "dtype of the weights (default: as stored, but bfloat16 where a model in bfloat16 was trained in float32)"
 _SIDE = "Hugging Face folder, a model's name on the hub, or run folder"
 DTYPES = ("float32", "bfloat16", "float16")
 _MAX_PARTS = 1024  # each part looks for all the others' notes
@@ -65,7 +66,7 @@ def add(verbs: Any) -> None:
     sub.add_argument("target", metavar="DST", help="new folder, local or gs://")
     step = number(Annotated[int, Range(0, 1_000_000_000)])
     sub.add_argument("--step", type=step, help="checkpoint to export (default: the newest)")
-    sub.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored)")
+    sub.add_argument("--dtype", choices=DTYPES, help=_DTYPE)
     sub.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="size of a file (default: 5GB)")
     sub.add_argument("--adapter", action="store_true", help="the adapter alone, as PEFT's files")
     sub.add_argument("--base-name", metavar="NAME", help="what the card calls the base, such as Qwen/Qwen2.5-7B")

@@ -2,14 +2,16 @@
 
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
-from medllm_jax.checkpoint.handle import Checkpoint, DamagedError
+from medllm_jax.checkpoint.handle import Checkpoint, DamagedError, RemovedError
 from medllm_jax.checkpoint.orbax import steps
 from medllm_jax.config.load import build
 from medllm_jax.config.schema import AdapterConfig, RunConfig
 
 RANDOM = "random weights"
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class Stage(NamedTuple):
@@ -64,12 +66,28 @@ def history_of(checkpoint: Checkpoint) -> History:
                 commit if isinstance(commit, str) and commit.isalnum() else None,
                 imported,
                 made if isinstance(made, str) else None,
-                checkpoint.open_arrays()["norm/weight"].dtype.numpy_dtype,
+                _dtype(checkpoint),
             )
         if before is None or before.run_folder in seen:
             return History(stages[::-1], None, imported=imported)
         seen.add(before.run_folder)
         checkpoint = before
+
+
+def exported_dtype(stored: np.dtype, history: History) -> np.dtype:
+    """The dtype that a whole model is exported in if none is asked for: as stored, but that in which it came where it
+    was only widened to be trained.
+    """
+    was_widened = history.dtype == _BFLOAT16 and stored == np.dtype(np.float32)
+    return _BFLOAT16 if was_widened else stored
+
+
+def _dtype(checkpoint: Checkpoint) -> np.dtype | None:
+    """Of what is not quantised in a whole model."""
+    try:
+        return checkpoint.open_arrays()["norm/weight"].dtype.numpy_dtype
+    except (DamagedError, RemovedError, KeyError):
+        return None
 
 
 def _open(run: str, step: int | None = None) -> Checkpoint | None:

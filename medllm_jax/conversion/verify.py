@@ -22,6 +22,7 @@ from medllm_jax.checkpoint.orbax import checkpoints_of
 from medllm_jax.config.load import to_plain
 from medllm_jax.conversion.folders import ahead
 from medllm_jax.conversion.hf_weights import HFFolder, open_hf
+from medllm_jax.conversion.history import exported_dtype, history_of
 from medllm_jax.conversion.names import RowRange, Tensor, row_ranges
 from medllm_jax.conversion.run_weights import RANGE_BYTES, RunWeights
 from medllm_jax.data.tokenizer import encode_plain, load_tokenizer
@@ -53,7 +54,7 @@ def verify(
     tolerance: largest difference of a logit that counts as agreement.
     Raises UserError for what is neither a Hugging Face checkpoint nor a run folder.
     """
-    sides = (_open(first), _open(second))
+    sides = _as_exported(_open(first), _open(second))
     agreed = _same_config(*sides)
     if "hash" in by:
         agreed &= _same_bytes(*sides)
@@ -75,6 +76,19 @@ def _open(path: str) -> Side:
     raise UserError(
         f"{path} is neither a Hugging Face checkpoint (it has no config.json) nor a run folder (it has no checkpoints/)"
     )
+
+
+def _as_exported(first: Side, second: Side) -> tuple[Side, Side]:
+    """Both sides; a run in the dtype in which it is exported, where the other side is a folder of that dtype."""
+    sides = [first, second]
+    for place, (side, other) in enumerate(((first, second), (second, first))):
+        if not isinstance(side, RunWeights) or not isinstance(other, HFFolder) or side.dtype == other.dtype:
+            continue
+        usual = exported_dtype(side.dtype, history_of(side.checkpoint))
+        if usual == other.dtype:
+            _log.info(f"{side.checkpoint.run}: its {side.dtype.name} is compared in {usual.name}, as it is exported")
+            sides[place] = RunWeights(side.checkpoint, usual)
+    return sides[0], sides[1]
 
 
 def _same_config(first: Side, second: Side) -> bool:

@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +133,7 @@ def _download(name: str, revision: str | None, files: Files, given: str) -> str:
         return snapshot_download(name, **how, tqdm_class=_shown_by(console))
 
 
-def _shown_by(console: Console) -> Callable[..., Any]:
+def _shown_by(console: Console) -> Any:
     """A class of bars for `snapshot_download`, which shows none itself: the bytes that reach the disk are ours."""
     from huggingface_hub.utils import tqdm
 
