@@ -36,6 +36,7 @@ class Hub:
         self.cut_after: int | None = None  # bytes of a file after which the connection is closed
         self.failing: int | None = None  # the status that everything is answered with
         self.refuses_commits = False
+        self.makes_public = False  # whatever it is asked for
         self.url = ""
 
     def add(self, name: str, folder: Path, **more) -> Repository:
@@ -131,7 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(401, "", "Invalid credentials")
         if name in self.hub.repositories:
             return self._send(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})
-        self.hub.repositories[name] = Repository({".gitattributes": b""}, private=bool(asked.get("private")))
+        is_private = not self.hub.makes_public and (asked.get("private") or asked.get("visibility") == "private")
+        self.hub.repositories[name] = Repository({".gitattributes": b""}, private=is_private)
         return self._send(200, {"url": f"{self.hub.url}/{name}", "name": name})
 
     def _commit(self, name: str, found: Repository, body: bytes) -> None:
@@ -141,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
             entry = json.loads(line)
             if entry["key"] == "file":
                 found.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            elif entry["key"] == "deletedFile":
+                found.files.pop(entry["value"]["path"])
         done = {"success": True, "commitOid": found.sha, "commitUrl": f"{self.hub.url}/{name}/commit/{found.sha}"}
         return self._send(200, done)
 

@@ -74,7 +74,11 @@ def add(verbs: Any) -> None:
         "--evaluation", action="append", default=[], metavar="DIR", help="exam results for the card; repeatable"
     )
     sub.add_argument("--resume", action="store_true", help="resume an interrupted export")
-    sub.add_argument("--overwrite", action="store_true", help="replace DST if it is a Hugging Face folder")
+    overwrite = "replace DST if it is a Hugging Face folder; with --push, also the weights of a repository there"
+    sub.add_argument("--overwrite", action="store_true", help=overwrite)
+    push = "upload the export to the Hugging Face hub; a repository that is not there is made, private"
+    sub.add_argument("--push", metavar="OWNER/NAME", help=push)
+    sub.add_argument("--public", action="store_true", help="with --push: make it public")
     _add_allow_non_finite(sub)
 
     text = "compare two checkpoints of either format"
@@ -176,8 +180,13 @@ def _mesh(text: str | None) -> dict[str, int] | None:
 
 
 def _to_hf(options: argparse.Namespace) -> int:
+    from medllm_jax.conversion.push import check_push, push
     from medllm_jax.conversion.to_hf import to_hf
 
+    if options.public and options.push is None:
+        raise UserError("--public is of a repository on the hub: give --push OWNER/NAME too")
+    if options.push is not None:
+        check_push(options.push, options.target, public=options.public, overwrite=options.overwrite)
     to_hf(
         options.source,
         options.target,
@@ -191,6 +200,8 @@ def _to_hf(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         allow_non_finite=options.allow_non_finite,
     )
+    if options.push is not None:
+        push(options.target, options.push, public=options.public, overwrite=options.overwrite)
     return 0
 
 

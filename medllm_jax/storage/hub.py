@@ -67,10 +67,15 @@ class Found(NamedTuple):
         return self.folder if self.name is None else f"{self.name}@{(self.commit or '')[:_SHORT]}"
 
 
+def is_name(text: str) -> bool:
+    """Whether the hub could call a repository so."""
+    return _NAME.fullmatch(text) is not None and not text.endswith(".git")
+
+
 def hub_name(text: str) -> tuple[str, str | None] | None:
     """Name and revision where a text has the form of a hub's name and nothing here is called so; else None."""
     name, at, revision = text.partition("@")
-    if not _NAME.fullmatch(name) or name.endswith(".git") or os.path.lexists(text):
+    if not is_name(name) or os.path.lexists(text):
         return None
     if at and not _REVISION.fullmatch(revision):
         raise UserError(f"{quoted(text, str)}: after @, a branch, a tag or a commit of {name} is expected")
@@ -98,7 +103,7 @@ def find_folder(source: str, files: Files, *, option: str = "") -> Found:
             raise refused from error
         # The network, or the disk, in the middle: clients raise many types.
         fault = fault_of(error)
-        reason = fault.words if fault and fault.kind in ("full", "forbidden") else _words(error)
+        reason = fault.words if fault and fault.kind in ("full", "forbidden") else words_of(error)
         raise RunError(
             f"{given}: the download from the hub broke off ({reason}): run the same command again, which goes on with "
             "what is there"
@@ -165,13 +170,13 @@ def _cached(error: Exception, name: str, how: dict[str, Any], given: str) -> str
                 f"whole copy of {name}: give a folder, or unset HF_HUB_OFFLINE"
             ) from error
         message = (
-            f"{_nothing_here(given)}, and the hub ({constants.ENDPOINT}) can't be asked for {name} ({_words(error)}): "
-            "give a folder that is there, or check the network"
+            f"{_nothing_here(given)}, and the hub ({constants.ENDPOINT}) can't be asked for {name} "
+            f"({words_of(error)}): give a folder that is there, or check the network"
         )
         # A server that answered with a fault may answer otherwise in a while.
         raise (RunError if isinstance(error, HfHubHTTPError) else UserError)(message) from error
     if not offline:
-        _log.warning(f"warning: the hub can't be asked for {name} ({_words(error)}): what is in its cache is taken")
+        _log.warning(f"warning: the hub can't be asked for {name} ({words_of(error)}): what is in its cache is taken")
     return folder
 
 
@@ -218,6 +223,6 @@ def _check_room(cache: str, size: int, given: str) -> None:
         )
 
 
-def _words(error: BaseException) -> str:
+def words_of(error: BaseException) -> str:
     """One short line of an error, without what may be secret."""
     return redact(quoted(f"{type(error).__name__}: {error}", str, most=160))
