@@ -231,7 +231,7 @@ def _exams(run: str, step: int, evaluations: Sequence[str]) -> str:
     for folder in evaluations:
         runs_there, results = collect([folder])
         if runs_there or not results:
-            raise UserError(f"{folder}: the folder of exam results, with scores.json in it, is expected")
+            raise UserError(f"--evaluation {folder}: the folder of exam results, with scores.json in it, is expected")
         found += results
     rows = [row for results in found for row in _scores(results)]
     return markdown([_EXAM_HEADER, *rows]) if rows else ""

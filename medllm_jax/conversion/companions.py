@@ -146,7 +146,7 @@ def check_sums(folder: epath.Path, part: tuple[int, int] = (0, 1), *, whole: boo
         _log.info(f"{folder}: not in {SUMS}, so not checked: {listed(unlisted)}")
     sizes = {name: (folder / name).stat().length for name in sorted(sums.keys() & present)[part[0] :: part[1]]}
     done = 0
-    with Console("checking", sum(sizes.values()), unit="bytes") as console:
+    with Console(f"checking {SUMS}", sum(sizes.values()), unit="bytes") as console:
         for name, size in sizes.items():
             found = hashlib.sha256()
             for block in _blocks(folder / name):

@@ -27,7 +27,7 @@ from medllm_jax.conversion.folders import (
     unfinished_folder,
 )
 from medllm_jax.conversion.hf_weights import HFFolder, open_hf
-from medllm_jax.conversion.names import RowRange, Tensor, row_ranges
+from medllm_jax.conversion.names import RowRange, Tensor, in_words, row_ranges
 from medllm_jax.conversion.peft import factors, is_adapter, open_adapter
 from medllm_jax.conversion.run_weights import RunWeights
 from medllm_jax.distributed.sharding import parts_of
@@ -138,10 +138,16 @@ def from_peft(
         raise UserError(f"{target} exists and is not empty: choose another folder, or remove it first")
     found = hub.find_folder(source, hub.MODEL, option="SRC")
     if not is_adapter(found.folder):
-        raise UserError(f"{source} has no adapter_config.json: with --base, the folder of an adapter is expected")
-    checkpoint = open_checkpoint(base)
+        raise UserError(
+            f"{source} has no adapter_config.json: with --base, the folder of an adapter is expected; leave --base out "
+            "to convert a whole model"
+        )
+    try:
+        checkpoint = open_checkpoint(base)
+    except UserError as error:
+        raise UserError(f"--base {error}") from None
     if checkpoint.adapter is not None:
-        raise UserError(f"{base} holds adapters: the whole model that they stand on is expected")
+        raise UserError(f"--base {base} holds adapters: the whole model that they stand on is expected")
     stored = checkpoint.storage
     if stored is not None:
         if storage not in (None, stored.format):
@@ -283,12 +289,12 @@ def _convert(
 
     total = sum(task.bytes for task in todo)
     done = 0
-    with Console("converting", total, unit="bytes") as console:
+    with Console("converting weights", total, unit="bytes") as console:
         for task, is_odd in ahead(convert, todo, workers=_WORKERS):
             if not is_odd:  # else it is counted again when the conversion is resumed
                 filling.note(task.name)
             done += task.bytes
-            console.update(done, task.rows.tensor.name, every_seconds=10)
+            console.update(done, in_words(task.rows.tensor, model.config), every_seconds=10)
 
 
 @functools.cache

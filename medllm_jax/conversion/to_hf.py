@@ -282,7 +282,7 @@ class _Progress:
     """Bytes written, of shards that are written side by side; and whether they are to stop."""
 
     def __init__(self, total: int, done: int):
-        self._console, self._done = Console("writing", total, done=done, unit="bytes"), done
+        self._console, self._done = Console("writing weights", total, done=done, unit="bytes"), done
         self._lock, self.stopped = threading.Lock(), threading.Event()
 
     def __enter__(self) -> None:

@@ -23,7 +23,7 @@ from medllm_jax.config.load import to_plain
 from medllm_jax.conversion.folders import ahead
 from medllm_jax.conversion.hf_weights import HFFolder, open_hf
 from medllm_jax.conversion.history import exported_dtype, history_of
-from medllm_jax.conversion.names import RowRange, Tensor, row_ranges
+from medllm_jax.conversion.names import RowRange, Tensor, in_words, row_ranges
 from medllm_jax.conversion.run_weights import RANGE_BYTES, RunWeights
 from medllm_jax.data.tokenizer import encode_plain, load_tokenizer
 from medllm_jax.errors import UserError
@@ -109,8 +109,8 @@ class _Print(NamedTuple):
     digest: str
 
 
-def fingerprints(side: Side) -> dict[str, _Print]:
-    """Tensor name -> dtype, shape, and sha256 of its bytes."""
+def fingerprints(side: Side, what: str = "checkpoint") -> dict[str, _Print]:
+    """Tensor name -> dtype, shape, and sha256 of its bytes. what: which of two checkpoints is read, for people."""
     if isinstance(side, RunWeights):
         side.check()
     digests = {tensor.name: hashlib.sha256() for tensor in side.tensors}
@@ -121,12 +121,12 @@ def fingerprints(side: Side) -> dict[str, _Print]:
 
     ranges = (rows for tensor in side.tensors for rows in row_ranges(tensor, _rows_at_a_time(side, tensor)))
     total, done = side.dtype.itemsize * sum(int(np.prod(tensor.shape)) for tensor in side.tensors), 0
-    with Console("reading", total, unit="bytes") as console:
+    with Console(f"reading the {what}", total, unit="bytes") as console:
         for tensor, rows in ahead(read, ranges, workers=2):
             digests[tensor.name].update(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
             dtypes[tensor.name] = rows.dtype.name
             done += rows.nbytes
-            console.update(done, tensor.name, every_seconds=10)
+            console.update(done, in_words(tensor, side.config), every_seconds=10)
     return {t.name: _Print(dtypes[t.name], t.shape, digests[t.name].hexdigest()) for t in side.tensors}
 
 
@@ -137,7 +137,7 @@ def _rows_at_a_time(side: Side, tensor: Tensor) -> int:
 
 
 def _same_bytes(first: Side, second: Side) -> bool:
-    ours, theirs = fingerprints(first), fingerprints(second)
+    ours, theirs = fingerprints(first, "first"), fingerprints(second, "second")
     differing = []
     for name in sorted(ours.keys() | theirs.keys()):
         a, b = ours.get(name), theirs.get(name)

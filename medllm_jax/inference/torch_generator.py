@@ -41,6 +41,8 @@ class TorchGenerator:
         torch = require_torch()
         from transformers import AutoModelForCausalLM
 
+        if (Path(folder) / "checkpoints").is_dir():
+            raise UserError(f"--hf {folder}: it is a run folder: give --run {folder}")
         if not (Path(folder) / "config.json").is_file():
             raise UserError(f"{folder}: no config.json in it; a local folder in Hugging Face format was expected")
         self._folder, self._batch_size = Path(folder), batch_size
