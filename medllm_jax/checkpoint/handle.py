@@ -283,7 +283,7 @@ def open_checkpoint(run: str | os.PathLike, step: int | None = None) -> Checkpoi
     if not found and other:
         raise DamagedError(f"{run} holds no whole checkpoint: {_not_whole(other)}")
     if not found:
-        raise UserError(f"{run} holds no checkpoint: a run folder, or what `medllm convert from-hf` wrote, is expected")
+        raise UserError(f"{run} holds no checkpoint: {_what_else(run)}")
     if step is not None and step not in found:
         wrong = f"; {_not_whole([step])}" if step in other else ""
         raise UserError(f"{run} has no checkpoint of step {step}: it has {', '.join(map(str, found))}{wrong}")
@@ -291,6 +291,18 @@ def open_checkpoint(run: str | os.PathLike, step: int | None = None) -> Checkpoi
     if step is None and newer:
         _log.warning(f"warning: {run}: {_not_whole(newer)}; step {found[-1]}, the newest that is whole, is taken")
     return Checkpoint(run, found[-1] if step is None else step)
+
+
+def _what_else(run: str | os.PathLike) -> str:
+    """What stands where a run folder is expected, and what is to be done about it."""
+    folder = epath.Path(run)
+    if (folder / "config.json").exists():
+        return f"it is in Hugging Face's format; `medllm convert from-hf {os.fspath(run)} RUN` makes a run folder of it"
+    if (folder / "adapter_config.json").exists():
+        how = f"`medllm convert from-hf {os.fspath(run)} RUN --base MODEL`"
+        return f"it is an adapter in PEFT's format; {how} makes a run folder of it"
+    missing = "" if folder.exists() else "nothing is there; "
+    return f"{missing}a run folder, or what `medllm convert from-hf` wrote, is expected"
 
 
 def _not_whole(some: list[int]) -> str:

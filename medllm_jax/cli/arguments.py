@@ -7,6 +7,9 @@ from medllm_jax.errors import UserError
 from medllm_jax.ranges import BatchSize, Price, Range, Samples, Seed, SequenceLength, Share, Temperature, TopP
 from medllm_jax.terminal.parser import number
 
+_TOKENIZER = "folder with the model's tokenizer, a .model file, or a model's name on the hub (OWNER/NAME[@REVISION])"
+_HF = "or a model in Hugging Face format, with transformers and torch: a folder, or a name on the hub"
+
 Years = Annotated[int, Range(1, 9999)]
 
 
@@ -14,7 +17,7 @@ def add_store(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     """required: what is not given is not to be found in a config file either."""
     default = (lambda value: value) if required else (lambda value: None)
     parser.add_argument("--input", nargs="+", required=required, help="files, folders or globs, local or gs://")
-    parser.add_argument("--tokenizer", required=required, help="folder with the model's tokenizer, or a .model file")
+    parser.add_argument("--tokenizer", required=required, help=_TOKENIZER)
     parser.add_argument("--output", required=required, help="store folder, local or gs://")
     length = {"type": number(SequenceLength), "default": default(4096)}
     parser.add_argument("--sequence-length", **length, help="tokens in a row (default 4096)")
@@ -28,9 +31,16 @@ def add_store(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     parser.add_argument("--overwrite", action="store_true", help="replace an existing store")
 
 
+def tokenizer_of(text: str) -> str:
+    """The folder or file that --tokenizer names, downloaded where it is a name on the hub."""
+    from medllm_jax.storage.hub import TOKENIZER, find_folder
+
+    return find_folder(text, TOKENIZER, option="--tokenizer").folder
+
+
 def add_which_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", help="run folder (or converted model): its newest checkpoint is asked, with JAX")
-    parser.add_argument("--hf", metavar="DIR", help="or a model in Hugging Face format, with transformers and torch")
+    parser.add_argument("--hf", metavar="DIR", help=_HF)
     parser.add_argument("--server", metavar="URL", help="or an OpenAI-compatible server, like vLLM's")
     parser.add_argument("--model", metavar="NAME", help="name of the model on the server; identifies its weights")
 

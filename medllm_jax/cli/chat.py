@@ -103,10 +103,13 @@ def _model(options: argparse.Namespace) -> "tuple[str, Sample, bool]":
 
     chats = lambda folder: bool(getattr(load_tokenizer(folder), "chat_template", None))  # noqa: E731
     if options.hf:
-        from medllm_jax.inference.torch_generator import TorchGenerator
+        from medllm_jax.inference.torch_generator import TorchGenerator, require_torch
+        from medllm_jax.storage.hub import MODEL, find_folder
 
-        model = TorchGenerator(options.hf, batch_size=1, dtype=options.compute_dtype)
-        return options.hf, model.sample, chats(options.hf)
+        require_torch()  # before a model is downloaded for nothing
+        found = find_folder(options.hf, MODEL, option="--hf")
+        model = TorchGenerator(found.folder, batch_size=1, dtype=options.compute_dtype)
+        return found.label, model.sample, chats(found.folder)
     if not options.run:
         raise UserError("no model is named: give --run, --hf, or --server with --model")
     from medllm_jax.checkpoint.handle import open_checkpoint

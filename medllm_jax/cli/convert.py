@@ -16,6 +16,12 @@ from medllm_jax.errors import UserError, quoted
 from medllm_jax.ranges import Range
 from medllm_jax.terminal.parser import group, number, verb
 
+_SOURCE = (
+    "folder with config.json, *.safetensors, tokenizer, local or gs://; or a model's name on the Hugging Face hub, "
+    "OWNER/NAME or OWNER/NAME@REVISION"
+)
+_DTYPE = "dtype of the weights (default: as stored, but bfloat16 where a model in bfloat16 was trained in float32)"
+_SIDE = "Hugging Face folder, a model's name on the hub, or run folder"
 DTYPES = ("float32", "bfloat16", "float16")
 _MAX_PARTS = 1024  # each part looks for all the others' notes
 ADAPTER_BASES = ("float32", "bfloat16", "int8", "int4", "nf4")
@@ -33,7 +39,7 @@ def add(verbs: Any) -> None:
         "--base, SRC is an adapter that PEFT saved, and DST a run of that adapter."
     )
     sub = verb(verbs, "from-hf", _on_the_cpu(_from_hf), text, description=description)
-    sub.add_argument("source", metavar="SRC", help="folder with config.json, *.safetensors, tokenizer; local or gs://")
+    sub.add_argument("source", metavar="SRC", help=_SOURCE)
     sub.add_argument("target", metavar="DST", help="new run folder, local or gs://")
     sub.add_argument("--resume", action="store_true", help="resume an interrupted conversion")
     sub.add_argument(
@@ -60,7 +66,7 @@ def add(verbs: Any) -> None:
     sub.add_argument("target", metavar="DST", help="new folder, local or gs://")
     step = number(Annotated[int, Range(0, 1_000_000_000)])
     sub.add_argument("--step", type=step, help="checkpoint to export (default: the newest)")
-    sub.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored)")
+    sub.add_argument("--dtype", choices=DTYPES, help=_DTYPE)
     sub.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="size of a file (default: 5GB)")
     sub.add_argument("--adapter", action="store_true", help="the adapter alone, as PEFT's files")
     sub.add_argument("--base-name", metavar="NAME", help="what the card calls the base, such as Qwen/Qwen2.5-7B")
@@ -68,7 +74,11 @@ def add(verbs: Any) -> None:
         "--evaluation", action="append", default=[], metavar="DIR", help="exam results for the card; repeatable"
     )
     sub.add_argument("--resume", action="store_true", help="resume an interrupted export")
-    sub.add_argument("--overwrite", action="store_true", help="replace DST if it is a Hugging Face folder")
+    overwrite = "replace DST if it is a Hugging Face folder; with --push, also the weights of a repository there"
+    sub.add_argument("--overwrite", action="store_true", help=overwrite)
+    push = "upload the export to the Hugging Face hub; a repository that is not there is made, private"
+    sub.add_argument("--push", metavar="OWNER/NAME", help=push)
+    sub.add_argument("--public", action="store_true", help="with --push: make it public")
     _add_allow_non_finite(sub)
 
     text = "compare two checkpoints of either format"
@@ -78,8 +88,8 @@ def add(verbs: Any) -> None:
         "Predictions need one whole model in host memory at a time."
     )
     sub = verb(verbs, "verify", _on_the_cpu(_verify), text, description=description)
-    sub.add_argument("first", metavar="A", help="Hugging Face folder or run folder")
-    sub.add_argument("second", metavar="B", help="Hugging Face folder or run folder")
+    sub.add_argument("first", metavar="A", help=_SIDE)
+    sub.add_argument("second", metavar="B", help=_SIDE)
     sub.add_argument("--by", choices=("hash", "logits"), help="compare bytes or predictions only (default: both)")
     sub.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="predict on this text; repeatable")
     tokens, logits = number(Annotated[int, Range(1, 100_000)]), number(Annotated[float, Range(0, 1000)])
@@ -170,8 +180,13 @@ def _mesh(text: str | None) -> dict[str, int] | None:
 
 
 def _to_hf(options: argparse.Namespace) -> int:
+    from medllm_jax.conversion.push import check_push, push
     from medllm_jax.conversion.to_hf import to_hf
 
+    if options.public and options.push is None:
+        raise UserError("--public is of a repository on the hub: give --push OWNER/NAME too")
+    if options.push is not None:
+        check_push(options.push, options.target, public=options.public, overwrite=options.overwrite)
     to_hf(
         options.source,
         options.target,
@@ -185,6 +200,8 @@ def _to_hf(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         allow_non_finite=options.allow_non_finite,
     )
+    if options.push is not None:
+        push(options.target, options.push, public=options.public, overwrite=options.overwrite)
     return 0
 
 

@@ -120,6 +120,7 @@ def _data_cpt(options: argparse.Namespace) -> None:
     if missing:
         options.parser.error(f"the following arguments are required: {', '.join(missing)}")
 
+    tokenizer = arguments.tokenizer_of(tokenizer)
     with contextlib.ExitStack() as stack:
         if options.engine == "beam":
             executor = on_beam(shlex.split(options.beam_options))
@@ -140,7 +141,7 @@ def _data_pairs(options: argparse.Namespace) -> None:
 
     metadata = prepare_pairs(
         options.input,
-        options.tokenizer,
+        arguments.tokenizer_of(options.tokenizer),
         options.output,
         options.sequence_length,
         pairs_per_row=options.pairs_per_row,
@@ -162,7 +163,7 @@ def _data_sft(options: argparse.Namespace) -> None:
 
     metadata = prepare_instructions(
         options.input,
-        options.tokenizer,
+        arguments.tokenizer_of(options.tokenizer),
         options.output,
         options.sequence_length,
         on_bad=options.on_bad,

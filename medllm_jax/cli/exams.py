@@ -40,7 +40,7 @@ def add(verbs: Any) -> None:
     arguments.add_which_questions(overlap)
     sources = "stores, or files, folders and globs of documents, pairs, instructions; local or gs://"
     overlap.add_argument("--against", nargs="+", required=True, metavar="PATH", help=sources)
-    overlap.add_argument("--tokenizer", metavar="DIR", help="tokenizer that the stores were made with")
+    overlap.add_argument("--tokenizer", metavar="DIR", help="tokenizer of the stores: a folder, or a name on the hub")
     ngram = number(Annotated[int, Range(4, 1000)])
     overlap.add_argument("--n", type=ngram, default=13, help="characters of an n-gram (default 13)")
     share = "share of a question's n-grams from which it counts as found (default 0.5)"
@@ -311,7 +311,8 @@ def _contamination(options: argparse.Namespace) -> None:
     from medllm_jax.terminal.progress import Counter
 
     exam = load_exam(options.exam, options.years, text_only=options.text_only)
-    how = {"tokenizer": options.tokenizer, "n": options.n, "threshold": options.threshold}
+    tokenizer = options.tokenizer and arguments.tokenizer_of(options.tokenizer)
+    how = {"tokenizer": tokenizer, "n": options.n, "threshold": options.threshold}
     counter = Counter("texts", every_seconds=10)
     found = contamination(exam, options.against, **how, progress=lambda where, done: counter(done, where))
     share = f"{found['overlapping']} of {found['questions']} questions ({100 * found['share']:.1f}%)"

@@ -12,21 +12,24 @@ import jinja2
 import yaml
 from etils import epath
 
-from medllm_jax.checkpoint.handle import Checkpoint, DamagedError
-from medllm_jax.checkpoint.orbax import steps
-from medllm_jax.config.load import build
-from medllm_jax.config.schema import AdapterConfig, ModelConfig, RunConfig
+from medllm_jax.checkpoint.handle import Checkpoint
+from medllm_jax.config.schema import AdapterConfig, ModelConfig
+from medllm_jax.conversion.history import RANDOM, History, Imported, Stage, plain_name
 from medllm_jax.data.store import CorpusRows, RowStore
 from medllm_jax.errors import UserError, quoted
 from medllm_jax.evaluation.prompts import CONDITIONS
 from medllm_jax.evaluation.significance import Estimate, accuracy, compare
 from medllm_jax.report.collect import Results, collect
 from medllm_jax.storage import run_folder
+from medllm_jax.storage.json_files import read_bounded
+from medllm_jax.storage.remote import is_file
 from medllm_jax.terminal.tables import markdown
 
 _LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
+_CARD_BYTES = 1 << 20
+_MADE = "## How it was made"
+_MOST_SAID = 20_000  # characters that are passed on of another card
 _BUILT = "Built with Qwen"
-_RANDOM = "random weights"
 _OBJECTIVES = {"cpt": "continued pretraining", "sft": "instruction tuning", "rpo": "RPO"}
 
 
@@ -79,6 +82,7 @@ _BY_SHAPE = {
 def documents(
     checkpoint: Checkpoint,
     *,
+    history: History,
     adapter: bool,
     parameters: int,
     base_name: str | None = None,
@@ -86,15 +90,15 @@ def documents(
 ) -> dict[str, str]:
     """File name -> content of README.md, NOTICE and, where the run carries one, LICENSE.
 
-    adapter: the adapters alone are exported. parameters: how many numbers. base_name: what the model that all began
-    with is called (default: what it was called when it was converted). evaluations: folders of exam results to show,
-    beside those in the run folder that are of this step.
+    history: what it went through. adapter: the adapters alone are exported. parameters: how many numbers. base_name:
+    what the model that all began with is called (default: what it was called when it was converted). evaluations:
+    folders of exam results to show, beside those in the run folder that are of this step.
     Raises UserError for what holds no exam results.
     """
     run, step = checkpoint.run, checkpoint.step
-    stages, source, taken_over = _history(checkpoint)
-    base = base_name or source or "a model of unknown name"
-    licence = _OWN if base == _RANDOM else licence_of(checkpoint.model)
+    stages = history.stages
+    base = base_name or history.source or "a model of unknown name"
+    licence = _OWN if base == RANDOM else licence_of(checkpoint.model)
     carried = _licence_file(run)
     corpora, absent = _corpora(stages)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -108,8 +112,10 @@ def documents(
         licence=licence,
         has_licence=carried is not None,
         stages=stages,
-        known=source is not None,
-        taken_over=taken_over,
+        known=history.source is not None,
+        commit=history.commit if base == history.source else None,
+        made=history.made and "\n".join(f"> {line}".rstrip() for line in history.made.splitlines()),
+        imported=history.imported and _imported(history.imported),
         recipe=markdown([_HEADER, *map(_recipe, stages)]) if stages else "",
         adapters=_adapters(settings, merged=not adapter) if settings else "",
         step=step,
@@ -141,71 +147,28 @@ def _front(licence: Licence, base: str, *, adapter: bool) -> str:
 # --- how it was made ---------------------------------------------------------------------------------------------
 
 
-class _Stage(NamedTuple):
-    """A run that a model went through, and the step that was taken of it."""
-
-    config: RunConfig
-    step: int
-
-
-class _History(NamedTuple):
-    """The runs from the first to this one; the name of the model before them, None where that is not known; and what
-    the adapters are called that PEFT trained and these go on from, None where there are none.
-    """
-
-    stages: list[_Stage]
-    source: str | None
-    taken_over: str | None
-
-
-def _history(checkpoint: Checkpoint) -> _History:
-    stages: list[_Stage] = []
-    seen, taken_over = {checkpoint.run_folder}, None
-    while True:
-        settings, source = checkpoint.meta.get("config") or {}, checkpoint.meta.get("source") or {}
-        if "run" in settings:
-            config = build(RunConfig, settings, where=f"checkpoint of {checkpoint.run}")
-            stages.append(_Stage(config, checkpoint.step))
-            if config.init.checkpoint is None:
-                return _History(stages[::-1], _RANDOM, taken_over)
-            before = _open(config.init.checkpoint)
-        elif checkpoint.base is not None:  # adapters of PEFT's
-            taken_over = _plain_name(source.get("name")) or "an adapter of unknown name"
-            before = _open(checkpoint.base.checkpoint, checkpoint.base.step)
-        else:  # converted, not trained
-            return _History(stages[::-1], _plain_name(source.get("name")), taken_over)
-        if before is None or before.run_folder in seen:
-            return _History(stages[::-1], None, taken_over)
-        seen.add(before.run_folder)
-        checkpoint = before
-
-
-def _open(run: str, step: int | None = None) -> Checkpoint | None:
-    """A checkpoint of a run, the newest by default; None where it is not there, or can't be read."""
-    there = steps(run)
-    wanted = there[-1] if step is None and there else step
-    try:
-        return Checkpoint(run, wanted) if wanted in there else None
-    except DamagedError:
-        return None
-
-
-def _plain_name(name: Any) -> str | None:
-    """What a model is called, where that is a name: it stands in YAML, in Markdown and in Python."""
-    is_one = isinstance(name, str) and name.isprintable() and 0 < len(name.strip()) <= 200
-    return name.strip() if is_one and not set(name) & set('"\\`|<>') else None
+def made_before(folder: epath.Path) -> dict[str, str]:
+    """`made`: what a card in a folder says of how its model was made, where it is one of these; empty where not."""
+    file = folder / "README.md"
+    is_card = is_file(file) and file.stat().length <= _CARD_BYTES
+    content = read_bounded(file, _CARD_BYTES).decode("utf-8", "replace") if is_card else ""
+    front, _, body = content.removeprefix("---\n").partition("\n---\n")
+    said = body.partition(f"\n{_MADE}\n")[2].partition("\n## ")[0].strip()
+    is_ours = content.startswith("---\n") and "- medllm_jax" in front.splitlines()
+    is_text = all(line.isprintable() for line in said.splitlines()) and 0 < len(said) <= _MOST_SAID
+    return {"made": said} if is_ours and is_text else {}
 
 
 def check_base_name(name: str) -> None:
     """UserError for what can't stand in a card as a name."""
-    if _plain_name(name) is None:
+    if plain_name(name) is None:
         raise UserError(f"--base-name {quoted(name)}: a name in one line, such as Qwen/Qwen2.5-7B, is expected")
 
 
 _HEADER = ("stage", "steps", "rows a step", "learning rate", "objective", "weights")
 
 
-def _recipe(stage: _Stage) -> list[str]:
+def _recipe(stage: Stage) -> list[str]:
     config, objective = stage.config, stage.config.objective
     said = _OBJECTIVES[objective.name]
     if objective.name == "rpo":
@@ -216,17 +179,27 @@ def _recipe(stage: _Stage) -> list[str]:
     return [_last_part(config.run), str(stage.step), str(config.data.batch_size), rate, said, weights]
 
 
+def _scale(settings: AdapterConfig) -> str:
+    """Rank, alpha and what follows of them."""
+    kind = " (rsLoRA)" if settings.rslora else ""
+    return f"rank {settings.rank}, alpha {settings.alpha:g}, scale {settings.scale:g}{kind}"
+
+
+def _imported(adapter: Imported) -> str:
+    return adapter.name if adapter.settings is None else f"{adapter.name}: {_scale(adapter.settings)}"
+
+
 def _adapters(settings: AdapterConfig, *, merged: bool) -> str:
-    scale = f"scale {settings.scale:g}" + (" (rsLoRA)" if settings.rslora else "")
+    scale = _scale(settings)
     listed = ", ".join(settings.projections)
     how = "merged into the base" if merged else "alone"
-    return f"rank {settings.rank}, {scale}, on {listed}; trained on a base in {settings.base}, exported {how}."
+    return f"{scale}, on {listed}; trained on a base in {settings.base}, exported {how}."
 
 
 _CORPUS_HEADER = ("corpus", "stage", "examples", "tokens", "provenance", "licence", "processing")
 
 
-def _corpora(stages: Iterable[_Stage]) -> tuple[list[list[str]], list[str]]:
+def _corpora(stages: Iterable[Stage]) -> tuple[list[list[str]], list[str]]:
     """A row for each corpus of each stage, and the stores that are not at hand."""
     rows, absent = [], []
     for stage in stages:
@@ -240,7 +213,7 @@ def _corpora(stages: Iterable[_Stage]) -> tuple[list[list[str]], list[str]]:
     return rows, absent
 
 
-def _corpus(corpus: CorpusRows, stage: _Stage) -> list[str]:
+def _corpus(corpus: CorpusRows, stage: Stage) -> list[str]:
     stated = (str(corpus.manifest.get(key) or "not stated") for key in ("provenance", "licence", "processing"))
     cells = [corpus.name, _last_part(stage.config.run), f"{corpus.examples:,}", f"{corpus.tokens:,}", *stated]
     return [" ".join(cell.replace("|", "/").split()) for cell in cells]
@@ -258,7 +231,7 @@ def _exams(run: str, step: int, evaluations: Sequence[str]) -> str:
     for folder in evaluations:
         runs_there, results = collect([folder])
         if runs_there or not results:
-            raise UserError(f"{folder}: the folder of exam results, with scores.json in it, is expected")
+            raise UserError(f"--evaluation {folder}: the folder of exam results, with scores.json in it, is expected")
         found += results
     rows = [row for results in found for row in _scores(results)]
     return markdown([_EXAM_HEADER, *rows]) if rows else ""

@@ -128,24 +128,25 @@ def read_sums(folder: epath.Path) -> dict[str, str]:
     return sums
 
 
-def check_sums(folder: epath.Path, part: tuple[int, int] = (0, 1)) -> None:
+def check_sums(folder: epath.Path, part: tuple[int, int] = (0, 1), *, whole: bool = True) -> None:
     """UserError where a file is missing or is not what SHA256SUMS says; says which files it says nothing of.
 
-    part: (number, of): which share of the files this process reads.
+    part: (number, of): which share of the files this process reads. whole: all files that are listed must be there; of
+    a repository on the hub, only those that are used are.
     """
     sums = read_sums(folder)
     if not sums:
         return
     present = names_in(folder)
     missing = sorted(sums.keys() - present)
-    if missing:
+    if missing and whole:
         raise UserError(f"{folder}: {listed(missing)} missing, which {SUMS} lists: copy the folder again")
     unlisted = sorted(present - sums.keys() - {SUMS})
     if unlisted:
         _log.info(f"{folder}: not in {SUMS}, so not checked: {listed(unlisted)}")
-    sizes = {name: (folder / name).stat().length for name in sorted(sums)[part[0] :: part[1]]}
+    sizes = {name: (folder / name).stat().length for name in sorted(sums.keys() & present)[part[0] :: part[1]]}
     done = 0
-    with Console("checking", sum(sizes.values()), unit="bytes") as console:
+    with Console(f"checking {SUMS}", sum(sizes.values()), unit="bytes") as console:
         for name, size in sizes.items():
             found = hashlib.sha256()
             for block in _blocks(folder / name):

@@ -15,6 +15,7 @@ from medllm_jax.checkpoint.arrays import chunk_shape
 from medllm_jax.checkpoint.handle import Base, open_checkpoint
 from medllm_jax.checkpoint.write_model import StoredWeight, finish_model, new_arrays, write_model
 from medllm_jax.config.load import to_plain
+from medllm_jax.conversion.card import made_before
 from medllm_jax.conversion.companions import check_companions, check_sums
 from medllm_jax.conversion.finite import NonFinite
 from medllm_jax.conversion.folders import (
@@ -26,13 +27,13 @@ from medllm_jax.conversion.folders import (
     unfinished_folder,
 )
 from medllm_jax.conversion.hf_weights import HFFolder, open_hf
-from medllm_jax.conversion.names import RowRange, Tensor, row_ranges
+from medllm_jax.conversion.names import RowRange, Tensor, in_words, row_ranges
 from medllm_jax.conversion.peft import factors, is_adapter, open_adapter
 from medllm_jax.conversion.run_weights import RunWeights
 from medllm_jax.distributed.sharding import parts_of
 from medllm_jax.errors import UserError
 from medllm_jax.model.quantize import BLOCK, Storage, quantize
-from medllm_jax.storage import run_folder
+from medllm_jax.storage import hub, run_folder
 from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.lease import sole_writer
 from medllm_jax.storage.remote import remove_folder
@@ -55,7 +56,7 @@ def from_hf(
     resume: bool = False,
     allow_non_finite: bool = False,
 ) -> None:
-    """Converts the checkpoint in a folder, local or gs://, range by range; the weights keep their dtype.
+    """Converts the checkpoint in a folder, local or gs://, or on the hub, range by range; the weights keep their dtype.
 
     storage: how the projections are quantised, for a model that only adapters will be trained on. mesh: sizes of data,
     fsdp and tensor; weights are stored in the parts that devices of such a mesh will read. part: (number, of): which
@@ -68,15 +69,16 @@ def from_hf(
     number, parts = part
     if holds_something(target):
         raise UserError(f"{target} exists and is not empty: choose another folder, or remove it first")
-    if is_adapter(source):
+    found = hub.find_folder(source, hub.MODEL, option="SRC")
+    if is_adapter(found.folder):
         raise UserError(f"{source} is an adapter of PEFT's: give --base too, the run folder of the model it belongs to")
-    model = open_hf(source)
+    model = open_hf(found.folder)
     has_tokenizer = check_companions(model.path, model.config.vocab_size)
     weights, tasks = plan_of(model, storage, mesh)
     size = sum(task.bytes for task in tasks)
     stored = sum(int(np.prod(weight.shape)) * weight.dtype.itemsize for weight in weights.values())
     check_room(target, stored)
-    check_sums(model.path, part)
+    check_sums(model.path, part, whole=found.name is None)
 
     what = {"source": model.identity(), "storage": storage and to_plain(storage), "mesh": mesh and dict(mesh)}
     filling = ResumableFolder(target, what, part=number, parts=parts)
@@ -97,7 +99,10 @@ def from_hf(
                     return
                 if has_tokenizer:
                     run_folder.copy_tokenizer(model.path, filling.folder)
-                meta = {"model": to_plain(model.config), "source": {"name": _name(model)}}
+                meta = {
+                    "model": to_plain(model.config),
+                    "source": _origin(found, _name(model)) | made_before(model.path),
+                }
                 if storage is not None:
                     meta["storage"] = to_plain(storage)
                 finish_model(filling.folder, weights, meta)
@@ -131,20 +136,27 @@ def from_peft(
     """
     if holds_something(target):
         raise UserError(f"{target} exists and is not empty: choose another folder, or remove it first")
-    if not is_adapter(source):
-        raise UserError(f"{source} has no adapter_config.json: with --base, the folder of an adapter is expected")
-    checkpoint = open_checkpoint(base)
+    found = hub.find_folder(source, hub.MODEL, option="SRC")
+    if not is_adapter(found.folder):
+        raise UserError(
+            f"{source} has no adapter_config.json: with --base, the folder of an adapter is expected; leave --base out "
+            "to convert a whole model"
+        )
+    try:
+        checkpoint = open_checkpoint(base)
+    except UserError as error:
+        raise UserError(f"--base {error}") from None
     if checkpoint.adapter is not None:
-        raise UserError(f"{base} holds adapters: the whole model that they stand on is expected")
+        raise UserError(f"--base {base} holds adapters: the whole model that they stand on is expected")
     stored = checkpoint.storage
     if stored is not None:
         if storage not in (None, stored.format):
             raise UserError(f"--base-storage {storage}: {base} is stored in {stored.format}")
         storage, double_quantization = stored.format, stored.double
     adapter = open_adapter(
-        source, checkpoint.model, {"base": storage or "bfloat16", "double_quantization": double_quantization}
+        found.folder, checkpoint.model, {"base": storage or "bfloat16", "double_quantization": double_quantization}
     )
-    check_sums(adapter.path)
+    check_sums(adapter.path, whole=found.name is None)
     matrices, odd = factors(adapter, checkpoint.model), NonFinite()
     for path, value in matrices.items():
         odd.count(path, value)
@@ -154,7 +166,7 @@ def from_peft(
     meta = {
         "base": Base(checkpoint.run_folder, checkpoint.step, fingerprint)._asdict(),
         "config": {"adapter": to_plain(adapter.settings)},
-        "source": {"name": adapter.path.name},
+        "source": _origin(found, adapter.path.name),
     }
     remove_folder(unfinished_folder(target))  # of an adapter nothing is worth going on with
     filling = ResumableFolder(target, {"adapter": str(source)})
@@ -277,17 +289,22 @@ def _convert(
 
     total = sum(task.bytes for task in todo)
     done = 0
-    with Console("converting", total, unit="bytes") as console:
+    with Console("converting weights", total, unit="bytes") as console:
         for task, is_odd in ahead(convert, todo, workers=_WORKERS):
             if not is_odd:  # else it is counted again when the conversion is resumed
                 filling.note(task.name)
             done += task.bytes
-            console.update(done, task.rows.tensor.name, every_seconds=10)
+            console.update(done, in_words(task.rows.tensor, model.config), every_seconds=10)
 
 
 @functools.cache
 def _quantizer(storage: Storage) -> Callable[[np.ndarray], dict[str, jax.Array]]:
     return jax.jit(functools.partial(quantize, storage=storage))
+
+
+def _origin(found: hub.Found, name: str) -> dict[str, str]:
+    """What is noted of the source. A model of the hub's is called as it is there, whatever its files call it."""
+    return {"name": name} if found.name is None else {"name": found.name, "commit": found.commit or ""}
 
 
 def _name(model: HFFolder) -> str:

@@ -138,6 +138,8 @@ def read_config(folder: epath.Path) -> ModelConfig:
     """
     path = folder / "config.json"
     if not path.exists():
+        if (folder / "checkpoints").exists():
+            raise UserError(f"{folder} has no config.json: it is a run folder; `medllm convert to-hf` exports it")
         raise UserError(f"{folder} has no config.json: the folder of a Hugging Face checkpoint is expected")
     content, where = read_json(path), str(path)
     # What it is a model of is judged first: the other keys of another model mean nothing here.

@@ -49,6 +49,11 @@ class RowRange(NamedTuple):
     last: int
 
 
+def in_words(tensor: Tensor, config: ModelConfig) -> str:
+    """Where a tensor is in the model, for people who wait."""
+    return tensor.name if tensor.layer is None else f"layer {tensor.layer + 1} of {config.num_hidden_layers}"
+
+
 def row_ranges(tensor: Tensor, rows: int) -> list[RowRange]:
     """All rows of a tensor in order, in ranges of at most so many."""
     size = tensor.shape[0]

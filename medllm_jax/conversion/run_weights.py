@@ -24,10 +24,10 @@ class RunWeights:
     """The weights of a checkpoint: shape, dtype, and tensors as Hugging Face names them, read in ranges of rows.
 
     Adapters are merged into their base; quantised weights are dequantised. dtype: of the base, or of what is not
-    quantised, as stored.
+    quantised: as stored, or else that which it is to be read in.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, dtype: np.dtype | None = None):
         whole = checkpoint.whole
         self.checkpoint, self.config, self.storage = checkpoint, checkpoint.model, whole.storage
         self.arrays = whole.open_arrays()
@@ -36,7 +36,7 @@ class RunWeights:
         if differing := sorted(p for p in found.keys() | expected.keys() if found.get(p) != expected.get(p)):
             path = differing[0]
             raise whole.failure(f"has {path} of shape {found.get(path)}, of its model that is {expected.get(path)}")
-        self.dtype: np.dtype = self.arrays["norm/weight"].dtype.numpy_dtype
+        self.dtype: np.dtype = dtype or self.arrays["norm/weight"].dtype.numpy_dtype
         self.tensors: list[Tensor] = tensors_of(self.config)
         self._stored_in = whole
         self._factors = {} if checkpoint.adapter is None else checkpoint.host_params()

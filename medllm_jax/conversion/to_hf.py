@@ -29,6 +29,7 @@ from medllm_jax.conversion.folders import (
 )
 from medllm_jax.conversion.hf_config import config_json, json_text, token_ids_of
 from medllm_jax.conversion.hf_weights import DTYPES, INDEX, SINGLE
+from medllm_jax.conversion.history import History, exported_dtype, history_of
 from medllm_jax.conversion.names import RowRange, row_ranges
 from medllm_jax.conversion.run_weights import RunWeights
 from medllm_jax.conversion.shards import Shard, holds_shard, index_of, shards_of, tensor_bytes, write_shard
@@ -70,10 +71,10 @@ def to_hf(
 
     Adapters are merged into their base as training saw it: of a quantised one, into what its codes stand for.
 
-    step: default the newest. dtype: default as stored. adapter: the adapter alone, as PEFT's files. base_name: what the
-    model card calls the base model. evaluations: folders of exam results that the card shows. resume: goes on with what
-    was begun. overwrite: replaces a target that is a Hugging Face folder. allow_non_finite: NaN and infinite weights
-    are written as they are.
+    step: default the newest. dtype: default `exported_dtype`, of adapters alone as stored. adapter: the adapter alone,
+    as PEFT's files. base_name: what the model card calls the base model. evaluations: folders of exam results that the
+    card shows. resume: goes on with what was begun. overwrite: replaces a target that is a Hugging Face folder.
+    allow_non_finite: NaN and infinite weights are written as they are.
     Raises UserError for a source without such a checkpoint, and a target that can't be written.
     """
     start = time.monotonic()
@@ -86,13 +87,15 @@ def to_hf(
     replace = _make_way(target, overwrite=overwrite, resume=resume)
     checkpoint = open_checkpoint(source, step)
     weights = peft.AdapterWeights(checkpoint) if adapter else RunWeights(checkpoint)
-    stored = np.dtype(dtype) if dtype else weights.dtype
+    history = history_of(checkpoint)
+    usual = weights.dtype if adapter else exported_dtype(weights.dtype, history)
+    stored = np.dtype(dtype) if dtype else usual
     if stored not in DTYPES.values():
         raise UserError(f"{source}: weights of dtype {stored.name} can't be exported: give --dtype float32 or bfloat16")
     shards = shards_of(weights.tensors, stored, max_bytes, single=peft.WEIGHTS if adapter else SINGLE)
     if adapter and len(shards) > 1:
         raise UserError(f"--max-shard-size {max_shard_size}: adapters are one file, and these take more")
-    first, token_ids = _companions(weights, base_name, evaluations)
+    first, token_ids = _companions(weights, history, base_name, evaluations)
     last = _last(weights, shards, stored, token_ids, base_name)
     size = sum(tensor_bytes(tensor, stored) for tensor in weights.tensors)
     check_room(target, size)
@@ -106,6 +109,11 @@ def to_hf(
     }
     filling = ResumableFolder(target, what)
     filling.open(resume=resume)
+    if dtype is None and stored != weights.dtype:
+        _log.info(
+            f"{source}: the model came in {stored.name} and was trained in {weights.dtype.name}: it is exported in "
+            f"{stored.name}; --dtype {weights.dtype.name} keeps the weights as they are stored"
+        )
     memory = size_in_words(memory_needed(weights, stored))
     _log.info(f"{source}: {size_in_words(size)} in {stored.name}; it takes at most {memory} of memory")
     try:
@@ -171,7 +179,7 @@ def _make_way(target: str, *, overwrite: bool, resume: bool) -> bool:
 
 
 def _companions(
-    weights: Weights, base_name: str | None, evaluations: Sequence[str]
+    weights: Weights, history: History, base_name: str | None, evaluations: Sequence[str]
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """File name -> content of what stands beside the weights (tokenizer, card, notice, licence); ids of tokens."""
     files, token_ids = {}, {}
@@ -185,6 +193,7 @@ def _companions(
         files.setdefault(GENERATION, json_text(token_ids).encode())
     texts = documents(
         weights.checkpoint,
+        history=history,
         adapter=isinstance(weights, peft.AdapterWeights),
         parameters=sum(int(np.prod(tensor.shape)) for tensor in weights.tensors),
         base_name=base_name,
@@ -273,7 +282,7 @@ class _Progress:
     """Bytes written, of shards that are written side by side; and whether they are to stop."""
 
     def __init__(self, total: int, done: int):
-        self._console, self._done = Console("writing", total, done=done, unit="bytes"), done
+        self._console, self._done = Console("writing weights", total, done=done, unit="bytes"), done
         self._lock, self.stopped = threading.Lock(), threading.Event()
 
     def __enter__(self) -> None:

@@ -22,12 +22,13 @@ from medllm_jax.checkpoint.orbax import checkpoints_of
 from medllm_jax.config.load import to_plain
 from medllm_jax.conversion.folders import ahead
 from medllm_jax.conversion.hf_weights import HFFolder, open_hf
-from medllm_jax.conversion.names import RowRange, Tensor, row_ranges
+from medllm_jax.conversion.history import exported_dtype, history_of
+from medllm_jax.conversion.names import RowRange, Tensor, in_words, row_ranges
 from medllm_jax.conversion.run_weights import RANGE_BYTES, RunWeights
 from medllm_jax.data.tokenizer import encode_plain, load_tokenizer
 from medllm_jax.errors import UserError
 from medllm_jax.model.qwen2 import Backend, Qwen2
-from medllm_jax.storage import run_folder
+from medllm_jax.storage import hub, run_folder
 from medllm_jax.storage.remote import is_remote
 from medllm_jax.terminal.progress import Console
 
@@ -53,7 +54,7 @@ def verify(
     tolerance: largest difference of a logit that counts as agreement.
     Raises UserError for what is neither a Hugging Face checkpoint nor a run folder.
     """
-    sides = (_open(first), _open(second))
+    sides = _as_exported(_open(first), _open(second))
     agreed = _same_config(*sides)
     if "hash" in by:
         agreed &= _same_bytes(*sides)
@@ -67,6 +68,7 @@ def verify(
 
 
 def _open(path: str) -> Side:
+    path = hub.find_folder(path, hub.MODEL).folder
     if (epath.Path(path) / "config.json").exists():
         return open_hf(path)
     if checkpoints_of(path).exists():
@@ -74,6 +76,19 @@ def _open(path: str) -> Side:
     raise UserError(
         f"{path} is neither a Hugging Face checkpoint (it has no config.json) nor a run folder (it has no checkpoints/)"
     )
+
+
+def _as_exported(first: Side, second: Side) -> tuple[Side, Side]:
+    """Both sides; a run in the dtype in which it is exported, where the other side is a folder of that dtype."""
+    sides = [first, second]
+    for place, (side, other) in enumerate(((first, second), (second, first))):
+        if not isinstance(side, RunWeights) or not isinstance(other, HFFolder) or side.dtype == other.dtype:
+            continue
+        usual = exported_dtype(side.dtype, history_of(side.checkpoint))
+        if usual == other.dtype:
+            _log.info(f"{side.checkpoint.run}: its {side.dtype.name} is compared in {usual.name}, as it is exported")
+            sides[place] = RunWeights(side.checkpoint, usual)
+    return sides[0], sides[1]
 
 
 def _same_config(first: Side, second: Side) -> bool:
@@ -94,8 +109,8 @@ class _Print(NamedTuple):
     digest: str
 
 
-def fingerprints(side: Side) -> dict[str, _Print]:
-    """Tensor name -> dtype, shape, and sha256 of its bytes."""
+def fingerprints(side: Side, what: str = "checkpoint") -> dict[str, _Print]:
+    """Tensor name -> dtype, shape, and sha256 of its bytes. what: which of two checkpoints is read, for people."""
     if isinstance(side, RunWeights):
         side.check()
     digests = {tensor.name: hashlib.sha256() for tensor in side.tensors}
@@ -106,12 +121,12 @@ def fingerprints(side: Side) -> dict[str, _Print]:
 
     ranges = (rows for tensor in side.tensors for rows in row_ranges(tensor, _rows_at_a_time(side, tensor)))
     total, done = side.dtype.itemsize * sum(int(np.prod(tensor.shape)) for tensor in side.tensors), 0
-    with Console("reading", total, unit="bytes") as console:
+    with Console(f"reading the {what}", total, unit="bytes") as console:
         for tensor, rows in ahead(read, ranges, workers=2):
             digests[tensor.name].update(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
             dtypes[tensor.name] = rows.dtype.name
             done += rows.nbytes
-            console.update(done, tensor.name, every_seconds=10)
+            console.update(done, in_words(tensor, side.config), every_seconds=10)
     return {t.name: _Print(dtypes[t.name], t.shape, digests[t.name].hexdigest()) for t in side.tensors}
 
 
@@ -122,7 +137,7 @@ def _rows_at_a_time(side: Side, tensor: Tensor) -> int:
 
 
 def _same_bytes(first: Side, second: Side) -> bool:
-    ours, theirs = fingerprints(first), fingerprints(second)
+    ours, theirs = fingerprints(first, "first"), fingerprints(second, "second")
     differing = []
     for name in sorted(ours.keys() | theirs.keys()):
         a, b = ours.get(name), theirs.get(name)

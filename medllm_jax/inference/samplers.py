@@ -4,6 +4,7 @@ from medllm_jax.checkpoint.handle import Checkpoint
 from medllm_jax.config.schema import MeshConfig, PrecisionConfig
 from medllm_jax.evaluation.sampling import Sampler
 from medllm_jax.inference.openai_client import OpenAIClient
+from medllm_jax.storage.hub import MODEL, find_folder
 
 
 def checkpoint_sampler(
@@ -17,11 +18,13 @@ def checkpoint_sampler(
 
 
 def folder_sampler(folder: str, *, batch_size: int, dtype: str, chat: bool) -> Sampler:
-    """A model in Hugging Face format, by `transformers` and torch."""
-    from medllm_jax.inference.torch_generator import TorchGenerator
+    """A model in Hugging Face format, by `transformers` and torch: a folder, or a name on the hub."""
+    from medllm_jax.inference.torch_generator import TorchGenerator, require_torch
 
-    generator = TorchGenerator(folder, batch_size=batch_size, dtype=dtype)
-    return Sampler(generator.fingerprint, folder, generator.sample, chat)
+    require_torch()  # before a model is downloaded for nothing
+    found = find_folder(folder, MODEL, option="--hf")
+    generator = TorchGenerator(found.folder, batch_size=batch_size, dtype=dtype)
+    return Sampler(generator.fingerprint, found.label, generator.sample, chat)
 
 
 def server_sampler(url: str, model: str, *, concurrency: int, chat: bool = False) -> Sampler:

@@ -15,6 +15,15 @@ _SLICE = 1 << 24  # bytes hashed at a time
 _LEAST_TEMPERATURE = 1e-30  # logits divided by less are infinite
 
 
+def require_torch() -> Any:
+    """The module; UserError where it is not installed."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("--hf needs torch: pip install 'medllm-jax[hf]', or ask a server (--server)") from error
+    return torch
+
+
 class TorchGenerator:
     """Completes prompts by a model in Hugging Face format (a local folder), on the GPU if there is one."""
 
@@ -29,12 +38,11 @@ class TorchGenerator:
         Raises:
           UserError: torch is not installed, or the folder holds no model that can be loaded.
         """
-        try:
-            import torch
-        except ImportError as error:
-            raise UserError("--hf needs torch: pip install 'medllm-jax[hf]', or ask a server (--server)") from error
+        torch = require_torch()
         from transformers import AutoModelForCausalLM
 
+        if (Path(folder) / "checkpoints").is_dir():
+            raise UserError(f"--hf {folder}: it is a run folder: give --run {folder}")
         if not (Path(folder) / "config.json").is_file():
             raise UserError(f"{folder}: no config.json in it; a local folder in Hugging Face format was expected")
         self._folder, self._batch_size = Path(folder), batch_size

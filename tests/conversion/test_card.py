@@ -14,7 +14,8 @@ from medllm_jax.cli.convert import main
 from medllm_jax.config.load import load_model_config, to_plain
 from medllm_jax.config.schema import AdapterConfig, DataConfig, InitConfig, ModelConfig, ObjectiveConfig, RunConfig
 from medllm_jax.conversion import card
-from medllm_jax.conversion.card import documents, licence_of
+from medllm_jax.conversion.card import licence_of
+from medllm_jax.conversion.history import history_of
 from medllm_jax.conversion.names import parameter_shapes
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.evaluate import evaluate
@@ -32,6 +33,10 @@ SHAPE = ModelConfig(
     num_key_value_heads=2,
 )
 STEP = 30
+
+
+def documents(checkpoint, **more):
+    return card.documents(checkpoint, history=history_of(checkpoint), **more)
 
 
 @pytest.fixture
@@ -123,7 +128,7 @@ def test_adapters_are_described_and_loaded_as_such(place):
     text = documents(open_checkpoint(place / "lora", STEP), adapter=True, parameters=1)["README.md"]
     assert "PeftModel.from_pretrained" in text
     assert "library_name: peft" in text
-    assert "rank 8, scale 11.3137 (rsLoRA)" in text
+    assert "rank 8, alpha 32, scale 11.3137 (rsLoRA)" in text
     assert "trained on a base in nf4, exported alone" in text
     assert (
         "exported merged" in documents(open_checkpoint(place / "lora", STEP), adapter=False, parameters=1)["README.md"]

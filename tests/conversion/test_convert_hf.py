@@ -346,6 +346,20 @@ def test_verify_of_neither_kind(source, tmp_path, capsys):
     assert "neither a Hugging Face checkpoint" in capsys.readouterr().err
 
 
+def test_a_folder_of_the_other_format_is_told_by_the_verb_that_takes_it(source, converted, tmp_path, capsys):
+    out = tmp_path / "out"
+    wrong = {
+        ("to-hf", source, out): f"it is in Hugging Face's format; `medllm convert from-hf {source} RUN` makes",
+        ("to-hf", tmp_path / "gone", out): "gone holds no checkpoint: nothing is there; a run folder",
+        ("from-hf", converted, out): "it is a run folder; `medllm convert to-hf` exports it",
+        ("from-hf", source, out, "--base", converted): "leave --base out to convert a whole model",
+    }
+    for arguments, expected in wrong.items():
+        assert run(*arguments) == 2
+        assert expected in capsys.readouterr().err
+    assert not out.exists()
+
+
 # --- the command line ----------------------------------------------------------------------------------------------
 
 

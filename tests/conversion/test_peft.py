@@ -158,8 +158,13 @@ def test_adapters_trained_by_peft_work_here(place, theirs, tmp_path, capsys):
     np.testing.assert_allclose(logits_of_torch(torch_model(tmp_path / "merged")), theirs, atol=1e-4)
     text = (tmp_path / "merged" / "README.md").read_text()
     assert "nothing was trained" not in text
-    assert "Adapters of hf were trained with PEFT, outside medllm_jax (theirs)" in text
-    assert "rank 3, scale 2.33333" in text and "exported merged into the base" in text
+    assert "Adapters of hf were trained with PEFT, outside medllm_jax (theirs: rank 3, alpha 7, scale 2.33333)" in text
+    assert "Adapters: rank 3, alpha 7, scale 2.33333, on" in text and "exported merged into the base" in text
+    assert convert("from-hf", tmp_path / "merged", tmp_path / "whole") == 0
+    assert convert("to-hf", tmp_path / "whole", tmp_path / "again") == 0
+    text = (tmp_path / "again" / "README.md").read_text()
+    assert "Its weights are those of merged, converted; nothing was trained after that." in text
+    assert "> Adapters of hf were trained with PEFT, outside medllm_jax (theirs: rank 3, alpha 7" in text
 
 
 def test_adapters_of_peft_are_trained_on(world, place, theirs, tmp_path, metrics_of):
