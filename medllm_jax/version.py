@@ -19,6 +19,23 @@ def code_version() -> str:
     return f"{__version__}+{commit}" if commit else __version__
 
 
+def install_line(extra: str) -> str:
+    """The command that installs an extra of this package: by its folder, where it was installed from a checkout."""
+    import json
+    import urllib.parse
+    import urllib.request
+    from importlib import metadata
+
+    try:
+        origin = json.loads(metadata.distribution("medllm_jax").read_text("direct_url.json") or "{}")
+    except (ValueError, metadata.PackageNotFoundError):
+        origin = {}
+    if origin.get("dir_info", {}).get("editable"):
+        folder = urllib.request.url2pathname(urllib.parse.urlsplit(origin["url"]).path)
+        return f"pip install -e '{folder}[{extra}]'"
+    return f"pip install 'medllm_jax[{extra}]'"
+
+
 def _git(folder: Path, *arguments: str) -> str:
     """What a command of git prints; nothing where it fails, or there is no git."""
     import subprocess  # here, for the start of every verb is quicker without it

@@ -10,14 +10,13 @@ import platform
 import shutil
 import subprocess
 import sys
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from medllm_jax.terminal.parser import verb
+from medllm_jax.version import install_line
 
 
 def add(verbs: Any) -> None:
@@ -133,7 +132,7 @@ def _packages() -> Iterator[Finding]:
         lacking = [each for each in own if not _is_installed(each)]
         if lacking:
             names = ", ".join(f"{each.name} ({_installed(each)})" for each in lacking)
-            yield Finding("absent", extra, f"{names}; needed by {needed_by}", f"pip install {_ourselves(extra)}")
+            yield Finding("absent", extra, f"{names}; needed by {needed_by}", install_line(extra))
         else:
             yield Finding("ok", extra, ", ".join(f"{each.name} {metadata.version(each.name)}" for each in own))
 
@@ -152,17 +151,6 @@ def _installed(requirement: Any) -> str:
     except metadata.PackageNotFoundError:
         return "not installed"
     return f"{version} is installed, {requirement.specifier or 'with extras'} is needed"
-
-
-def _ourselves(extra: str) -> str:
-    """What pip calls this package with an extra: its folder, where it was installed from a checkout."""
-    try:
-        origin = json.loads(metadata.distribution("medllm_jax").read_text("direct_url.json") or "{}")
-    except ValueError:
-        origin = {}
-    if origin.get("dir_info", {}).get("editable"):
-        return f"-e '{urllib.request.url2pathname(urllib.parse.urlsplit(origin['url']).path)}[{extra}]'"
-    return f"'medllm_jax[{extra}]'"
 
 
 def _without_marker(requirement: Any) -> str:
@@ -209,7 +197,7 @@ def _devices() -> Finding:
     if kind == "cpu" and Path("/dev/nvidia0").exists():
         return Finding("note", "devices", f"{text}, though there is a GPU", "pip install 'jax[cuda13]'")
     if kind == "cpu" and (Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()):
-        return Finding("note", "devices", f"{text}, though there seems to be a TPU", f"pip install {_ourselves('tpu')}")
+        return Finding("note", "devices", f"{text}, though there seems to be a TPU", install_line("tpu"))
     return Finding("ok", "devices", text)
 
 

@@ -21,6 +21,7 @@ CONDITIONS = ("answer_only", "explain")
 Prompt = str | list[dict[str, str]]  # text to continue, or chat messages to answer
 
 _TEMPLATES = epath.Path(__file__).parent / "templates"
+_DEMO = epath.Path(__file__).parents[1] / "recipes" / "demo" / "template.yaml"  # the world's, and part of its recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,17 +141,18 @@ def _solved(condition: Condition, shot: Shot) -> str:
 
 
 def load_template(name_or_path: epath.PathLike) -> PromptTemplate:
-    """Reads a template: one that comes with the project by its name ("igakuqa", "plain"), or a YAML file by its path.
+    """Reads a template: one that comes with the project by its name ("igakuqa", "plain", "demo"), or a YAML file.
 
     Raises:
       UserError: there is none, or it has unknown or missing keys, wrong types, or unknown placeholders.
     """
-    shipped = sorted(p.name.removesuffix(".yaml") for p in _TEMPLATES.iterdir() if p.name.endswith(".yaml"))
-    file = _TEMPLATES / f"{name_or_path}.yaml" if str(name_or_path) in shipped else epath.Path(name_or_path)
+    shipped = {p.name.removesuffix(".yaml"): p for p in _TEMPLATES.iterdir() if p.name.endswith(".yaml")}
+    shipped["demo"] = _DEMO
+    file = shipped.get(str(name_or_path)) or epath.Path(name_or_path)
     if not file.is_file():
         raise UserError(
             f"no prompt template {quoted(str(name_or_path), most=300)}; "
-            f"give {', '.join(shipped)}, or the path of a YAML file"
+            f"give {', '.join(sorted(shipped))}, or the path of a YAML file"
         )
     return _template(read_yaml_file(file), str(file), file.name.removesuffix(".yaml"))
 

@@ -10,6 +10,7 @@ from medllm_jax.data.tokenizer import encode_prompts, load_tokenizer
 from medllm_jax.errors import UserError, first_line
 from medllm_jax.evaluation.prompts import Prompt
 from medllm_jax.evaluation.sampling import Completion, SamplingParams, cut_at_stop
+from medllm_jax.version import install_line
 
 _SLICE = 1 << 24  # bytes hashed at a time
 _LEAST_TEMPERATURE = 1e-30  # logits divided by less are infinite
@@ -20,7 +21,7 @@ def require_torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise UserError("--hf needs torch: pip install 'medllm-jax[hf]', or ask a server (--server)") from error
+        raise UserError(f"--hf needs torch: {install_line('hf')}, or ask a server (--server)") from error
     return torch
 
 

@@ -19,6 +19,7 @@ from medllm_jax.storage.append import AppendedFile, keep_damaged
 from medllm_jax.storage.best_effort import BestEffort
 from medllm_jax.storage.remote import is_remote
 from medllm_jax.storage.run_folder import METRICS, read_metrics
+from medllm_jax.version import install_line
 
 
 class MetricsLog:
@@ -145,7 +146,7 @@ def _join_wandb(project: str, run: epath.Path, config: Mapping[str, Any]) -> Any
     try:
         import wandb
     except ImportError:
-        raise UserError('logging.wandb is set and wandb is not installed: pip install "medllm_jax[wandb]"') from None
+        raise UserError(f"logging.wandb is set and wandb is not installed: {install_line('wandb')}") from None
     identity = hashlib.sha256(os.fspath(run).encode()).hexdigest()[:16]
     folder = None if is_remote(run) else os.fspath(run)
     return wandb.init(project=project, name=run.name, id=identity, resume="allow", dir=folder, config=dict(config))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from medllm_jax.errors import UserError
 from medllm_jax.planning.hlo import Memory, read_memory
 from medllm_jax.terminal.progress import duration
+from medllm_jax.version import install_line
 
 PROGRAMS = {"train": ("train",), "reference": ("reference",), "generate": ("prefill", "decode")}
 _PAUSE = 30.0  # seconds between two words of a compilation that goes on
@@ -48,7 +49,7 @@ class Compiled(NamedTuple):
 def require_compiler() -> None:
     """UserError where libtpu is not installed."""
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("plan needs libtpu, the compiler for TPUs: pip install 'medllm_jax[plan]'")
+        raise UserError(f"plan needs libtpu, the compiler for TPUs: {install_line('plan')}")
 
 
 def compile_programs(

@@ -41,7 +41,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)")
 
     def unknown(self, arguments: Sequence[str]) -> None:
-        options = [option for action in self._actions for option in action.option_strings]
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        options = [option for action in shown for option in action.option_strings]
         near = difflib.get_close_matches(arguments[0].partition("=")[0], options, n=1)
         hint = f": did you mean {near[0]}?" if near else f" (see {self.prog} --help)"
         raise UserError(f"{self.prog}: unknown argument {quoted(arguments[0], str)}{hint}")

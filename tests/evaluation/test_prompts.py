@@ -158,7 +158,7 @@ def test_a_wrong_template_is_named(tmp_path, changes, said):
 
 
 def test_a_missing_template_or_condition_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"no prompt template 'igakuqq'; give igakuqa, plain, or the path"):
+    with pytest.raises(UserError, match=r"no prompt template 'igakuqq'; give demo, igakuqa, plain, or the path"):
         load_template("igakuqq")
     with pytest.raises(UserError, match=r"template 'mine' has no condition 'explain'; it has answer_only"):
         load_template(written(tmp_path)).render(QUESTION, "explain")

@@ -15,6 +15,7 @@ from medllm_jax.errors import UserError
 from medllm_jax.planning.advice import advice
 from medllm_jax.planning.report import as_text
 from medllm_jax.planning.search import REMATS, try_settings
+from medllm_jax.version import install_line
 
 pytestmark = pytest.mark.usefixtures("flags_of_libtpu")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
@@ -39,13 +40,13 @@ def run(file, *arguments):
 def test_without_libtpu_it_says_what_to_install(file, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert run(file) == 2
-    assert "pip install 'medllm_jax[plan]'" in capsys.readouterr().err
+    assert install_line("plan") in capsys.readouterr().err
 
 
 def test_a_search_without_libtpu_tries_nothing(file, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert run(file, "--search") == 2
-    assert "pip install 'medllm_jax[plan]'" in (error := capsys.readouterr().err) and error.count("\n") == 1
+    assert install_line("plan") in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
 def test_a_search_has_times(file, capsys):
