@@ -363,9 +363,9 @@ def test_a_page_runs(page, tmp_path, monkeypatch):
     """A page's blocks in their order, as a reader would run them; of the demo, what MEDLLM_DEMO names is taken."""
     bin = tmp_path / "bin"
     bin.mkdir()
-    program = bin / "medllm"
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m medllm_jax.cli "$@"\n')
-    program.chmod(0o755)
+    for name, words in (("medllm", "-m medllm_jax.cli"), ("python", "")):
+        (bin / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {words} "$@"\n')
+        (bin / name).chmod(0o755)
     here = tmp_path / "clone"
     here.mkdir()
     (here / "medllm_jax").symlink_to(ROOT / "medllm_jax")

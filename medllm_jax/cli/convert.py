@@ -51,7 +51,7 @@ def add(verbs: Any) -> None:
     sub.add_argument("--part", default="1/1", metavar="I/N", help=share)
     sub.add_argument("--base", metavar="RUN", help="run folder of the model that an adapter of PEFT's belongs to")
     sub.add_argument(
-        "--base-storage", choices=ADAPTER_BASES, help="of --base in training (default: as it is stored, or bfloat16)"
+        "--base-storage", choices=ADAPTER_BASES, help="of --base in training (default: as it is stored)"
     )
 
     _add_allow_non_finite(sub)

@@ -131,7 +131,7 @@ def from_peft(
     """Makes a run folder of an adapter that PEFT saved, to go on training, to evaluate or to export.
 
     base: run folder of the model it belongs to. storage: how that is stored in training (default: as it is quantised,
-    or else bfloat16). allow_non_finite: NaN and infinite numbers in it are taken as they are.
+    or else in its own dtype, of float16 in float32: what PEFT merges the adapter into). allow_non_finite: NaN and infinite numbers in it are taken as they are.
     Raises UserError for an adapter that is not of this model, or that adapters here can't be.
     """
     if holds_something(target):
@@ -153,9 +153,11 @@ def from_peft(
         if storage not in (None, stored.format):
             raise UserError(f"--base-storage {storage}: {base} is stored in {stored.format}")
         storage, double_quantization = stored.format, stored.double
-    adapter = open_adapter(
-        found.folder, checkpoint.model, {"base": storage or "bfloat16", "double_quantization": double_quantization}
-    )
+    elif storage is None:
+        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(checkpoint.stored_params())}
+        storage = "bfloat16" if dtypes == {"bfloat16"} else "float32"
+    how = {"base": storage, "double_quantization": double_quantization}
+    adapter = open_adapter(found.folder, checkpoint.model, how)
     check_sums(adapter.path, whole=found.name is None)
     matrices, odd = factors(adapter, checkpoint.model), NonFinite()
     for path, value in matrices.items():
