@@ -27,6 +27,29 @@ def add_store(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     parser.add_argument("--overwrite", action="store_true", help="replace an existing store")
 
 
+def add_forms(parser: argparse.ArgumentParser, example: str) -> None:
+    """example: fields of a form, each with a name that it may have elsewhere."""
+    columns = f"names of the fields in these rows, like {example} (see docs/corpora.md for the forms that are read)"
+    parser.add_argument("--columns", nargs="+", type=_column, metavar="FIELD=NAME", default=[], help=columns)
+    chat = "strings are turns of a chat, written by the tokenizer's chat template (default: plain text)"
+    parser.add_argument("--chat", action="store_true", help=chat)
+
+
+def _column(text: str) -> tuple[str, str]:
+    field, equals, name = text.partition("=")
+    if not field or not equals or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=NAME, such as prompt=question")
+    return field, name
+
+
+def columns_of(options: argparse.Namespace) -> dict[str, str]:
+    """--columns: field of a form -> its name in the rows."""
+    columns = dict(options.columns)
+    if len(columns) < len(options.columns):
+        options.parser.error("--columns names a field twice")
+    return columns
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", help="run folder (or converted model): evaluate its newest checkpoint with JAX")
     parser.add_argument("--hf", metavar="DIR", help="or a model in Hugging Face format, with transformers and torch")

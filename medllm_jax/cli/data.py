@@ -31,6 +31,8 @@ def add(verbs: Any) -> None:
     )
     cpt.add_argument("--config", help="YAML with corpora and their manifests, and any of these settings")
     arguments.add_store(cpt, required=False)
+    text = "field or column that holds the text (default text; not of .txt)"
+    cpt.add_argument("--text-field", metavar="NAME", help=text)
     cpt.add_argument("--packing", choices=("best_fit", "split"), help="keep documents whole (default), or cut")
     cpt.add_argument(
         "--no-eos",
@@ -57,6 +59,7 @@ def add(verbs: Any) -> None:
     cpt.add_argument("--beam-options", default="", help="in one string, like '--runner=DataflowRunner --project=...'")
     pairs = verb(kinds, "pairs", _data_pairs, "pack preference rows (`prompt`, `chosen`, `rejected`) into a pair store")
     arguments.add_store(pairs)
+    arguments.add_forms(pairs, "prompt=question chosen=good rejected=bad")
     fit = "put at most N pairs in a row (default: as many as fit)"
     pairs.add_argument("--pairs-per-row", type=number(PairsPerRow), help=fit)
     long = "a pair with a longer prompt is over-long"
@@ -69,8 +72,14 @@ def add(verbs: Any) -> None:
     )
     pairs.add_argument("--on-long", choices=("error", "skip"), default="error", help="what to do about over-long pairs")
 
-    sft = verb(kinds, "sft", _data_sft, "pack instructions (`prompt`, `response`, or chat `messages`) into a store")
+    sft = verb(
+        kinds,
+        "sft",
+        _data_sft,
+        "pack instructions (`prompt`+`response`, chat `messages`, Alpaca, ShareGPT, TRL) into a store",
+    )
     arguments.add_store(sft)
+    arguments.add_forms(sft, "prompt=question response=answer")
     sft.add_argument("--on-long", choices=("error", "skip"), default="error", help="what to do about over-long ones")
 
     show = verb(
@@ -114,6 +123,8 @@ def _data_cpt(options: argparse.Namespace) -> None:
     settings |= {name: value for name, value in vars(options).items() if name in _RECIPE and value is not None}
     recipe = build(Recipe, settings, where)
     listed = ({"name": "corpus", "input": options.input},) if options.input else file.corpora
+    if options.text_field:
+        listed = [{**corpus, "text_field": options.text_field} for corpus in listed]
     corpora = [build(Corpus, corpus, f"{where}: corpora[{number}]") for number, corpus in enumerate(listed)]
     given = {"--input (or corpora in --config)": corpora, "--tokenizer": tokenizer, "--output": output}
     missing = [name for name, value in given.items() if not value]
@@ -149,6 +160,8 @@ def _data_pairs(options: argparse.Namespace) -> None:
         on_bad=options.on_bad,
         on_long=options.on_long,
         gate=PiiGate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
+        columns=arguments.columns_of(options),
+        chat=options.chat,
         overwrite=options.overwrite,
         progress=Counter("pairs", every_seconds=5),
     )
@@ -168,6 +181,8 @@ def _data_sft(options: argparse.Namespace) -> None:
         on_bad=options.on_bad,
         on_long=options.on_long,
         gate=PiiGate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
+        columns=arguments.columns_of(options),
+        chat=options.chat,
         overwrite=options.overwrite,
         progress=Counter("conversations", every_seconds=5),
     )
