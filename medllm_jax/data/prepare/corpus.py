@@ -29,7 +29,7 @@ from medllm_jax.data.prepare.jobs import Executor, Progress, TaskOutput, in_this
 from medllm_jax.data.prepare.normalize import Form
 from medllm_jax.data.prepare.pii_gate import PiiFindings, PiiGate, PiiMode
 from medllm_jax.data.prepare.readers import ReadOptions
-from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, reject
+from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, refuse, reject
 from medllm_jax.data.prepare.statistics import TextStatistics, TokenStatistics
 from medllm_jax.data.prepare.tasks import (
     Cleaning,
@@ -163,6 +163,9 @@ def prepare_corpus(
     surveyed = run_job(survey, tasks, work, executor, progress)
     for corpus, outputs in _by_corpus(prepared, surveyed):
         corpus.add_survey(outputs)
+    refuse(_merged(corpus.rejections for corpus in prepared), "bad")
+    for corpus in prepared:
+        corpus.check_documents()
         gate.check(corpus.name, corpus.findings)
     if recipe.duplicates == "keep":
         kept = [TokenizeTask(task, None, None) for task in tasks]
@@ -215,7 +218,10 @@ class _PreparedCorpus:
     def add_survey(self, outputs: Sequence[TaskOutput]) -> None:
         for result, _ in outputs:
             self.rejections.merge(RejectionCounts.from_dict(result["dropped"], result["rows"], result["of_files"]))
+            self.rejections.stopping = result.get("stopping", {}) | self.rejections.stopping
             self.findings.merge(result["personal_data"])
+
+    def check_documents(self) -> None:
         if not self.findings.documents:
             raise UserError(f"no document to prepare in {self.corpus.input}; left out: {self.rejections}")
 
@@ -267,7 +273,7 @@ def _take_inventories(
                 reject(Rejected(inventory.file, "the file is empty"), on_bad, rejections)
                 rejections.of_files += 1
         ranges = [(part, inventory.sha256) for inventory in own for part in inventory.ranges]
-        options = ReadOptions(corpus.text_field, max_bytes, on_bad)
+        options = ReadOptions(corpus.text_field, max_bytes, "collect" if on_bad == "error" else on_bad)
         manifest = manifest_of(own, over)
         prepared.append(_PreparedCorpus(corpus, manifest, list(read_tasks(ranges, options, _TASK_BYTES)), rejections))
         if corpus.checksum not in (None, manifest["checksum"]):
