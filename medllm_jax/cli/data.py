@@ -111,7 +111,7 @@ def _data_cpt(options: argparse.Namespace) -> None:
     import os
 
     from medllm_jax.config.schema_reader import build, read_yaml
-    from medllm_jax.data.prepare.corpus import Corpus, Recipe, prepare_corpus
+    from medllm_jax.data.prepare.corpus import STAGES, Corpus, Recipe, prepare_corpus
     from medllm_jax.data.prepare.jobs import in_processes, on_beam
     from medllm_jax.terminal.progress import Stages
 
@@ -136,7 +136,7 @@ def _data_cpt(options: argparse.Namespace) -> None:
             executor = on_beam(shlex.split(options.beam_options))
         else:
             executor = stack.enter_context(in_processes(options.workers or os.cpu_count() or 1))
-        show = stack.enter_context(Stages())
+        show = stack.enter_context(Stages(STAGES))
         metadata = prepare_corpus(
             corpora, tokenizer, output, recipe, overwrite=options.overwrite, executor=executor, progress=show
         )
@@ -163,7 +163,7 @@ def _data_pairs(options: argparse.Namespace) -> None:
         columns=arguments.columns_of(options),
         chat=options.chat,
         overwrite=options.overwrite,
-        progress=Counter("pairs", every_seconds=5),
+        progress=Counter("pairs packed", every_seconds=5),
     )
     _report_store(options.output, metadata, "pairs")
 
@@ -184,7 +184,7 @@ def _data_sft(options: argparse.Namespace) -> None:
         columns=arguments.columns_of(options),
         chat=options.chat,
         overwrite=options.overwrite,
-        progress=Counter("conversations", every_seconds=5),
+        progress=Counter("conversations packed", every_seconds=5),
     )
     _report_store(options.output, metadata, "conversations")
 

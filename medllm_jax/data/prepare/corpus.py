@@ -53,6 +53,15 @@ from medllm_jax.storage.remote import remove_folder
 
 Packing = Literal["best_fit", "split"]
 
+# The stages of a preparation, as progress names them: in words, and what is counted. Each corpus is packed for itself.
+STAGES = {
+    "inventory": ("looking at files", "files"),
+    "survey": ("reading documents", "bytes"),
+    "duplicates": ("looking for duplicates", "documents"),
+    "tokens": ("tokenising", "documents"),
+    "packing": ("packing rows", "documents"),
+}
+
 # Input of one task: large enough that a task is worth its start, small enough to hold a task's tokens in memory.
 _TASK_BYTES = 4 * 2**20
 # Input of one task of the inventory, which makes only a hash and some places of it.
@@ -160,7 +169,7 @@ def prepare_corpus(
 
     tasks = [task for corpus in prepared for task in corpus.tasks]
     survey = Survey(cleaning, gate.scanner, near=recipe.duplicates == "near")
-    surveyed = run_job(survey, tasks, work, executor, progress)
+    surveyed = run_job(survey, tasks, work, executor, progress, [_bytes_of(task) for task in tasks])
     for corpus, outputs in _by_corpus(prepared, surveyed):
         corpus.add_survey(outputs)
     refuse(_merged(corpus.rejections for corpus in prepared), "bad")
@@ -171,10 +180,15 @@ def prepare_corpus(
         kept = [TokenizeTask(task, None, None) for task in tasks]
     else:
         threshold = recipe.near_threshold if recipe.duplicates == "near" else None
+        documents = sum(corpus.findings.documents for corpus in prepared)
+        progress("duplicates", 0, documents)
         kept = _without_duplicates(tasks, surveyed, threshold, work / "decisions")
+        progress("duplicates", documents, documents)
 
     tokenise = Tokenise(cleaning, gate, str(tokenizer_dir), tokenizer_fingerprint, ending)
-    tokenised = run_job(tokenise, kept, work, executor, progress)
+    tokenised = run_job(
+        tokenise, kept, work, executor, progress, [output.result["personal_data"]["documents"] for output in surveyed]
+    )
 
     with RowStoreWriter(output, "cpt", recipe.sequence_length, overwrite=overwrite) as writer:
         for corpus, outputs in _by_corpus(prepared, tokenised):
@@ -262,7 +276,8 @@ def _take_inventories(
     found = [find_files(corpus.input, DOCUMENT_FILES, over) for corpus, over in zip(corpora, passed_over, strict=True)]
     with ThreadPoolExecutor(16) as pool:  # in a bucket, a request each
         listed = list(pool.map(_listed, [path for paths in found for path in paths]))
-    outputs = run_job(TakeInventory(_TASK_BYTES), list(_grouped(listed)), work, executor, progress)
+    groups = list(_grouped(listed))
+    outputs = run_job(TakeInventory(_TASK_BYTES), groups, work, executor, progress, [len(group) for group in groups])
     inventories = iter([Inventory.from_dict(each) for result, _ in outputs for each in result["files"]])
     prepared = []
     for corpus, paths, over in zip(corpora, found, passed_over, strict=True):
@@ -294,6 +309,10 @@ def _grouped(files: Sequence[ListedFile]) -> Iterator[tuple[ListedFile, ...]]:
             group = []
     if group:
         yield tuple(group)
+
+
+def _bytes_of(task: ReadTask) -> int:
+    return sum(part.stored_bytes for part in task.ranges)
 
 
 def _listed(file: epath.Path) -> ListedFile:
@@ -350,11 +369,13 @@ def _pack(
     """Rows int32 [3, S] of a corpus; one task's tokens and the open rows are in memory."""
 
     def documents() -> Iterator[np.ndarray]:
-        for number, output in enumerate(outputs, 1):
+        done = 0
+        for output in outputs:
             for tokens in _token_documents(output):
                 corpus.longer_than_a_row += len(tokens) > sequence_length
                 yield tokens
-            progress(f"packing {corpus.name}", number, len(outputs))
+            done += output.result["documents"]
+            progress(f"packing {corpus.name}", done, corpus.kept)
 
     if packing == "split":
         return concatenate_and_split(documents(), sequence_length)

@@ -37,6 +37,7 @@ from medllm_jax.data.tokenizer import (
     render_chat,
 )
 from medllm_jax.errors import UserError
+from medllm_jax.terminal.progress import Counter
 
 _TILE = 128  # tokens
 _BATCH = 256  # examples for one call of the tokenizer
@@ -273,9 +274,10 @@ class ExampleWriter:
         A first pass looks for personal data in all examples, and for rows that are none; UserError where the gate
         stops, and with all such rows where they are to be an error.
         """
-        found = RejectionCounts()
+        found, show = RejectionCounts(), Counter(f"{self._name} read and looked through", every_seconds=5)
         for example in read("collect" if self._on_bad == "error" else "skip", found):
             self._findings.add(self._gate.scanner, example.texts(), example.where)
+            show(self._findings.documents)
         refuse(found, "bad")
         self._gate.check(f"the {self._name}", self._findings)
         return (example.masked(self._gate.mask) for example in read(self._on_bad, self.rejections))
