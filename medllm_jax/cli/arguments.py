@@ -12,7 +12,8 @@ Years = Annotated[int, Range(1, 9999)]
 def add_store(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """required: what is not given is not to be found in a config file either."""
     default = (lambda value: value) if required else (lambda value: None)
-    parser.add_argument("--input", nargs="+", required=required, help="files, folders or globs, local or gs://")
+    inputs = "files, folders or globs, local or gs://, or a dataset on the hub: hf://datasets/OWNER/NAME"
+    parser.add_argument("--input", nargs="+", required=required, help=inputs)
     parser.add_argument("--tokenizer", required=required, help="folder with the model's tokenizer, or a .model file")
     parser.add_argument("--output", required=required, help="store folder, local or gs://")
     length = {"type": number(SequenceLength), "default": default(4096)}

@@ -112,6 +112,7 @@ def _data_cpt(options: argparse.Namespace) -> None:
 
     from medllm_jax.config.schema_reader import build, read_yaml
     from medllm_jax.data.prepare.corpus import STAGES, Corpus, Recipe, prepare_corpus
+    from medllm_jax.data.prepare.hub_dataset import SCHEME
     from medllm_jax.data.prepare.jobs import in_processes, on_beam
     from medllm_jax.terminal.progress import Stages
 
@@ -133,6 +134,8 @@ def _data_cpt(options: argparse.Namespace) -> None:
 
     with contextlib.ExitStack() as stack:
         if options.engine == "beam":
+            if any(SCHEME in str(corpus.input) for corpus in corpora):
+                options.parser.error(f"{SCHEME} is read on this machine alone: use --engine here")
             executor = on_beam(shlex.split(options.beam_options))
         else:
             executor = stack.enter_context(in_processes(options.workers or os.cpu_count() or 1))

@@ -13,8 +13,8 @@ class Console:
     """Progress of a long job: a bar on a terminal, plain lines elsewhere; quiet where `enabled` is False.
 
     unit: what is counted, as in `step 3/5`; in the plural, `3 of 5 documents`; bytes are shown as sizes. late: nothing
-    is shown, and no time counted, before the first
-    update, so that the time left is that of what is counted and not of what came before.
+    is shown, and no time counted, before the first update, so that the time left is that of what is counted and not of
+    what came before.
     """
 
     def __init__(

@@ -24,6 +24,7 @@ from etils import epath
 from medllm_jax.data.packing import best_fit, concatenate_and_split, document_segment, pieces
 from medllm_jax.data.prepare.dedup import DocumentHashes, find_duplicates
 from medllm_jax.data.prepare.files import DOCUMENT_FILES, find_files
+from medllm_jax.data.prepare.hub_dataset import local_inputs
 from medllm_jax.data.prepare.inventory import Inventory, manifest_of
 from medllm_jax.data.prepare.jobs import Executor, Progress, TaskOutput, in_this_process, run_job
 from medllm_jax.data.prepare.normalize import Form
@@ -75,7 +76,7 @@ class Corpus:
 
     Attributes:
         name: its name in mixes and metrics
-        input: files, folders or globs, local or gs://
+        input: files, folders or globs, local or gs://, or hf://datasets/OWNER/NAME (see hub_dataset.py)
         text_field: field or column that holds the text, in .jsonl and .parquet
         provenance: its origin
         licence: the terms of its use
@@ -158,6 +159,7 @@ def prepare_corpus(
     """
     output = epath.Path(output)
     check_replaceable(output, overwrite=overwrite)
+    corpora = [dataclasses.replace(corpus, input=_input_of(corpus)) for corpus in corpora]
     tokenizer = load_tokenizer(tokenizer_dir)
     tokenizer_fingerprint = fingerprint(tokenizer_dir, tokenizer)
     ending = (eos_of(tokenizer, tokenizer_dir),) if recipe.append_eos else ()
@@ -297,6 +299,12 @@ def _take_inventories(
                 f"{corpus.checksum}: give the files that the manifest is of, or correct the manifest"
             )
     return prepared
+
+
+def _input_of(corpus: Corpus) -> str | tuple[str, ...]:
+    if isinstance(corpus.input, str):
+        return local_inputs([corpus.input])[0]
+    return tuple(local_inputs(corpus.input))
 
 
 def _grouped(files: Sequence[ListedFile]) -> Iterator[tuple[ListedFile, ...]]:

@@ -60,6 +60,8 @@ def find_files(inputs: Inputs, suffixes: Sequence[str], passed_over: RejectionCo
     if isinstance(inputs, str) or not isinstance(inputs, Sequence):
         inputs = [inputs]
     for item in inputs:
+        if str(item).startswith("hf://"):
+            raise UserError(f"{item} is read by `medllm data` alone: give files that are here or under gs://")
         path = epath.Path(item)
         before, seen = search.matches, passed_over.counts.copy()
         if is_remote(path):

@@ -33,6 +33,7 @@ from medllm_jax.data.prepare.forms import (
     read_rows,
     text_sides,
 )
+from medllm_jax.data.prepare.hub_dataset import local_inputs
 from medllm_jax.data.prepare.pii_gate import PiiGate
 from medllm_jax.data.prepare.rejections import OnBad, Rejected
 from medllm_jax.data.store import StoreMetadata
@@ -126,6 +127,7 @@ def prepare_instructions(
     Raises UserError for such rows otherwise, for messages where the tokenizer has no chat template, an input without
     conversations, a tokenizer without the end-of-sequence token, and an output that exists (unless ``overwrite``).
     """
+    inputs = local_inputs(inputs)
     with ExampleWriter(
         "sft",
         "instructions",

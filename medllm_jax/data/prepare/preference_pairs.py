@@ -34,6 +34,7 @@ from medllm_jax.data.prepare.examples import (
 )
 from medllm_jax.data.prepare.files import Inputs
 from medllm_jax.data.prepare.forms import Fields, Form, Forms, Sides, alpaca_prompt, read_rows, text_sides
+from medllm_jax.data.prepare.hub_dataset import local_inputs
 from medllm_jax.data.prepare.pii_gate import PiiGate
 from medllm_jax.data.prepare.rejections import OnBad, Reading, Rejected, RejectionCounts
 from medllm_jax.data.store import StoreMetadata
@@ -177,6 +178,7 @@ def prepare_pairs(
     """
     if pairs_per_row is not None and pairs_per_row < 1:
         raise UserError(f"pairs_per_row is {pairs_per_row}: a row needs at least one pair")
+    inputs = local_inputs(inputs)
     with ExampleWriter(
         "pairs",
         "pairs",
