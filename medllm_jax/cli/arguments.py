@@ -30,7 +30,7 @@ def add_store(parser: argparse.ArgumentParser, *, required: bool = True) -> None
 
 def add_forms(parser: argparse.ArgumentParser, example: str) -> None:
     """example: fields of a form, each with a name that it may have elsewhere."""
-    columns = f"names of the fields in these rows, like {example} (see docs/corpora.md for the forms that are read)"
+    columns = f"names of the fields in these rows, like {example} (docs/rpo.md has the forms that are read)"
     parser.add_argument("--columns", nargs="+", type=_column, metavar="FIELD=NAME", default=[], help=columns)
     chat = "strings are turns of a chat, written by the tokenizer's chat template (default: plain text)"
     parser.add_argument("--chat", action="store_true", help=chat)

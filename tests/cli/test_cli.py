@@ -131,11 +131,13 @@ def test_data_reports_what_it_left_out(world, tmp_path, capsys):
 
 def test_fields_may_have_other_names(world, tmp_path, capsys):
     documents = write_json_lines(tmp_path / "documents.jsonl", [{"body": "fever"}])
-    pairs = write_json_lines(tmp_path / "pairs.jsonl", [{"q": "why?", "good": " because", "rejected": " no", "id": 1}])
+    pairs = write_json_lines(
+        tmp_path / "pairs.jsonl", [{"q": "why?", "good": " because", "rejected": " no", "id": 1, "from": "x"}]
+    )
     common = ["--tokenizer", world.tokenizer, "--output", tmp_path / "store", "--overwrite"]
     assert run("data", "cpt", "--input", documents, "--text-field", "body", *common, "--workers", 1) == 0
     assert run("data", "pairs", "--input", pairs, "--columns", "prompt=q", "chosen=good", *common) == 0
-    assert "left aside, since nothing reads them: the fields id" in capsys.readouterr().out
+    assert "left aside, since nothing reads them: the fields from" in capsys.readouterr().out
     wrong = {"answer=q": "no form of rows has the field answer", "x": "FIELD=NAME", "prompt=": "FIELD=NAME"}
     for column, message in wrong.items():
         assert run("data", "pairs", "--input", pairs, "--columns", column, *common) == 2

@@ -23,6 +23,8 @@ _MEANINGFUL = (
     "system", "history", "tools", "functions", "images", "image", "videos", "audios", "chat_template_kwargs",
 )  # fmt: skip
 
+_OURS = ("id", "condition", "prefers")  # what `medllm pairs` writes beside a pair
+
 
 class Form(NamedTuple):
     """A form of rows.
@@ -112,8 +114,8 @@ class Forms:
 
     def say_what_was_left_aside(self) -> None:
         """Logs the names of fields that no form reads, and what strings have become where that may not be meant."""
-        if self.unread:
-            _log.info(f"left aside, since nothing reads them: the fields {names_of(self.unread)}")
+        if left := [name for name in self.unread if name not in _OURS]:
+            _log.info(f"left aside, since nothing reads them: the fields {names_of(sorted(left))}")
         if self._alpaca and not self._chat:
             _log.info("instructions are plain text; --chat writes them by the tokenizer's chat template")
 

@@ -37,6 +37,7 @@ from medllm_jax.data.prepare.hub_dataset import local_inputs
 from medllm_jax.data.prepare.pii_gate import PiiGate
 from medllm_jax.data.prepare.rejections import OnBad, Rejected
 from medllm_jax.data.store import StoreMetadata
+from medllm_jax.data.store_writer import check_replaceable
 from medllm_jax.storage.lease import sole_writer
 
 
@@ -127,6 +128,8 @@ def prepare_instructions(
     Raises UserError for such rows otherwise, for messages where the tokenizer has no chat template, an input without
     conversations, a tokenizer without the end-of-sequence token, and an output that exists (unless ``overwrite``).
     """
+    forms = instruction_forms(columns, chat=chat)
+    check_replaceable(epath.Path(output), overwrite=overwrite)  # before anything is downloaded
     inputs = local_inputs(inputs)
     with ExampleWriter(
         "sft",
@@ -140,7 +143,6 @@ def prepare_instructions(
         gate=gate,
         overwrite=overwrite,
     ) as writer:
-        forms = instruction_forms(columns, chat=chat)
         conversations = writer.examples(functools.partial(read_rows, inputs, forms))
         rendered = render(conversations, writer.template, _chat_parts)
         encoded = encode(rendered, writer.tokenizer)

@@ -38,6 +38,7 @@ from medllm_jax.data.prepare.hub_dataset import local_inputs
 from medllm_jax.data.prepare.pii_gate import PiiGate
 from medllm_jax.data.prepare.rejections import OnBad, Reading, Rejected, RejectionCounts
 from medllm_jax.data.store import StoreMetadata
+from medllm_jax.data.store_writer import check_replaceable
 from medllm_jax.errors import UserError
 from medllm_jax.storage.lease import sole_writer
 
@@ -178,6 +179,8 @@ def prepare_pairs(
     """
     if pairs_per_row is not None and pairs_per_row < 1:
         raise UserError(f"pairs_per_row is {pairs_per_row}: a row needs at least one pair")
+    forms = pair_forms(columns, chat=chat)
+    check_replaceable(epath.Path(output), overwrite=overwrite)  # before anything is downloaded
     inputs = local_inputs(inputs)
     with ExampleWriter(
         "pairs",
@@ -191,7 +194,6 @@ def prepare_pairs(
         gate=gate,
         overwrite=overwrite,
     ) as writer:
-        forms = pair_forms(columns, chat=chat)
         pairs = writer.examples(functools.partial(read_rows, inputs, forms))
         rendered = render(pairs, writer.template, _chat_parts)
         encoded = encode(rendered, writer.tokenizer)
