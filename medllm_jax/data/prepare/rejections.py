@@ -130,7 +130,8 @@ def refusal(found: RejectionCounts, kind: Literal["bad", "too long"]) -> str:
     parts = [f"{found.first[first][0]}: {first}"]
     if total > 1:
         of = f" of {found.rows:,}" if found.rows > total else ""
-        parts.append(f"{total:,}{of} rows are {kind}: {', '.join(_cases(found, reasons))}")
+        cases = f": {', '.join(_cases(found, reasons))}" if len(reasons) > 1 else f", first at {_places(found, first)}"
+        parts.append(f"{total:,}{of} rows are {kind}{cases}")
     parts += dict.fromkeys(hint for hint in found.stopping.values() if hint)
     if kind == "too long":
         fits = " and ".join(f"{option} {number}" for option, number in found.needs.items())
@@ -145,6 +146,10 @@ def refusal(found: RejectionCounts, kind: Literal["bad", "too long"]) -> str:
 
 def _cases(found: RejectionCounts, reasons: Sequence[str]) -> Iterator[str]:
     for reason in reasons[:_MOST_REASONS]:
-        yield f"{found.counts[reason]:,} {reason} (first at {', '.join(found.first[reason][:_MOST_PLACES])})"
+        yield f"{found.counts[reason]:,} {reason} (first at {_places(found, reason)})"
     if rest := reasons[_MOST_REASONS:]:
         yield f"{sum(found.counts[reason] for reason in rest):,} for {len(rest)} other reasons"
+
+
+def _places(found: RejectionCounts, reason: str) -> str:
+    return ", ".join(found.first[reason][:_MOST_PLACES])

@@ -212,7 +212,7 @@ def test_a_field_with_another_name_is_asked_for_by_that(tmp_path, tokenizer_dir)
 
 def test_a_table_without_a_field_that_is_read_is_told_what_it_has(tmp_path, tokenizer_dir):
     pq.write_table(pa.table({"question": ["secret"] * 3, "embedding": [[1.0]] * 3}), tmp_path / "in.parquet")
-    told = "in.parquet:1: no field `prompt`; 3 rows are bad: .* it has question, embedding, and these are read: prompt"
+    told = "in.parquet:1: no field `prompt`; 3 rows are bad, first at .* it has question, embedding, and"
     with pytest.raises(UserError, match=told) as caught:
         prepare_pairs(tmp_path / "in.parquet", tokenizer_dir, tmp_path / "store", 64)
     assert "secret" not in str(caught.value)

@@ -229,7 +229,9 @@ def test_over_long_pairs(tmp_path, tokenizer_dir):
     with pytest.raises(UserError) as caught:
         prepare_pairs(file, tokenizer_dir, tmp_path / "store", max(length) - 1, on_bad="skip")
     assert str(caught.value).startswith(f"{file}:{longest}: {reason}; ")
-    with pytest.raises(UserError, match=rf"5 rows are too long: 5 .*; --sequence-length {max(length)} would take all"):
+    with pytest.raises(
+        UserError, match=rf"5 rows are too long, first at .*; --sequence-length {max(length)} would take all"
+    ):
         prepare_pairs(file, tokenizer_dir, tmp_path / "store", min(length) - 1)
     found = prepare_pairs(file, tokenizer_dir, tmp_path / "store", max(length) - 1, on_long="skip")
     assert found.dropped == {reason: {"count": 1, "first": [f"{file}:{longest}"]}}

@@ -67,6 +67,7 @@ def test_what_is_too_long_says_what_would_take_it():
     for place, needed in (("f:1", 300), ("f:2", 500), ("f:3", 400)):
         reject(Rejected(place, "it is long", True, needs=(("--sequence-length", needed),)), "collect", found)
     with pytest.raises(
-        UserError, match=r"3 rows are too long: .*; --sequence-length 500 would take all, --on-long skip"
+        UserError,
+        match=r"3 rows are too long, first at f:1, f:2, f:3; --sequence-length 500 would take all, --on-long skip",
     ):
         refuse(found, "too long")
