@@ -51,7 +51,13 @@ LONG = (
     *("inference/test_generator", "data/test_loader", "reliability/test_bad_steps"),
     *("cli/test_cli", "conversion/test_memory", "inference/test_likelihood", "model/test_splash"),
     *("recipes/test_rounds", "observability/test_observability", "test_wheel", "storage/test_lease"),
-    *("data/prepare/test_corpus", "checkpoint/test_fingerprint", "conversion/test_card", "training/test_loop"),
+    *(
+        "data/prepare/test_corpus",
+        "data/prepare/test_hub_dataset",
+        "checkpoint/test_fingerprint",
+        "conversion/test_card",
+        "training/test_loop",
+    ),
     *("observability/test_sessions", "training/test_rpo_peers", "conversion/test_foreign_models"),
 )
 _HERE = Path(__file__).parent

@@ -16,7 +16,8 @@ Years = Annotated[int, Range(1, 9999)]
 def add_store(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """required: what is not given is not to be found in a config file either."""
     default = (lambda value: value) if required else (lambda value: None)
-    parser.add_argument("--input", nargs="+", required=required, help="files, folders or globs, local or gs://")
+    inputs = "files, folders or globs, local or gs://, or a dataset on the hub: hf://datasets/OWNER/NAME"
+    parser.add_argument("--input", nargs="+", required=required, help=inputs)
     parser.add_argument("--tokenizer", required=required, help=_TOKENIZER)
     parser.add_argument("--output", required=required, help="store folder, local or gs://")
     length = {"type": number(SequenceLength), "default": default(4096)}
@@ -36,6 +37,29 @@ def tokenizer_of(text: str) -> str:
     from medllm_jax.storage.hub import TOKENIZER, find_folder
 
     return find_folder(text, TOKENIZER, option="--tokenizer").folder
+
+
+def add_forms(parser: argparse.ArgumentParser, example: str) -> None:
+    """example: fields of a form, each with a name that it may have elsewhere."""
+    columns = f"names of the fields in these rows, like {example} (docs/rpo.md has the forms that are read)"
+    parser.add_argument("--columns", nargs="+", type=_column, metavar="FIELD=NAME", default=[], help=columns)
+    chat = "strings are turns of a chat, written by the tokenizer's chat template (default: plain text)"
+    parser.add_argument("--chat", action="store_true", help=chat)
+
+
+def _column(text: str) -> tuple[str, str]:
+    field, equals, name = text.partition("=")
+    if not field or not equals or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=NAME, such as prompt=question")
+    return field, name
+
+
+def columns_of(options: argparse.Namespace) -> dict[str, str]:
+    """--columns: field of a form -> its name in the rows."""
+    columns = dict(options.columns)
+    if len(columns) < len(options.columns):
+        options.parser.error("--columns names a field twice")
+    return columns
 
 
 def add_which_model(parser: argparse.ArgumentParser) -> None:

@@ -50,9 +50,7 @@ def add(verbs: Any) -> None:
     share = f"convert one of N shares, at most {_MAX_PARTS}; N processes share DST (default: 1/1)"
     sub.add_argument("--part", default="1/1", metavar="I/N", help=share)
     sub.add_argument("--base", metavar="RUN", help="run folder of the model that an adapter of PEFT's belongs to")
-    sub.add_argument(
-        "--base-storage", choices=ADAPTER_BASES, help="of --base in training (default: as it is stored)"
-    )
+    sub.add_argument("--base-storage", choices=ADAPTER_BASES, help="of --base in training (default: as it is stored)")
 
     _add_allow_non_finite(sub)
 

@@ -31,6 +31,8 @@ def add(verbs: Any) -> None:
     )
     cpt.add_argument("--config", help="YAML with corpora and their manifests, and any of these settings")
     arguments.add_store(cpt, required=False)
+    text = "field or column that holds the text (default text; not of .txt)"
+    cpt.add_argument("--text-field", metavar="NAME", help=text)
     cpt.add_argument("--packing", choices=("best_fit", "split"), help="keep documents whole (default), or cut")
     cpt.add_argument(
         "--no-eos",
@@ -57,6 +59,7 @@ def add(verbs: Any) -> None:
     cpt.add_argument("--beam-options", default="", help="in one string, like '--runner=DataflowRunner --project=...'")
     pairs = verb(kinds, "pairs", _data_pairs, "pack preference rows (`prompt`, `chosen`, `rejected`) into a pair store")
     arguments.add_store(pairs)
+    arguments.add_forms(pairs, "prompt=question chosen=good rejected=bad")
     fit = "put at most N pairs in a row (default: as many as fit)"
     pairs.add_argument("--pairs-per-row", type=number(PairsPerRow), help=fit)
     long = "a pair with a longer prompt is over-long"
@@ -69,8 +72,14 @@ def add(verbs: Any) -> None:
     )
     pairs.add_argument("--on-long", choices=("error", "skip"), default="error", help="what to do about over-long pairs")
 
-    sft = verb(kinds, "sft", _data_sft, "pack instructions (`prompt`, `response`, or chat `messages`) into a store")
+    sft = verb(
+        kinds,
+        "sft",
+        _data_sft,
+        "pack instructions (`prompt`+`response`, chat `messages`, Alpaca, ShareGPT, TRL) into a store",
+    )
     arguments.add_store(sft)
+    arguments.add_forms(sft, "prompt=question response=answer")
     sft.add_argument("--on-long", choices=("error", "skip"), default="error", help="what to do about over-long ones")
 
     show = verb(
@@ -102,7 +111,8 @@ def _data_cpt(options: argparse.Namespace) -> None:
     import os
 
     from medllm_jax.config.schema_reader import build, read_yaml
-    from medllm_jax.data.prepare.corpus import Corpus, Recipe, prepare_corpus
+    from medllm_jax.data.prepare.corpus import STAGES, Corpus, Recipe, prepare_corpus
+    from medllm_jax.data.prepare.hub_dataset import SCHEME
     from medllm_jax.data.prepare.jobs import in_processes, on_beam
     from medllm_jax.terminal.progress import Stages
 
@@ -114,6 +124,8 @@ def _data_cpt(options: argparse.Namespace) -> None:
     settings |= {name: value for name, value in vars(options).items() if name in _RECIPE and value is not None}
     recipe = build(Recipe, settings, where)
     listed = ({"name": "corpus", "input": options.input},) if options.input else file.corpora
+    if options.text_field:
+        listed = [{**corpus, "text_field": options.text_field} for corpus in listed]
     corpora = [build(Corpus, corpus, f"{where}: corpora[{number}]") for number, corpus in enumerate(listed)]
     given = {"--input (or corpora in --config)": corpora, "--tokenizer": tokenizer, "--output": output}
     missing = [name for name, value in given.items() if not value]
@@ -123,10 +135,12 @@ def _data_cpt(options: argparse.Namespace) -> None:
     tokenizer = arguments.tokenizer_of(tokenizer)
     with contextlib.ExitStack() as stack:
         if options.engine == "beam":
+            if any(SCHEME in str(corpus.input) for corpus in corpora):
+                options.parser.error(f"{SCHEME} is read on this machine alone: use --engine here")
             executor = on_beam(shlex.split(options.beam_options))
         else:
             executor = stack.enter_context(in_processes(options.workers or os.cpu_count() or 1))
-        show = stack.enter_context(Stages())
+        show = stack.enter_context(Stages(STAGES))
         metadata = prepare_corpus(
             corpora, tokenizer, output, recipe, overwrite=options.overwrite, executor=executor, progress=show
         )
@@ -150,8 +164,10 @@ def _data_pairs(options: argparse.Namespace) -> None:
         on_bad=options.on_bad,
         on_long=options.on_long,
         gate=PiiGate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
+        columns=arguments.columns_of(options),
+        chat=options.chat,
         overwrite=options.overwrite,
-        progress=Counter("pairs", every_seconds=5),
+        progress=Counter("pairs packed", every_seconds=5),
     )
     _report_store(options.output, metadata, "pairs")
 
@@ -169,8 +185,10 @@ def _data_sft(options: argparse.Namespace) -> None:
         on_bad=options.on_bad,
         on_long=options.on_long,
         gate=PiiGate(options.pii, options.pii_rate, tuple(options.pii_patterns)),
+        columns=arguments.columns_of(options),
+        chat=options.chat,
         overwrite=options.overwrite,
-        progress=Counter("conversations", every_seconds=5),
+        progress=Counter("conversations packed", every_seconds=5),
     )
     _report_store(options.output, metadata, "conversations")
 

@@ -46,6 +46,7 @@ _EXTRAS = {
     "plan": "medllm plan",
     "tpu": "training on TPUs",
     "beam": "medllm data cpt --engine beam",
+    "datasets": "datasets on the hub (hf://datasets/...) in medllm data",
     "wandb": "logging.wandb",
 }
 # Program -> what needs it.

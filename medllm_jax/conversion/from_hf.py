@@ -131,7 +131,8 @@ def from_peft(
     """Makes a run folder of an adapter that PEFT saved, to go on training, to evaluate or to export.
 
     base: run folder of the model it belongs to. storage: how that is stored in training (default: as it is quantised,
-    or else in its own dtype, of float16 in float32: what PEFT merges the adapter into). allow_non_finite: NaN and infinite numbers in it are taken as they are.
+    or else in its own dtype, of float16 in float32: what PEFT merges the adapter into).
+    allow_non_finite: NaN and infinite numbers in it are taken as they are.
     Raises UserError for an adapter that is not of this model, or that adapters here can't be.
     """
     if holds_something(target):

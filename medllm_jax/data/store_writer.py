@@ -228,7 +228,7 @@ def check_replaceable(path: epath.Path, *, overwrite: bool) -> None:
     entries = {entry.name for entry in path.iterdir()}
     if METADATA_FILE in entries:
         if not overwrite:
-            raise UserError(f"store {path} exists: give another output, or ask for it to be overwritten")
+            raise UserError(f"store {path} exists: give another output, or replace it with --overwrite")
     elif not entries <= {ARRAY, TOKENS_PER_ROW}:
         raise UserError(f"{path} exists and is not a store: give another output")
 

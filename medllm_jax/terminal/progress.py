@@ -4,6 +4,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Mapping
 
 _log = logging.getLogger(__name__)
 
@@ -11,8 +12,9 @@ _log = logging.getLogger(__name__)
 class Console:
     """Progress of a long job: a bar on a terminal, plain lines elsewhere; quiet where `enabled` is False.
 
-    unit: what is counted; bytes are shown as sizes. late: nothing is shown, and no time counted, before the first
-    update, so that the time left is that of what is counted and not of what came before.
+    unit: what is counted, as in `step 3/5`; in the plural, `3 of 5 documents`; bytes are shown as sizes. late: nothing
+    is shown, and no time counted, before the first update, so that the time left is that of what is counted and not of
+    what came before.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class Console:
         counted = f"{self._unit} {done}/{self._total}"
         if self._unit == "bytes":
             counted = f"{size_in_words(done)} of {size_in_words(self._total)}"
+        elif self._unit.endswith("s"):
+            counted = f"{done:,} of {self._total:,} {self._unit}"
         line = f"{self._title}: {counted}" + (f"  {note}" if note else "")
         if self._first < done < self._total:
             left = (now - self._start) / (done - self._first) * (self._total - done)
@@ -96,9 +100,13 @@ class Counter:
 
 
 class Stages:
-    """Progress of stages that follow each other, each with a display of its own."""
+    """Progress of stages that follow each other, each with a display of its own.
 
-    def __init__(self):
+    words: a stage's name, or its first word -> what it is called, and what is counted.
+    """
+
+    def __init__(self, words: Mapping[str, tuple[str, str]] = {}):
+        self._words = words
         self._console: Console | None = None
         self._stage = ""
 
@@ -106,7 +114,10 @@ class Stages:
         """Shows that `done` of a stage's total are done."""
         if self._console is None or stage != self._stage:
             self.close()
-            self._console, self._stage = Console(stage, total, done=done, unit="task"), stage
+            name, _, of = stage.partition(" ")
+            title, unit = self._words.get(name, (name, "task"))
+            self._console = Console(f"{title} of {of}" if of else title, total, done=done, unit=unit)
+            self._stage = stage
         self._console.update(done, every_seconds=5)
 
     def close(self) -> None:

@@ -120,10 +120,30 @@ def test_data_reports_what_it_left_out(world, tmp_path, capsys):
     bad = write_json_lines(tmp_path / "bad.jsonl", [{"text": "fine"}, {"txt": "no text"}, {"text": ""}])
     arguments = ["data", "cpt", "--input", bad, "--tokenizer", world.tokenizer, "--output", tmp_path / "store"]
     assert run(*arguments) == 2
-    assert "bad.jsonl:2" in capsys.readouterr().err and not (tmp_path / "store").exists()
+    told = capsys.readouterr().err
+    assert "bad.jsonl:2: no field `text`; 2 of 3 rows are bad" in told and "--on-bad skip" in told
+    assert "it has txt: name the one that holds the text with --text-field" in told
+    assert not (tmp_path / "store").exists()
     assert run(*arguments, "--on-bad", "skip") == 0
     printed = capsys.readouterr().out
     assert "bad.jsonl:2" in printed and "bad.jsonl:3" in printed
+
+
+def test_fields_may_have_other_names(world, tmp_path, capsys):
+    documents = write_json_lines(tmp_path / "documents.jsonl", [{"body": "fever"}])
+    pairs = write_json_lines(
+        tmp_path / "pairs.jsonl", [{"q": "why?", "good": " because", "rejected": " no", "id": 1, "from": "x"}]
+    )
+    common = ["--tokenizer", world.tokenizer, "--output", tmp_path / "store", "--overwrite"]
+    assert run("data", "cpt", "--input", documents, "--text-field", "body", *common, "--workers", 1) == 0
+    assert run("data", "pairs", "--input", pairs, "--columns", "prompt=q", "chosen=good", *common) == 0
+    assert "left aside, since nothing reads them: the fields from" in capsys.readouterr().out
+    wrong = {"answer=q": "no form of rows has the field answer", "x": "FIELD=NAME", "prompt=": "FIELD=NAME"}
+    for column, message in wrong.items():
+        assert run("data", "pairs", "--input", pairs, "--columns", column, *common) == 2
+        assert message in capsys.readouterr().err
+    assert run("data", "sft", "--input", pairs, "--columns", "prompt=q", "prompt=good", *common) == 2
+    assert "names a field twice" in capsys.readouterr().err
 
 
 def test_a_config_file_lists_corpora_and_settings(world, tmp_path, capsys):

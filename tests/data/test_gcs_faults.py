@@ -152,7 +152,10 @@ def test_killed_and_resumed_preparation_gives_the_same_store(gcs, documents):
     done, tasks = results(gcs, "tokens"), len(results(gcs, "survey"))
     assert first.returncode == -signal.SIGKILL and 3 <= len(done) < tasks
     output = run(gcs, *of_this_file(medllm, *arguments))
-    assert f"survey: task {tasks}/{tasks}" in output and f"tokens: task {len(done)}/{tasks}" in output
+    assert re.search(r"looking at files: .*\nreading documents: (.+) of \1\n", output), "all had been read"
+    first_told = re.search(r"tokenising: ([\d,]+) of ([\d,]+) documents", output)
+    there, of = (int(number.replace(",", "")) for number in first_told.groups())
+    assert 0 < there < of, "what was there is not made again"
     assert output.splitlines()[-1] == "exit 0"
     found = json.loads(gcs.get("gs://bucket/out/store.json"))
     assert found["digest"] == expected.digest and found["corpora"][0]["examples"] == expected.examples == 210

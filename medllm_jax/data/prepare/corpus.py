@@ -24,12 +24,13 @@ from etils import epath
 from medllm_jax.data.packing import best_fit, concatenate_and_split, document_segment, pieces
 from medllm_jax.data.prepare.dedup import DocumentHashes, find_duplicates
 from medllm_jax.data.prepare.files import DOCUMENT_FILES, find_files
+from medllm_jax.data.prepare.hub_dataset import local_inputs
 from medllm_jax.data.prepare.inventory import Inventory, manifest_of
 from medllm_jax.data.prepare.jobs import Executor, Progress, TaskOutput, in_this_process, run_job
 from medllm_jax.data.prepare.normalize import Form
 from medllm_jax.data.prepare.pii_gate import PiiFindings, PiiGate, PiiMode
 from medllm_jax.data.prepare.readers import ReadOptions
-from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, reject
+from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, refuse, reject
 from medllm_jax.data.prepare.statistics import TextStatistics, TokenStatistics
 from medllm_jax.data.prepare.tasks import (
     Cleaning,
@@ -53,6 +54,15 @@ from medllm_jax.storage.remote import remove_folder
 
 Packing = Literal["best_fit", "split"]
 
+# The stages of a preparation, as progress names them: in words, and what is counted. Each corpus is packed for itself.
+STAGES = {
+    "inventory": ("looking at files", "files"),
+    "survey": ("reading documents", "bytes"),
+    "duplicates": ("looking for duplicates", "documents"),
+    "tokens": ("tokenising", "documents"),
+    "packing": ("packing rows", "documents"),
+}
+
 # Input of one task: large enough that a task is worth its start, small enough to hold a task's tokens in memory.
 _TASK_BYTES = 4 * 2**20
 # Input of one task of the inventory, which makes only a hash and some places of it.
@@ -66,7 +76,7 @@ class Corpus:
 
     Attributes:
         name: its name in mixes and metrics
-        input: files, folders or globs, local or gs://
+        input: files, folders or globs, local or gs://, or hf://datasets/OWNER/NAME (see hub_dataset.py)
         text_field: field or column that holds the text, in .jsonl and .parquet
         provenance: its origin
         licence: the terms of its use
@@ -149,6 +159,7 @@ def prepare_corpus(
     """
     output = epath.Path(output)
     check_replaceable(output, overwrite=overwrite)
+    corpora = [dataclasses.replace(corpus, input=_input_of(corpus)) for corpus in corpora]
     tokenizer = load_tokenizer(tokenizer_dir)
     tokenizer_fingerprint = fingerprint(tokenizer_dir, tokenizer)
     ending = (eos_of(tokenizer, tokenizer_dir),) if recipe.append_eos else ()
@@ -160,18 +171,26 @@ def prepare_corpus(
 
     tasks = [task for corpus in prepared for task in corpus.tasks]
     survey = Survey(cleaning, gate.scanner, near=recipe.duplicates == "near")
-    surveyed = run_job(survey, tasks, work, executor, progress)
+    surveyed = run_job(survey, tasks, work, executor, progress, [_bytes_of(task) for task in tasks])
     for corpus, outputs in _by_corpus(prepared, surveyed):
         corpus.add_survey(outputs)
+    refuse(_merged(corpus.rejections for corpus in prepared), "bad")
+    for corpus in prepared:
+        corpus.check_documents()
         gate.check(corpus.name, corpus.findings)
     if recipe.duplicates == "keep":
         kept = [TokenizeTask(task, None, None) for task in tasks]
     else:
         threshold = recipe.near_threshold if recipe.duplicates == "near" else None
+        documents = sum(corpus.findings.documents for corpus in prepared)
+        progress("duplicates", 0, documents)
         kept = _without_duplicates(tasks, surveyed, threshold, work / "decisions")
+        progress("duplicates", documents, documents)
 
     tokenise = Tokenise(cleaning, gate, str(tokenizer_dir), tokenizer_fingerprint, ending)
-    tokenised = run_job(tokenise, kept, work, executor, progress)
+    tokenised = run_job(
+        tokenise, kept, work, executor, progress, [output.result["personal_data"]["documents"] for output in surveyed]
+    )
 
     with RowStoreWriter(output, "cpt", recipe.sequence_length, overwrite=overwrite) as writer:
         for corpus, outputs in _by_corpus(prepared, tokenised):
@@ -215,7 +234,10 @@ class _PreparedCorpus:
     def add_survey(self, outputs: Sequence[TaskOutput]) -> None:
         for result, _ in outputs:
             self.rejections.merge(RejectionCounts.from_dict(result["dropped"], result["rows"], result["of_files"]))
+            self.rejections.stopping = result.get("stopping", {}) | self.rejections.stopping
             self.findings.merge(result["personal_data"])
+
+    def check_documents(self) -> None:
         if not self.findings.documents:
             raise UserError(f"no document to prepare in {self.corpus.input}; left out: {self.rejections}")
 
@@ -256,7 +278,8 @@ def _take_inventories(
     found = [find_files(corpus.input, DOCUMENT_FILES, over) for corpus, over in zip(corpora, passed_over, strict=True)]
     with ThreadPoolExecutor(16) as pool:  # in a bucket, a request each
         listed = list(pool.map(_listed, [path for paths in found for path in paths]))
-    outputs = run_job(TakeInventory(_TASK_BYTES), list(_grouped(listed)), work, executor, progress)
+    groups = list(_grouped(listed))
+    outputs = run_job(TakeInventory(_TASK_BYTES), groups, work, executor, progress, [len(group) for group in groups])
     inventories = iter([Inventory.from_dict(each) for result, _ in outputs for each in result["files"]])
     prepared = []
     for corpus, paths, over in zip(corpora, found, passed_over, strict=True):
@@ -267,7 +290,7 @@ def _take_inventories(
                 reject(Rejected(inventory.file, "the file is empty"), on_bad, rejections)
                 rejections.of_files += 1
         ranges = [(part, inventory.sha256) for inventory in own for part in inventory.ranges]
-        options = ReadOptions(corpus.text_field, max_bytes, on_bad)
+        options = ReadOptions(corpus.text_field, max_bytes, "collect" if on_bad == "error" else on_bad)
         manifest = manifest_of(own, over)
         prepared.append(_PreparedCorpus(corpus, manifest, list(read_tasks(ranges, options, _TASK_BYTES)), rejections))
         if corpus.checksum not in (None, manifest["checksum"]):
@@ -276,6 +299,12 @@ def _take_inventories(
                 f"{corpus.checksum}: give the files that the manifest is of, or correct the manifest"
             )
     return prepared
+
+
+def _input_of(corpus: Corpus) -> str | tuple[str, ...]:
+    if isinstance(corpus.input, str):
+        return local_inputs([corpus.input])[0]
+    return tuple(local_inputs(corpus.input))
 
 
 def _grouped(files: Sequence[ListedFile]) -> Iterator[tuple[ListedFile, ...]]:
@@ -288,6 +317,10 @@ def _grouped(files: Sequence[ListedFile]) -> Iterator[tuple[ListedFile, ...]]:
             group = []
     if group:
         yield tuple(group)
+
+
+def _bytes_of(task: ReadTask) -> int:
+    return sum(part.stored_bytes for part in task.ranges)
 
 
 def _listed(file: epath.Path) -> ListedFile:
@@ -344,11 +377,13 @@ def _pack(
     """Rows int32 [3, S] of a corpus; one task's tokens and the open rows are in memory."""
 
     def documents() -> Iterator[np.ndarray]:
-        for number, output in enumerate(outputs, 1):
+        done = 0
+        for output in outputs:
             for tokens in _token_documents(output):
                 corpus.longer_than_a_row += len(tokens) > sequence_length
                 yield tokens
-            progress(f"packing {corpus.name}", number, len(outputs))
+            done += output.result["documents"]
+            progress(f"packing {corpus.name}", done, corpus.kept)
 
     if packing == "split":
         return concatenate_and_split(documents(), sequence_length)

@@ -3,7 +3,7 @@
 An example has sides: a prompt and its responses, as plain strings or as chat messages. Each passes through four steps,
 as an iterator of what the step before gives, in bounded memory; what is rejected on the way passes on as `Rejected`:
 
-    read     files -> Example       ``read_pairs``, ``read_instructions``; ``ExampleWriter.masked`` hides personal data
+    read     files -> Example       ``forms.read_rows``; ``ExampleWriter.examples`` looks for personal data, or masks it
     render   Example -> Rendered    its parts as text, by the chat template where they are messages
     encode   Rendered -> Encoded    the token ids of its parts
     segment  Encoded -> Segment     as the kind of example has it; ``ExampleWriter.write`` packs and stores them
@@ -20,11 +20,11 @@ from etils import epath
 
 from medllm_jax.data.batch import Kind
 from medllm_jax.data.packing import Segment, best_fit, check_sequence_length
+from medllm_jax.data.prepare.chat_messages import Messages
 from medllm_jax.data.prepare.files import RECORD_FILES, Inputs, find_files
 from medllm_jax.data.prepare.inventory import manifest_of, take_inventory
 from medllm_jax.data.prepare.pii_gate import PiiFindings, PiiGate
-from medllm_jax.data.prepare.readers import text_problem
-from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, reject
+from medllm_jax.data.prepare.rejections import OnBad, Reading, Rejected, RejectionCounts, refusal, refuse, reject
 from medllm_jax.data.store import StoreMetadata
 from medllm_jax.data.store_writer import CorpusFacts, RowStoreWriter
 from medllm_jax.data.tokenizer import (
@@ -37,10 +37,9 @@ from medllm_jax.data.tokenizer import (
     render_chat,
 )
 from medllm_jax.errors import UserError
+from medllm_jax.terminal.progress import Counter
 
-Messages = list[dict[str, str]]
-
-_ROLES = ("system", "user", "assistant")
+_TILE = 128  # tokens
 _BATCH = 256  # examples for one call of the tokenizer
 
 
@@ -89,22 +88,6 @@ class Encoded(NamedTuple):
 
     parts: list[np.ndarray]
     where: str
-
-
-# --- read ------------------------------------------------------------------------------------------------------------
-
-
-def messages_problem(messages: list[Any]) -> str | None:
-    """Why a list is no chat, whatever the order of its roles; None where it is one."""
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            return "not a list of messages with role and content"
-        if message["role"] not in _ROLES:
-            return f"of an unknown role (known: {', '.join(_ROLES)})"
-        problem = text_problem(message["content"])
-        if problem:
-            return f"a message whose content is {problem}"
-    return None
 
 
 # --- render ----------------------------------------------------------------------------------------------------------
@@ -230,14 +213,17 @@ def fitting(segment: Segment, sequence_length: int, where: str, subject: str) ->
     """The segment, rejected where it is longer than a row; subject: subject and verb of the reason, "the pair is"."""
     if len(segment.tokens) <= sequence_length:
         return segment
-    return Rejected(where, f"{subject} longer than a row of {sequence_length} tokens", too_long=True)
+    # Kernels like rows of whole tiles: where the row had them, so does what is proposed.
+    needed = len(segment.tokens) + (-len(segment.tokens) % _TILE if sequence_length % _TILE == 0 else 0)
+    reason, needs = f"{subject} longer than a row of {sequence_length} tokens", (("--sequence-length", needed),)
+    return Rejected(where, reason, too_long=True, needs=needs)
 
 
 # --- write -----------------------------------------------------------------------------------------------------------
 
 
 class ExampleWriter:
-    """Writes a store of examples, used as a context manager: ``scan`` the examples, then ``write`` their segments.
+    """Writes a store of examples, used as a context manager: read the ``examples``, then ``write`` their segments.
 
     kind: of the store; name: of its one corpus, and what errors call the examples. on_bad, on_long: what to do about
     a rejected example, and about one that is too long. Nothing is left at ``output`` on failure.
@@ -282,15 +268,19 @@ class ExampleWriter:
     def __exit__(self, *error: object) -> None:
         self._rows.__exit__(*error)
 
-    def scan(self, examples: Iterable[Example]) -> None:
-        """Looks for personal data in all examples; UserError where the gate stops."""
-        for example in examples:
-            self._findings.add(self._gate.scanner, example.texts(), example.where)
-        self._gate.check(f"the {self._name}", self._findings)
+    def examples(self, read: "Callable[[Reading, RejectionCounts], Iterator[Example]]") -> Iterator[Example]:
+        """The examples of a pass over the input, with personal data masked if the gate masks it.
 
-    def masked(self, examples: Iterable[Example]) -> Iterator[Example]:
-        """The examples with personal data masked, if the gate masks it."""
-        return (example.masked(self._gate.mask) for example in examples)
+        A first pass looks for personal data in all examples, and for rows that are none; UserError where the gate
+        stops, and with all such rows where they are to be an error.
+        """
+        found, show = RejectionCounts(), Counter(f"{self._name} read and looked through", every_seconds=5)
+        for example in read("collect" if self._on_bad == "error" else "skip", found):
+            self._findings.add(self._gate.scanner, example.texts(), example.where)
+            show(self._findings.documents)
+        refuse(found, "bad")
+        self._gate.check(f"the {self._name}", self._findings)
+        return (example.masked(self._gate.mask) for example in read(self._on_bad, self.rejections))
 
     def write(
         self,
@@ -307,13 +297,17 @@ class ExampleWriter:
         and where no example is left.
         """
         count = 0
+        bad, too_long = RejectionCounts(), RejectionCounts()  # what stops
 
         def kept() -> Iterator[Segment]:
             nonlocal count
             for number, segment in enumerate(segments, 1):
                 if isinstance(segment, Rejected):
-                    reject(segment, self._on_long if segment.too_long else self._on_bad, self.rejections)
-                else:
+                    if (self._on_long if segment.too_long else self._on_bad) == "skip":
+                        reject(segment, "skip", self.rejections)
+                    else:
+                        reject(segment, "collect", too_long if segment.too_long else bad)
+                elif not bad.total and not too_long.total:  # else nothing is written any more
                     count += 1
                     yield segment
                 if number % _BATCH == 0:
@@ -322,6 +316,9 @@ class ExampleWriter:
 
         for row in best_fit(kept(), self._sequence_length, max_segments=max_per_row):
             self._rows.append(row[None], self._name)
+        bad.rows = too_long.rows = self.rejections.rows
+        if stops := "; and ".join(filter(None, (refusal(bad, "bad"), refusal(too_long, "too long")))):
+            raise UserError(stops)
         if not count:
             raise UserError(f"no {self._name} to prepare in {self._inputs}; left out: {self.rejections}")
         self.rejections.check_kept(count, f"the {self._name}")

@@ -6,6 +6,7 @@ Kinds: JSON lines (``.jsonl``, ``.ndjson``: one object a line) and ``.txt`` (one
 
 import itertools
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -59,14 +60,16 @@ def find_files(inputs: Inputs, suffixes: Sequence[str], passed_over: RejectionCo
     if isinstance(inputs, str) or not isinstance(inputs, Sequence):
         inputs = [inputs]
     for item in inputs:
+        if str(item).startswith("hf://"):
+            raise UserError(f"{item} is read by `medllm data` alone: give files that are here or under gs://")
         path = epath.Path(item)
-        before = search.matches
+        before, seen = search.matches, passed_over.counts.copy()
         if is_remote(path):
             search.remote(path)
         else:
             search.local(path)
         if search.matches == before:
-            raise UserError(f"no file of a kind that is read here ({', '.join(suffixes)}) at {path}")
+            raise search.nothing_at(path, passed_over.counts - seen)
     return list(search.found.values())
 
 
@@ -160,7 +163,25 @@ class _Search:
         return False
 
     def _wrong_kind(self, path: epath.Path) -> UserError:
-        return UserError(f"{path} is not a file of a kind that is read here ({', '.join(self._suffixes)})")
+        array = ""
+        if is_kind(path.name, [".json"]):
+            lines = f"{path.name}l"
+            array = f": JSON is read one object a line; `jq -c '.[]' {path.name} > {lines}` makes such a file of a list"
+        return UserError(f"{path} is not a file of a kind that is read here ({self._kinds()}){array}")
+
+    def nothing_at(self, path: epath.Path, others: Counter[str]) -> UserError:
+        """Why an input is refused that leads to no file; others: what it leads to, by reason."""
+        if _has_wildcard(str(path)) and not others:
+            return UserError(f"no file matches {path}: give files, folders or patterns of files that are there")
+        found = ", ".join(f"{count:,} {reason}" for reason, count in others.most_common(5))
+        there = f"; there are {found}" if found else ""
+        return UserError(f"no file of a kind that is read here ({self._kinds()}) at {path}{there}")
+
+    def _kinds(self) -> str:
+        """The kinds that are read, each compression once."""
+        plain = [suffix for suffix in self._suffixes if not is_kind(suffix, list(_COMPRESSIONS))]
+        packed = any(is_kind(suffix, list(_COMPRESSIONS)) for suffix in self._suffixes)
+        return ", ".join(plain) + (f"; all but .parquet also with {', '.join(_COMPRESSIONS)}" if packed else "")
 
 
 def _checked(pattern: epath.Path) -> epath.Path:

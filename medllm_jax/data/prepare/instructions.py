@@ -1,72 +1,102 @@
 """Instructions with their responses: from JSON lines to a packed store for supervised fine-tuning.
 
-A row of input has ``prompt`` and ``response``, two plain strings, or ``messages``, a chat (``[{"role": ..., "content":
-...}]``) that ends with an assistant's message. The model learns every message of the assistant, and nothing else.
+A row of input has one of the forms in FORMS: two plain strings, or a chat that ends with an assistant's message. The
+model learns the response, or every message of the assistant, and nothing else.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from etils import epath
 
 from medllm_jax.data.packing import Segment, instruction_segment
+from medllm_jax.data.prepare.chat_messages import Messages, NotUnderstood, read_messages, with_system
 from medllm_jax.data.prepare.examples import (
     ChatExample,
     ChatTemplate,
     Encoded,
-    Example,
     ExampleWriter,
     NotRendered,
-    TextExample,
     encode,
     ended,
     fitting,
-    messages_problem,
     render,
 )
 from medllm_jax.data.prepare.files import Inputs
+from medllm_jax.data.prepare.forms import (
+    Fields,
+    Form,
+    Forms,
+    Sides,
+    alpaca_prompt,
+    chat_sides,
+    read_rows,
+    text_sides,
+)
+from medllm_jax.data.prepare.hub_dataset import local_inputs
 from medllm_jax.data.prepare.pii_gate import PiiGate
-from medllm_jax.data.prepare.readers import ReadOptions, read_all_records, text_problem
-from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, reject
+from medllm_jax.data.prepare.rejections import OnBad, Rejected
 from medllm_jax.data.store import StoreMetadata
+from medllm_jax.data.store_writer import check_replaceable
 from medllm_jax.storage.lease import sole_writer
 
-_FIELDS = ("prompt", "response", "messages")
+
+def _messages(fields: Fields) -> Sides:
+    return _chat("messages", fields)
 
 
-def read_instructions(inputs: Inputs, on_bad: OnBad, rejections: RejectionCounts) -> Iterator[Example]:
-    """The conversations of all inputs (.jsonl, .parquet; see ``files.find_files``), in order, one at a time.
-
-    Their sides are prompt and response, or one chat. Raises UserError naming file and line of a row that is none; with
-    on_bad "skip" it is counted in ``rejections``.
-    """
-    for row, where in read_all_records(inputs, ReadOptions(on_bad=on_bad), rejections, _FIELDS):
-        if problem := _problem(row):
-            reject(Rejected(where, problem), on_bad, rejections)
-        elif row.get("messages") is not None:
-            yield ChatExample((row["messages"],), where)
-        else:
-            yield TextExample((row["prompt"], row["response"]), where)
+def _conversations(fields: Fields) -> Sides:
+    return _chat("conversations", fields)
 
 
-def _problem(row: dict[str, Any]) -> str | None:
-    """Why a row is no conversation, or None."""
-    messages = row.get("messages")
-    if messages is None:
-        for side in ("prompt", "response"):
-            if row.get(side) is None:
-                return f"no field `{side}`, and no `messages`"
-            if problem := text_problem(row[side]):
-                return f"{side} is {problem}"
-        return None
-    if not isinstance(messages, list) or not messages:
-        return "messages is not a list of messages with role and content"
-    if problem := messages_problem(messages):
-        return f"messages is {problem}"
-    roles = [message["role"] for message in messages]
-    if roles[-1] != "assistant" or roles[0] == "assistant":
-        return "messages does not begin with the system's or the user's and end with the assistant's"
-    return None
+def _chat(side: str, fields: Fields) -> Sides:
+    messages = read_messages(fields[side], side)
+    if not messages:
+        raise NotUnderstood(f"{side} is not a list of messages with role and content")
+    if messages[-1]["role"] != "assistant" or messages[0]["role"] == "assistant":
+        raise NotUnderstood(f"{side} does not begin with the system's or the user's and end with the assistant's")
+    return (with_system(messages, fields.get("system")),)
+
+
+def _prompt_and(response: str, fields: Fields) -> Sides:
+    """Two strings, or a chat and how it goes on; of the latter, what goes on is learnt."""
+    if isinstance(fields["prompt"], str) or isinstance(fields[response], str):
+        return text_sides(fields, ("prompt", response))
+    if not isinstance(fields["prompt"], list):
+        return text_sides(fields, ("prompt",))
+    prompt = with_system(read_messages(fields["prompt"], "prompt"), fields.get("system"))
+    completion = read_messages(fields[response], response)
+    if not prompt or prompt[-1]["role"] == "assistant" or prompt[0]["role"] == "assistant":
+        raise NotUnderstood("prompt is not a list of messages that ends with the user's")
+    if not completion or completion[0]["role"] != "assistant" or completion[-1]["role"] != "assistant":
+        raise NotUnderstood(f"{response} does not begin and end with the assistant's messages")
+    return prompt, completion
+
+
+def _alpaca(fields: Fields) -> Sides:
+    return alpaca_prompt(fields), *text_sides(fields, ("output",))
+
+
+_PLAIN = Form("prompt and response", ("prompt", "response"), functools.partial(_prompt_and, "response"), ("system",))
+FORMS = (
+    Form("chat", ("messages",), _messages, ("system",), beside=("prompt", "response", "completion")),
+    Form("ShareGPT", ("conversations",), _conversations, ("system",)),
+    _PLAIN,
+    Form("TRL", ("prompt", "completion"), functools.partial(_prompt_and, "completion"), ("system",)),
+    Form("Alpaca", ("instruction", "output"), _alpaca, ("input", "system", "history")),
+)
+
+
+def instruction_forms(columns: Mapping[str, str] = {}, *, chat: bool = False) -> Forms:
+    """The forms of instructions; see `Forms`."""
+    missing = "no field `{}`, and no `messages`"
+    return Forms(FORMS, _PLAIN, missing, columns=columns, chat=chat, as_chat=_as_one_chat)
+
+
+def _as_one_chat(sides: Sides, fields: Fields) -> tuple[Messages, ...]:
+    """A prompt and a response as one chat: the answers of its history are learnt, as those of any chat."""
+    prompt, response = chat_sides(sides, fields)
+    return (prompt + response,)
 
 
 @sole_writer("output", beside=True)
@@ -79,14 +109,16 @@ def prepare_instructions(
     on_bad: OnBad = "error",
     on_long: OnBad = "error",
     gate: PiiGate = PiiGate(),  # noqa: B008 (frozen)
+    columns: Mapping[str, str] = {},
+    chat: bool = False,
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda conversations: None,
 ) -> StoreMetadata:
     """Prepares a store of rows of ``sequence_length`` tokens from conversations; returns the content of ``store.json``.
 
     Context and responses are tokenised separately, and the last response ends with the tokenizer's
-    end-of-sequence token. Messages go through the tokenizer's chat template. A conversation is never cut, and a row
-    takes as many as fit.
+    end-of-sequence token. Messages go through the tokenizer's chat template, and with ``chat`` strings do too. columns:
+    field of a form -> the name that it has in these rows. A conversation is never cut, and a row takes as many as fit.
 
     on_bad: what to do about a row that is no conversation. on_long: about one longer than a row. "skip" counts them by
     reason, with the first line numbers. gate: what is done about personal data, which is looked for in all
@@ -96,6 +128,9 @@ def prepare_instructions(
     Raises UserError for such rows otherwise, for messages where the tokenizer has no chat template, an input without
     conversations, a tokenizer without the end-of-sequence token, and an output that exists (unless ``overwrite``).
     """
+    forms = instruction_forms(columns, chat=chat)
+    check_replaceable(epath.Path(output), overwrite=overwrite)  # before anything is downloaded
+    inputs = local_inputs(inputs)
     with ExampleWriter(
         "sft",
         "instructions",
@@ -108,21 +143,24 @@ def prepare_instructions(
         gate=gate,
         overwrite=overwrite,
     ) as writer:
-        writer.scan(read_instructions(inputs, on_bad, RejectionCounts()))
-        conversations = writer.masked(read_instructions(inputs, on_bad, writer.rejections))
+        conversations = writer.examples(functools.partial(read_rows, inputs, forms))
         rendered = render(conversations, writer.template, _chat_parts)
         encoded = encode(rendered, writer.tokenizer)
         segments = _segments(encoded, writer.eos, sequence_length)
-        return writer.write(segments, progress=progress)
+        metadata = writer.write(segments, settings=forms.settings, progress=progress)
+    forms.say_what_was_left_aside()
+    return metadata
 
 
 def _chat_parts(conversation: ChatExample, template: ChatTemplate) -> list[str]:
     """Context and response in turn, as the chat template writes them; raises NotRendered."""
-    (messages,) = conversation.sides
+    prompt, *more = conversation.sides
+    messages = prompt + [message for side in more for message in side]
+    given = len(prompt) if more else 0  # where how it goes on stands apart, that alone is learnt
     parts: list[str] = []
     written = ""
     for number, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or number < given:
             continue
         before = template.render(messages[:number], conversation.where, prompt=True)
         if not before.startswith(written):

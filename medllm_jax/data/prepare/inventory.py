@@ -7,6 +7,7 @@ from typing import IO, Any, NamedTuple, Self
 from etils import epath
 
 from medllm_jax.data.prepare.files import PARQUET, PLAIN_LINES, is_kind, refuse_pointer
+from medllm_jax.data.prepare.hub_dataset import origin_of
 from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.data.prepare.streams import WatchedFile, open_parquet
 
@@ -66,11 +67,17 @@ class Inventory(NamedTuple):
 
 
 def manifest_of(inventories: Iterable[Inventory], passed_over: RejectionCounts) -> dict[str, Any]:
-    """What a store keeps of its input: name, size and sha256 of each file, a checksum of all, and what was not read.
+    """What a store keeps of its input: name, size and sha256 of each file, a checksum of all, and what was not read;
+    of rows of a dataset on the hub, which commit they are of.
 
     checksum: sha256 over the files' own, sorted; neither their names nor their place count.
     """
-    files = [{"file": each.file, "bytes": each.bytes, "sha256": each.sha256} for each in inventories]
+    files = []
+    for each in inventories:
+        origin = origin_of(each.file)
+        files.append(
+            {"file": each.file, "bytes": each.bytes, "sha256": each.sha256, **({"origin": origin} if origin else {})}
+        )
     digests = "".join(sorted(f"{file['sha256']}\n" for file in files))
     checksum = hashlib.sha256(digests.encode()).hexdigest()
     return {"checksum": checksum, "files": files, "passed_over": passed_over.as_dict()}

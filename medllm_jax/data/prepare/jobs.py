@@ -21,8 +21,9 @@ from etils import epath
 
 from medllm_jax.errors import UserError
 from medllm_jax.storage.remote import names_in, write_whole
+from medllm_jax.version import install_line
 
-Progress = Callable[[str, int, int], None]  # (job, tasks done, tasks in all)
+Progress = Callable[[str, int, int], None]  # (stage, done, in all): of what, see STAGES in corpus.py
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
 
@@ -50,15 +51,22 @@ class TaskOutput(NamedTuple):
     path: epath.Path
 
 
-Executor = Callable[[Callable[[Any], str | None], Sequence[Any]], Iterable[str | None]]
+Done = tuple[int, str | None]  # a task's weight, and the message of its error
+Executor = Callable[[Callable[[Any], Done], Sequence[Any]], Iterable[Done]]
 """Calls a function once for each of some arguments, anywhere, in any order; yields what the calls return."""
 
 
 def run_job(
-    job: Job[T], tasks: Sequence[T], folder: epath.Path, executor: Executor, progress: Progress
+    job: Job[T],
+    tasks: Sequence[T],
+    folder: epath.Path,
+    executor: Executor,
+    progress: Progress,
+    weights: Sequence[int],
 ) -> list[TaskOutput]:
     """The outputs of all tasks, in their order; tasks whose result exists are not repeated.
 
+    weights: how much each task is, in what progress counts.
     Raises the UserError of a task that has one; the outputs of other tasks stay.
     """
     folder = folder / job.name
@@ -66,15 +74,18 @@ def run_job(
     outputs = [folder / _key(job, task) for task in tasks]
     there = names_in(folder)
     left = [
-        (task, str(output)) for task, output in zip(tasks, outputs, strict=True) if _result(output).name not in there
+        (task, str(output), weight)
+        for task, output, weight in zip(tasks, outputs, weights, strict=True)
+        if _result(output).name not in there
     ]
-    done = len(tasks) - len(left)
-    progress(job.name, done, len(tasks))
-    for error in executor(functools.partial(_perform, job), left):
+    total = sum(weights)
+    done = total - sum(weight for _, _, weight in left)
+    progress(job.name, done, total)
+    for weight, error in executor(functools.partial(_perform, job), left):
         if error is not None:
             raise UserError(error)
-        done += 1
-        progress(job.name, done, len(tasks))
+        done += weight
+        progress(job.name, done, total)
     with ThreadPoolExecutor(16) as pool:  # one small object a task: in a bucket, a wait each
         results = pool.map(lambda output: json.loads(_result(output).read_bytes()), outputs)
         return [TaskOutput(result, output) for result, output in zip(results, outputs, strict=True)]
@@ -88,21 +99,21 @@ def _result(output: epath.Path) -> epath.Path:
     return output.with_name(f"{output.name}.json")
 
 
-def _perform(job: Job[T], argument: tuple[T, str]) -> str | None:
+def _perform(job: Job[T], argument: tuple[T, str, int]) -> Done:
     """Does one task; returns the message of a UserError, which not every executor would bring back as such."""
-    task, output = argument[0], epath.Path(argument[1])
+    task, output, weight = argument[0], epath.Path(argument[1]), argument[2]
     try:
         result = job(task, output)
     except UserError as error:
-        return str(error)
+        return weight, str(error)
     write_whole(_result(output), json.dumps(result))
-    return None
+    return weight, None
 
 
 # --- executors -------------------------------------------------------------------------------------------------------
 
 
-def in_this_process(function: Callable[[Any], str | None], arguments: Sequence[Any]) -> Iterator[str | None]:
+def in_this_process(function: Callable[[Any], Done], arguments: Sequence[Any]) -> Iterator[Done]:
     """In this process, one after the other."""
     return map(function, arguments)
 
@@ -118,7 +129,7 @@ def in_processes(workers: int) -> Iterator[Executor]:
         context.set_forkserver_preload(_PRELOADED)
         forkserver.ensure_running()
 
-    def run(function: Callable[[Any], str | None], arguments: Sequence[Any]) -> Iterable[str | None]:
+    def run(function: Callable[[Any], Done], arguments: Sequence[Any]) -> Iterable[Done]:
         nonlocal pool
         if workers == 1 or len(arguments) < 2:
             return in_this_process(function, arguments)
@@ -154,9 +165,9 @@ def on_beam(options: Sequence[str]) -> Executor:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
-        raise UserError("Apache Beam is not installed: pip install 'medllm_jax[beam]'") from None
+        raise UserError(f"Apache Beam is not installed: {install_line('beam')}") from None
 
-    def run(function: Callable[[Any], str | None], arguments: Sequence[Any]) -> list[str | None]:
+    def run(function: Callable[[Any], Done], arguments: Sequence[Any]) -> list[Done]:
         if not arguments:
             return []
         # Nothing comes back from a pipeline by itself: results are files, and so are errors.
@@ -168,16 +179,16 @@ def on_beam(options: Sequence[str]) -> Executor:
     return run
 
 
-def _to_file(function: Callable[[Any], str | None], argument: tuple[Any, str]) -> None:
+def _to_file(function: Callable[[Any], Done], argument: tuple[Any, str, int]) -> None:
     _error_file(argument).write_text(json.dumps(function(argument)))
 
 
-def _from_file(argument: tuple[Any, str]) -> str | None:
+def _from_file(argument: tuple[Any, str, int]) -> Done:
     file = _error_file(argument)
-    error = json.loads(file.read_bytes())
+    weight, error = json.loads(file.read_bytes())
     file.unlink(missing_ok=True)
-    return error
+    return weight, error
 
 
-def _error_file(argument: tuple[Any, str]) -> epath.Path:
+def _error_file(argument: tuple[Any, str, int]) -> epath.Path:
     return epath.Path(f"{argument[1]}.beam")

@@ -4,28 +4,30 @@ A record is an object of a .jsonl file or a row of a .parquet file, as a dict; a
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from medllm_jax.data.prepare.files import RECORD_FILES, TEXT_FILES, Inputs, compression_of, find_files, is_kind
 from medllm_jax.data.prepare.inventory import ByteRange, FileRange, RowGroupRange, whole_file
-from medllm_jax.data.prepare.rejections import OnBad, Rejected, RejectionCounts, reject
+from medllm_jax.data.prepare.rejections import Reading, Rejected, RejectionCounts, reject
 from medllm_jax.data.prepare.streams import PARQUET_DAMAGE, DamagedError, WatchedFile, open_parquet, open_stream
-from medllm_jax.errors import UserError
+from medllm_jax.errors import UserError, quoted
 from medllm_jax.storage.json_lines import LineError, parse_object, read_lines
 
+_MOST_NAMES = 20  # of fields, in a message
 _BATCH_ROWS = 256  # of a parquet row group, turned into Python values at a time
 
 
 class ReadOptions(NamedTuple):
     """text_field: the field or column that holds a document's text. max_bytes: the most bytes that a line (with its
-    end), a parquet cell or a .txt file may have. on_bad: what to do about a row that cannot be used."""
+    end), a parquet cell or a .txt file may have. on_bad: what to do about a row that cannot be used; a damaged file
+    stops where it is not "skip"."""
 
     text_field: str = "text"
     max_bytes: int = 2**26
-    on_bad: OnBad = "error"
+    on_bad: Reading = "error"
 
 
 class Document(NamedTuple):
@@ -48,12 +50,36 @@ def text_problem(value: Any) -> str | None:
     return None
 
 
+def names_of(record: Iterable[str]) -> str:
+    """The names of fields, as messages show them: no value is among them."""
+    names = list(record)
+    return ", ".join(
+        [quoted(name, str, most=30) for name in names[:_MOST_NAMES]] + ["..."] * (len(names) > _MOST_NAMES)
+    )
+
+
 def read_all_records(
-    inputs: Inputs, options: ReadOptions, rejections: RejectionCounts, columns: Sequence[str]
+    inputs: Inputs, options: ReadOptions, rejections: RejectionCounts, fields: Collection[str]
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """The records of all inputs (see ``find_files``) of the kinds in RECORD_FILES, in order; see ``read_records``."""
+    """The records of all inputs (see ``find_files``) of the kinds in RECORD_FILES, in order; see ``read_records``.
+
+    fields: the columns that are read of .parquet files, where they are there; others are None.
+    """
     for file in find_files(inputs, RECORD_FILES, RejectionCounts()):
-        yield from read_records(whole_file(file), options, rejections, columns)
+        part = whole_file(file)
+        if isinstance(part, RowGroupRange):
+            names = column_names(part.file)
+            others = dict.fromkeys(name for name in names if name not in fields)
+            for row, where in read_records(part, options, rejections, [name for name in names if name in fields]):
+                yield others | row, where
+        else:
+            yield from read_records(part, options, rejections)
+
+
+def column_names(file: str) -> list[str]:
+    """The names of the columns of a .parquet file; UserError where it is none."""
+    with epath.Path(file).open("rb") as raw:
+        return open_parquet(file, WatchedFile(raw)).schema_arrow.names
 
 
 def read_records(
@@ -89,7 +115,9 @@ def _text_fields(part: FileRange, options: ReadOptions, rejections: RejectionCou
         if options.text_field in record:
             yield record[options.text_field], where
         else:
-            reject(Rejected(where, f"no field `{options.text_field}`"), options.on_bad, rejections)
+            name = "name the one that holds the text with --text-field (text_field in a config)"
+            hint = f"it has {names_of(record)}: {name}" if record else ""
+            reject(Rejected(where, f"no field `{options.text_field}`", hint=hint), options.on_bad, rejections)
 
 
 def _text_of_file(file: str, options: ReadOptions, rejections: RejectionCounts) -> Iterator[tuple[str, str]]:
@@ -150,7 +178,10 @@ def _parquet_records(
         there = table.schema_arrow.names
         for column in columns or ():
             if column not in there:
-                raise UserError(f"{part.file} has no column `{column}`; it has {', '.join(there)}")
+                raise UserError(
+                    f"{part.file} has no column `{column}`; it has {names_of(there)}: name the one that holds the text "
+                    "with --text-field (text_field in a config)"
+                )
         end = table.num_row_groups if part.end is None else part.end
         try:
             for group in range(part.start, end):
@@ -194,15 +225,15 @@ def _too_long(options: ReadOptions) -> str:
     return f"longer than {options.max_bytes} bytes"
 
 
-def _reject_rest(file: str, line: int, error: Exception, on_bad: OnBad, rejections: RejectionCounts) -> None:
+def _reject_rest(file: str, line: int, error: Exception, on_bad: Reading, rejections: RejectionCounts) -> None:
     """What cannot be read of a file after its line (or row) ``line``, as in ``reject``."""
     problem = str(error) if isinstance(error, DamagedError) else "is damaged or cut short"
     compression = compression_of(file)
     reason = f"the {f'{compression} stream' if compression else 'parquet file'} {problem}"
-    if on_bad == "error":
+    if on_bad != "skip":
         raise UserError(
             f"{file}: {reason} after line {line}; copy or make the file again, or have what cannot be read skipped "
-            "and counted"
+            "and counted with --on-bad skip"
         ) from error
     rejections.of_files += 1
     rejections.add(reason, f"{file}:{line}")

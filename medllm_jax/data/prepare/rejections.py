@@ -1,23 +1,31 @@
 """Counts by reason: what was rejected, and anything else that is counted so, with the places of the first cases."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 from medllm_jax.errors import UserError
 
 OnBad = Literal["error", "skip"]
+Reading = Literal["error", "skip", "collect"]
+"""What a pass over rows does about bad ones: stop at the first, leave them out, or go on to find all (see `refuse`)."""
+
+_MOST_REASONS, _MOST_PLACES = 10, 3  # that one line names
 
 
 class Rejected(NamedTuple):
     """One row or example that is left out: its place ("file:line"), and the reason.
 
-    too_long: it is too long for a row, and nothing else is wrong with it.
+    too_long: it is too long for a row, and nothing else is wrong with it. hint: what would be right, where that is more
+    than another row; it names fields and options, and quotes nothing. needs: options, each with the least number that
+    would take it.
     """
 
     where: str
     reason: str
     too_long: bool = False
+    hint: str = ""
+    needs: tuple[tuple[str, int], ...] = ()
 
 
 class RejectionCounts:
@@ -30,6 +38,8 @@ class RejectionCounts:
     rows: how many rows or files of text were looked at; of_files: how many of the cases are no row, but (the rest of) a
     file. So rows + of_files - total is the number of rows that are not among the cases.
     texts: reason -> the first ``max_texts`` texts, each ``{"id": place, "text": text}``; no reason without a text.
+    stopping: reasons that stop a preparation, found by a pass that collects them -> the hint of the first case.
+    needs: option -> the number that would take all cases that any number would take.
     """
 
     def __init__(self, *, max_places: int = 10, max_texts: int = 0) -> None:
@@ -40,6 +50,8 @@ class RejectionCounts:
         self.counts: Counter[str] = Counter()
         self.first: dict[str, list[str]] = {}
         self.texts: dict[str, list[dict[str, str]]] = {}
+        self.stopping: dict[str, str] = {}
+        self.needs: dict[str, int] = {}
 
     def add(self, reason: str, where: str, text: str | None = None) -> None:
         """Counts one case."""
@@ -53,6 +65,7 @@ class RejectionCounts:
         self.of_files += other.of_files
         for reason, count in other.counts.items():
             self._add(reason, count, other.first[reason])
+        self.stopping = other.stopping | self.stopping
 
     def _add(self, reason: str, count: int, places: Sequence[str]) -> None:
         self.counts[reason] += count
@@ -90,8 +103,53 @@ class RejectionCounts:
         return ", ".join(parts) or "nothing"
 
 
-def reject(rejected: Rejected, on_bad: OnBad, counts: RejectionCounts) -> None:
-    """Counts what is rejected where ``on_bad`` is "skip"; otherwise raises UserError with place and reason."""
-    if on_bad == "error":
-        raise UserError(f"{rejected.where}: {rejected.reason}; correct the row, or have such rows skipped and counted")
-    counts.add(rejected.reason, rejected.where)
+def reject(rejected: Rejected, reading: Reading, counts: RejectionCounts) -> None:
+    """Counts what is rejected; raises UserError with place and reason where ``reading`` is "error"."""
+    found = RejectionCounts() if reading == "error" else counts
+    found.add(rejected.reason, rejected.where)
+    if reading != "skip":
+        found.stopping.setdefault(rejected.reason, rejected.hint)
+        for option, number in rejected.needs:
+            found.needs[option] = max(number, found.needs.get(option, 0))
+    if reading == "error":
+        refuse(found, "too long" if rejected.too_long else "bad")
+
+
+def refuse(found: RejectionCounts, kind: Literal["bad", "too long"]) -> None:
+    """UserError where a pass has collected what stops a preparation: how many, why, where, and what would do."""
+    if message := refusal(found, kind):
+        raise UserError(message)
+
+
+def refusal(found: RejectionCounts, kind: Literal["bad", "too long"]) -> str:
+    """What ``refuse`` says; nothing where nothing stops."""
+    if not found.stopping:
+        return ""
+    first, *_ = reasons = list(found.stopping)
+    total = sum(found.counts[reason] for reason in reasons)
+    parts = [f"{found.first[first][0]}: {first}"]
+    if total > 1:
+        of = f" of {found.rows:,}" if found.rows > total else ""
+        cases = f": {', '.join(_cases(found, reasons))}" if len(reasons) > 1 else f", first at {_places(found, first)}"
+        parts.append(f"{total:,}{of} rows are {kind}{cases}")
+    parts += dict.fromkeys(hint for hint in found.stopping.values() if hint)
+    if kind == "too long":
+        fits = " and ".join(f"{option} {number}" for option, number in found.needs.items())
+        parts.append(
+            f"{fits} would take {'all' if total > 1 else 'it'}, --on-long skip leaves such rows out and counts them"
+        )
+    else:
+        correct = "correct the row" if total == 1 else "correct the rows"
+        parts.append(f"{correct}, or have such rows left out and counted with --on-bad skip")
+    return "; ".join(parts)
+
+
+def _cases(found: RejectionCounts, reasons: Sequence[str]) -> Iterator[str]:
+    for reason in reasons[:_MOST_REASONS]:
+        yield f"{found.counts[reason]:,} {reason} (first at {_places(found, reason)})"
+    if rest := reasons[_MOST_REASONS:]:
+        yield f"{sum(found.counts[reason] for reason in rest):,} for {len(rest)} other reasons"
+
+
+def _places(found: RejectionCounts, reason: str) -> str:
+    return ", ".join(found.first[reason][:_MOST_PLACES])

@@ -51,6 +51,7 @@ def _corpus(corpus: CorpusRows) -> Iterator[str]:
         size = sum(file["bytes"] for file in about["files"])
         rows = f", {about['rows']:,} rows" if "rows" in about else ""
         stated.append(f"* input: {len(about['files']):,} files of {size:,} bytes{rows}, checksum {about['checksum']}")
+        stated += [f"* {file['file']} holds {file['origin']}" for file in about["files"] if "origin" in file]
     if stated:
         yield "\n".join(stated)
     if "text" in about:

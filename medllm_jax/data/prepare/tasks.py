@@ -132,6 +132,7 @@ class Survey:
             "rows": rejections.rows,
             "of_files": rejections.of_files,
             "dropped": rejections.as_dict(),
+            "stopping": rejections.stopping,
             "personal_data": findings.as_dict(),
         }
 

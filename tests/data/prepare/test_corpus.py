@@ -17,7 +17,7 @@ from medllm_jax.cli import main
 from medllm_jax.data import store_writer
 from medllm_jax.data.prepare import corpus as corpus_module
 from medllm_jax.data.prepare import tasks
-from medllm_jax.data.prepare.corpus import Corpus, Recipe, prepare_corpus
+from medllm_jax.data.prepare.corpus import STAGES, Corpus, Recipe, prepare_corpus
 from medllm_jax.data.prepare.jobs import in_processes, on_beam
 from medllm_jax.data.prepare.store_report import report
 from medllm_jax.data.store import RowStore, verify
@@ -202,8 +202,12 @@ def test_tasks_batches_and_executors_change_nothing(tmp_path, tokenizer_dir, mon
     assert parts == whole
     assert {job: total for job, _, total in calls}["survey"] > 5
     assert [job for job, done, total in calls if done == total] == [
-        "inventory", "survey", "tokens", "packing a", "packing b"
+        "inventory", "survey", "duplicates", "tokens", "packing a", "packing b"
     ]  # fmt: skip
+    for stage in {job.split()[0] for job, _, _ in calls}:
+        assert all(title and counted in ("files", "bytes", "documents") for title, counted in [STAGES[stage]])
+    totals = {job: total for job, _, total in calls}
+    assert totals["packing a"] + totals["packing b"] == whole.examples <= totals["tokens"] == totals["duplicates"]
 
 
 def test_beam_makes_the_same_store(tmp_path, tokenizer_dir, small_tasks):

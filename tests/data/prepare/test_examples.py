@@ -87,7 +87,7 @@ def test_ends_and_lengths():
     segment = document_segment(response)
     assert fitting(segment, 2, "f:1", "the pair is") is segment
     assert fitting(segment, 1, "f:1", "the pair is") == Rejected(
-        "f:1", "the pair is longer than a row of 1 tokens", True
+        "f:1", "the pair is longer than a row of 1 tokens", True, needs=(("--sequence-length", 2),)
     )
 
 

@@ -67,6 +67,21 @@ def test_what_is_not_read_is_counted_and_a_file_is_read_once(tmp_path):
     }
 
 
+def test_an_input_without_a_file_is_told_what_would_be_one(tmp_path):
+    for name in ("rows.json", "a/notes.md", "a/.x.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("[]")
+    messages = {
+        "rows.json": r"one object a line; `jq -c '\.\[\]' rows\.json > rows\.jsonl` makes such a file",
+        "no*.jsonl": r"no file matches .*/no\*\.jsonl: give files, folders or patterns",
+        "a": r"\(\.jsonl, \.ndjson, \.txt, \.parquet; all but \.parquet also with \.gz.* at .*/a; there are 1 hidden, "
+        r"1 of a kind that is not read \(\.md\)",
+    }
+    for name, message in messages.items():
+        with pytest.raises(UserError, match=message):
+            find_files(tmp_path / name, DOCUMENT_FILES, RejectionCounts())
+
+
 @pytest.mark.parametrize("target", ["nowhere.jsonl", "link.jsonl"])
 def test_a_link_that_leads_nowhere_is_an_error(tmp_path, target):
     (tmp_path / "a.jsonl").write_text("{}")

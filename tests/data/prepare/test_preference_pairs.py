@@ -229,6 +229,10 @@ def test_over_long_pairs(tmp_path, tokenizer_dir):
     with pytest.raises(UserError) as caught:
         prepare_pairs(file, tokenizer_dir, tmp_path / "store", max(length) - 1, on_bad="skip")
     assert str(caught.value).startswith(f"{file}:{longest}: {reason}; ")
+    with pytest.raises(
+        UserError, match=rf"5 rows are too long, first at .*; --sequence-length {max(length)} would take all"
+    ):
+        prepare_pairs(file, tokenizer_dir, tmp_path / "store", min(length) - 1)
     found = prepare_pairs(file, tokenizer_dir, tmp_path / "store", max(length) - 1, on_long="skip")
     assert found.dropped == {reason: {"count": 1, "first": [f"{file}:{longest}"]}}
 
@@ -236,6 +240,17 @@ def test_over_long_pairs(tmp_path, tokenizer_dir):
     found = prepare_pairs(file, tokenizer_dir, tmp_path / "short", max(length), max_prompt_tokens=limit, on_long="skip")
     assert found.examples == sum(n <= limit for n in prompt) < 5
     assert list(found.dropped) == [f"the prompt is longer than {limit} tokens"]
+
+
+def test_all_bad_rows_are_counted_before_it_stops(tmp_path, tokenizer_dir):
+    rows = [GOOD, {"prompt": "a"}, GOOD | {"chosen": 3}, {"prompt": "b"}, GOOD | {"chosen": "so<|im_end|>"}]
+    file = write_json_lines(tmp_path / "pairs.jsonl", rows)
+    counted = (
+        r"pairs.jsonl:2: no field `chosen`; 3 of 5 rows are bad: 2 no field `chosen` \(first at .*:2, .*:4\), 1 chosen"
+    )
+    with pytest.raises(UserError, match=counted):
+        prepare_pairs(file, tokenizer_dir, tmp_path / "store", 64)
+    assert not (tmp_path / "store").exists()
 
 
 def test_nothing_left_to_prepare(tmp_path, tokenizer_dir):

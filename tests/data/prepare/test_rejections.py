@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from medllm_jax.data.prepare.rejections import Rejected, RejectionCounts, reject
+from medllm_jax.data.prepare.rejections import Rejected, RejectionCounts, refuse, reject
 from medllm_jax.errors import UserError
 
 
@@ -42,3 +42,32 @@ def test_a_rejected_row_is_an_error_or_counted():
     assert str(counts) == "nothing"
     reject(Rejected("rows.jsonl:3", "empty"), "skip", counts)
     assert str(counts) == "1 empty (first at rows.jsonl:3)"
+
+
+def test_all_that_stops_is_one_line():
+    found = RejectionCounts()
+    refuse(found, "bad")
+    found.rows = 30
+    for number, reason in enumerate(["no field `a`", "empty", "no field `a`"], 1):
+        reject(Rejected(f"f:{number}", reason, hint="it has b" if reason != "empty" else ""), "collect", found)
+    found.add("shorter than 5 characters", "f:9")  # what is left out in any case stops nothing
+    with pytest.raises(UserError) as caught:
+        refuse(found, "bad")
+    assert str(caught.value) == (
+        "f:1: no field `a`; 3 of 30 rows are bad: 2 no field `a` (first at f:1, f:3), 1 empty (first at f:2); "
+        "it has b; correct the rows, or have such rows left out and counted with --on-bad skip"
+    )
+    merged = RejectionCounts()
+    merged.merge(found)
+    assert merged.stopping == found.stopping
+
+
+def test_what_is_too_long_says_what_would_take_it():
+    found = RejectionCounts()
+    for place, needed in (("f:1", 300), ("f:2", 500), ("f:3", 400)):
+        reject(Rejected(place, "it is long", True, needs=(("--sequence-length", needed),)), "collect", found)
+    with pytest.raises(
+        UserError,
+        match=r"3 rows are too long, first at f:1, f:2, f:3; --sequence-length 500 would take all, --on-long skip",
+    ):
+        refuse(found, "too long")
