@@ -21,7 +21,7 @@ from etils import epath
 from medllm_jax.data.batch import Kind
 from medllm_jax.data.packing import Segment, best_fit, check_sequence_length
 from medllm_jax.data.prepare.chat_messages import Messages
-from medllm_jax.data.prepare.files import RECORD_FILES, Inputs, find_files
+from medllm_jax.data.prepare.files import JSON_LISTS, RECORD_FILES, Inputs, find_files
 from medllm_jax.data.prepare.inventory import manifest_of, take_inventory
 from medllm_jax.data.prepare.pii_gate import PiiFindings, PiiGate
 from medllm_jax.data.prepare.rejections import OnBad, Reading, Rejected, RejectionCounts, refusal, refuse, reject
@@ -256,7 +256,7 @@ class ExampleWriter:
         self._sequence_length, self._on_bad, self._on_long = sequence_length, on_bad, on_long
         self._gate, self._findings = gate, PiiFindings()
         passed_over = RejectionCounts()
-        found = [take_inventory(file) for file in find_files(inputs, RECORD_FILES, passed_over)]
+        found = [take_inventory(file) for file in find_files(inputs, RECORD_FILES, passed_over, by_name=JSON_LISTS)]
         for inventory in found:
             if not inventory.bytes:
                 passed_over.add("empty", inventory.file)

@@ -24,6 +24,7 @@ JSON_LINES = (*PLAIN_LINES, *(line + suffix for line in PLAIN_LINES for suffix i
 TEXT_FILES = (".txt", *(f".txt{suffix}" for suffix in _COMPRESSIONS))
 PARQUET = (".parquet",)
 RECORD_FILES = (*JSON_LINES, *PARQUET)  # what ``readers.read_records`` reads
+JSON_LISTS = (".json", *(f".json{suffix}" for suffix in _COMPRESSIONS))  # a list of objects, or objects line by line
 DOCUMENT_FILES = (*JSON_LINES, *TEXT_FILES, *PARQUET)  # what ``readers.read_documents`` reads
 
 # How a file begins that only says where its content is, and with which program to get it.
@@ -48,8 +49,13 @@ def refuse_pointer(file: str, beginning: bytes) -> None:
             raise UserError(f"{file} only says where its content is: fetch it with `{command}`")
 
 
-def find_files(inputs: Inputs, suffixes: Sequence[str], passed_over: RejectionCounts) -> list[epath.Path]:
+def find_files(
+    inputs: Inputs, suffixes: Sequence[str], passed_over: RejectionCounts, *, by_name: Sequence[str] = ()
+) -> list[epath.Path]:
     """The files with one of ``suffixes`` among files, folders (searched through) and globs; ordered, each once.
+
+    by_name: suffixes of files that are read where an input ends with one, and in a folder are not, since many a file of
+    that kind is none of the data.
 
     A file that several links, names or inputs lead to is one file. What is not read is counted in ``passed_over``.
 
@@ -63,6 +69,7 @@ def find_files(inputs: Inputs, suffixes: Sequence[str], passed_over: RejectionCo
         if str(item).startswith("hf://"):
             raise UserError(f"{item} is read by `medllm data` alone: give files that are here or under gs://")
         path = epath.Path(item)
+        search.suffixes = (*suffixes, *by_name) if is_kind(path.name, by_name) else suffixes
         before, seen = search.matches, passed_over.counts.copy()
         if is_remote(path):
             search.remote(path)
@@ -79,7 +86,7 @@ class _Search:
     def __init__(self, suffixes: Sequence[str], passed_over: RejectionCounts):
         self.found: dict[object, epath.Path] = {}
         self.matches = 0
-        self._suffixes = suffixes
+        self.suffixes = suffixes
         self._passed_over = passed_over
         self._folders: set[tuple[int, int]] = set()
 
@@ -87,7 +94,7 @@ class _Search:
         there = Path(path)
         self._folders.clear()
         if there.is_symlink() or there.exists():
-            if there.is_file() and not is_kind(path.name, self._suffixes):
+            if there.is_file() and not is_kind(path.name, self.suffixes):
                 raise self._wrong_kind(path)
             self._walk(there)
         elif _has_wildcard(str(path)):
@@ -134,7 +141,7 @@ class _Search:
         elif not entries:
             raise UserError(f"{path} does not exist")
         files = {f"{scheme}://{name}": entry for name, entry in entries.items() if entry["type"] == "file"}
-        if str(path) in files and not is_kind(path.name, self._suffixes):
+        if str(path) in files and not is_kind(path.name, self.suffixes):
             raise self._wrong_kind(path)
         for name in sorted(files, key=lambda name: name.split("/")):
             file = epath.Path(name)
@@ -150,7 +157,7 @@ class _Search:
         name = PurePosixPath(path).name
         if not regular:
             self._passed_over.add("neither a file nor a folder", path)
-        elif not is_kind(name, self._suffixes):
+        elif not is_kind(name, self.suffixes):
             suffix = PurePosixPath(name).suffix.lower()[:12]
             self._passed_over.add(f"of a kind that is not read ({suffix or 'no suffix'})", path)
         else:
@@ -179,8 +186,8 @@ class _Search:
 
     def _kinds(self) -> str:
         """The kinds that are read, each compression once."""
-        plain = [suffix for suffix in self._suffixes if not is_kind(suffix, list(_COMPRESSIONS))]
-        packed = any(is_kind(suffix, list(_COMPRESSIONS)) for suffix in self._suffixes)
+        plain = [suffix for suffix in self.suffixes if not is_kind(suffix, list(_COMPRESSIONS))]
+        packed = any(is_kind(suffix, list(_COMPRESSIONS)) for suffix in self.suffixes)
         return ", ".join(plain) + (f"; all but .parquet also with {', '.join(_COMPRESSIONS)}" if packed else "")
 
 

@@ -9,14 +9,24 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from medllm_jax.data.prepare.files import RECORD_FILES, TEXT_FILES, Inputs, compression_of, find_files, is_kind
+from medllm_jax.data.prepare.files import (
+    JSON_LISTS,
+    RECORD_FILES,
+    TEXT_FILES,
+    Inputs,
+    compression_of,
+    find_files,
+    is_kind,
+)
 from medllm_jax.data.prepare.inventory import ByteRange, FileRange, RowGroupRange, whole_file
+from medllm_jax.data.prepare.json_list import begins_list, read_items
 from medllm_jax.data.prepare.rejections import Reading, Rejected, RejectionCounts, reject
 from medllm_jax.data.prepare.streams import PARQUET_DAMAGE, DamagedError, WatchedFile, open_parquet, open_stream
 from medllm_jax.errors import UserError, quoted
 from medllm_jax.storage.json_lines import LineError, parse_object, read_lines
 
 _MOST_NAMES = 20  # of fields, in a message
+_PEEKED = 4096  # bytes of a .json file, to see whether it is a list
 _BATCH_ROWS = 256  # of a parquet row group, turned into Python values at a time
 
 
@@ -61,11 +71,13 @@ def names_of(record: Iterable[str]) -> str:
 def read_all_records(
     inputs: Inputs, options: ReadOptions, rejections: RejectionCounts, fields: Collection[str]
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """The records of all inputs (see ``find_files``) of the kinds in RECORD_FILES, in order; see ``read_records``.
+    """The records of all inputs of the kinds in RECORD_FILES, and of .json files that are named, in order.
+
+    See ``find_files`` and ``read_records``.
 
     fields: the columns that are read of .parquet files, where they are there; others are None.
     """
-    for file in find_files(inputs, RECORD_FILES, RejectionCounts()):
+    for file in find_files(inputs, RECORD_FILES, RejectionCounts(), by_name=JSON_LISTS):
         part = whole_file(file)
         if isinstance(part, RowGroupRange):
             names = column_names(part.file)
@@ -149,8 +161,12 @@ def _json_records(
             lines = read_lines(
                 stream, first_line=part.first_line, max_stream_bytes=size, max_line_bytes=options.max_bytes
             )
+            place = f"{part.file}:{{}}"
+            if is_kind(part.file, JSON_LISTS) and begins_list(stream.peek(_PEEKED)):
+                lines, place = read_items(stream, options.max_bytes), f"{part.file}[{{}}]"
+                size = math.inf
             for number, line in lines:
-                where = f"{part.file}:{number}"
+                where = place.format(number)
                 if line is None or line.strip():
                     rejections.rows += 1
                 if line is None:
@@ -229,7 +245,8 @@ def _reject_rest(file: str, line: int, error: Exception, on_bad: Reading, reject
     """What cannot be read of a file after its line (or row) ``line``, as in ``reject``."""
     problem = str(error) if isinstance(error, DamagedError) else "is damaged or cut short"
     compression = compression_of(file)
-    reason = f"the {f'{compression} stream' if compression else 'parquet file'} {problem}"
+    kind = "JSON list" if is_kind(file, JSON_LISTS) else "parquet file"
+    reason = f"the {f'{compression} stream' if compression else kind} {problem}"
     if on_bad != "skip":
         raise UserError(
             f"{file}: {reason} after line {line}; copy or make the file again, or have what cannot be read skipped "
