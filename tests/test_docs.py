@@ -48,8 +48,8 @@ MARKS = {
 }
 # Programs beside ours that a page may start.
 PROGRAMS = (
-    *("bash", "cat", "cd", "cp", "docker", "eval", "export", "gcloud", "git", "hf", "kubectl", "lm_eval", "mkdir"),
-    *("source", "tensorboard", "vllm"),
+    *("bash", "cat", "cd", "cp", "docker", "eval", "export", "gcloud", "git", "grep", "hf", "kubectl", "lm_eval"),
+    *("mkdir", "python", "source", "tensorboard", "vllm"),
 )
 # Commands of ours by other spellings -> the group of verbs they are.
 SPELLINGS = {"tools.convert_hf": ["convert"], "launch": ["launch"], "medllm_jax.cli": []}

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import IO
+from io import BufferedIOBase
 
 from medllm_jax.data.prepare.streams import DamagedError
 
@@ -16,7 +16,7 @@ def begins_list(content: bytes) -> bool:
     return content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
-def read_items(stream: IO[bytes], max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+def read_items(stream: BufferedIOBase, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
     """The items of a list: number, from 0, and bytes; None for one of more than ``max_bytes``.
 
     What an item is made of is left to its reader: here only brackets and strings are followed. Raises DamagedError
@@ -56,7 +56,7 @@ def read_items(stream: IO[bytes], max_bytes: int) -> Iterator[tuple[int, bytes |
     raise DamagedError("has no end")
 
 
-def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
+def _blocks(stream: BufferedIOBase) -> Iterator[bytes]:
     """The content in blocks, none of which ends between a backslash and what it escapes."""
     while block := stream.read(_BLOCK):
         while block.endswith(b"\\") and (more := stream.read(1)):
@@ -64,7 +64,7 @@ def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
         yield block
 
 
-def _check_end(rest: bytes, stream: IO[bytes]) -> None:
+def _check_end(rest: bytes, stream: BufferedIOBase) -> None:
     while not rest.strip():
         rest = stream.read(_BLOCK)
         if not rest:

@@ -53,7 +53,7 @@ class WatchedFile:
 
 
 @contextlib.contextmanager
-def open_stream(file: str) -> Iterator[io.BufferedIOBase]:
+def open_stream(file: str) -> "Iterator[io.BufferedReader[Any]]":
     """The decompressed content of a file; reading raises DamagedError where that is not possible.
 
     Raises UserError for a file that only points to its content.
