@@ -110,7 +110,7 @@ def _pairs(options: argparse.Namespace) -> None:
     checkpoint = _opened(options)
     print(f"asking {len(exam.questions):,} questions of {exam.name}, {options.samples} samples each", flush=True)
     sampler = _sampler(options, checkpoint)
-    with Console("samples", len(exam.questions) * len(options.conditions), unit="prompt") as console:
+    with Console("samples", len(exam.questions) * len(options.conditions), unit="prompt", late=True) as console:
         show = lambda done: console.update(done, every_seconds=10)  # noqa: E731
         samples = sample_exam(
             exam, template, options.conditions, kept, sampler, params, anew=options.resample, progress=show
@@ -156,7 +156,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
         sampler = _sampler(options, checkpoint)
         total = len(exam.questions) * len(options.conditions)
-        console = stack.enter_context(Console(f"exam {exam.name}", total, unit="question"))
+        console = stack.enter_context(Console(f"exam {exam.name}", total, unit="question", late=True))
         show = lambda done: console.update(done, every_seconds=10)  # noqa: E731
         summaries = evaluate(
             exam, template, options.conditions, sampler, output, params, anew=options.resample, progress=show

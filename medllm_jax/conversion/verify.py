@@ -30,6 +30,7 @@ from medllm_jax.errors import UserError
 from medllm_jax.model.qwen2 import Backend, Qwen2
 from medllm_jax.storage import hub, run_folder
 from medllm_jax.storage.remote import is_remote
+from medllm_jax.terminal.log import without_bars_of_transformers
 from medllm_jax.terminal.progress import Console
 
 _log = logging.getLogger(__name__)
@@ -229,7 +230,8 @@ def logits_transformers(side: HFFolder, rows: list[list[int]]) -> list[np.ndarra
     import torch
     from transformers import Qwen2ForCausalLM
 
-    model = Qwen2ForCausalLM.from_pretrained(side.path, dtype=torch.float32, local_files_only=True)
+    with without_bars_of_transformers():
+        model = Qwen2ForCausalLM.from_pretrained(side.path, dtype=torch.float32, local_files_only=True)
     model.eval()
     with torch.no_grad():
         return [model(torch.tensor([row])).logits[0].numpy() for row in rows]

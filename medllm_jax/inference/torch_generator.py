@@ -10,6 +10,7 @@ from medllm_jax.data.tokenizer import encode_prompts, load_tokenizer
 from medllm_jax.errors import UserError, first_line
 from medllm_jax.evaluation.prompts import Prompt
 from medllm_jax.evaluation.sampling import Completion, SamplingParams, cut_at_stop
+from medllm_jax.terminal.log import without_bars_of_transformers
 from medllm_jax.version import install_line
 
 _SLICE = 1 << 24  # bytes hashed at a time
@@ -51,13 +52,14 @@ class TorchGenerator:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = dtype or {"cuda": "bfloat16", "cpu": "float32"}[device]
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=getattr(torch, dtype),
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
+            with without_bars_of_transformers():
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=getattr(torch, dtype),
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{folder}: transformers can't load this model: {first_line(error)}") from error
         self._model = model.to(device).eval()

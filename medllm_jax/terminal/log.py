@@ -4,8 +4,10 @@ Modules log to ``logging.getLogger(__name__)``: progress and results as INFO, wh
 that uses the package as a library sees what its own logging lets through; the command line shows all of it.
 """
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -38,3 +40,17 @@ def show_messages() -> None:
         logger.propagate = False
         sys.unraisablehook = _AllBut(sys.unraisablehook)
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of errors that it raises as well
+
+
+@contextlib.contextmanager
+def without_bars_of_transformers() -> Iterator[None]:
+    """transformers shows no bar of its own between the lines of a verb."""
+    from transformers.utils import logging as theirs
+
+    shown = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            theirs.enable_progress_bar()
