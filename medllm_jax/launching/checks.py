@@ -16,6 +16,8 @@ from medllm_jax.launching.workload import Workload
 
 _PLACEHOLDER = re.compile(r"[A-Z][A-Z_]{2,}|.*<[^<>]*>.*|gs://(my|your|the|some)-bucket(/.*)?|.*\byour-.*")
 _WRITERS = ("roles/storage.objectUser", "roles/storage.objectAdmin", "roles/storage.admin")
+# Of gcloud without a login, and of kubectl without a cluster: such an answer says nothing of what was asked for.
+_NOT_ASKED = re.compile("active account|credentials|reauth|connection .*refused|connect to the server", re.IGNORECASE)
 _SECONDS = 120
 
 
@@ -58,11 +60,13 @@ def look(check: Check) -> Finding:
         done = subprocess.run(check.command.words, capture_output=True, text=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
         return Finding("unknown", f"{check.what}: {program} did not answer in {_SECONDS} s")
-    state, text = check.judge(done.returncode, done.stdout.strip())
     said = done.stderr.strip().splitlines()
     errors = [line for line in said if line.lower().startswith("error")] or said[-1:]
-    because = f" ({errors[0][:200]})" if state != "ok" and done.returncode and errors else ""
-    return Finding(state, f"{check.what}: {text}{because}")
+    because = f" ({errors[0][:200]})" if done.returncode and errors else ""
+    if because and _NOT_ASKED.search(because):
+        return Finding("unknown", f"{check.what}: {program} can't ask from here{because}")
+    state, text = check.judge(done.returncode, done.stdout.strip())
+    return Finding(state, f"{check.what}: {text}{'' if state == 'ok' else because}")
 
 
 def _of_buckets(backend: str, work: Workload, where: Mapping[str, Any]) -> Iterator[Check]:

@@ -29,7 +29,7 @@ if os.path.exists(rules):
     line = " ".join(sys.argv[1:])
     for words, (code, text) in json.load(open(rules)).items():
         if words in line:
-            print(text)
+            print(text, file=sys.stderr if code else sys.stdout)
             sys.exit(code)
 answers = folder + "/" + called["program"] + ".answers"  # a line a call: exit code, and what to print
 if os.path.exists(answers):

@@ -147,6 +147,27 @@ def test_a_program_that_is_missing_is_no_fault_of_the_launch(
 
 
 @pytest.mark.parametrize(
+    ("program", "words", "said"),
+    [
+        ("gcloud", "buckets_describe", "ERROR: (gcloud.storage) You do not currently have an active account selected."),
+        (
+            "kubectl",
+            "can-i",
+            "The connection to the server localhost:8080 was refused - did you specify the right host?",
+        ),
+    ],
+)
+def test_who_is_not_logged_in_is_told_that_nothing_was_asked(
+    all_right, only_commands, arguments, capsys, program, words, said
+):
+    all_right(program, **{words: (1, said)})
+    assert main(arguments("gke", "--check")) == 0
+    findings, _ = found(capsys)
+    (told,) = [line for line in findings if said[:30] in line[1]]
+    assert told[0] == "unknown" and f"{program} can't ask from here" in told[1]
+
+
+@pytest.mark.parametrize(
     ("given", "told"),
     [
         ({"run": "gs://my-bucket/runs/cpt"}, "--run gs://my-bucket/runs/cpt"),

@@ -191,7 +191,7 @@ def alpaca_prompt(fields: Fields) -> str:
 
 
 def read_rows(inputs: Inputs, forms: Forms, reading: Reading, rejections: RejectionCounts) -> Iterator[Example]:
-    """The examples of all inputs (.jsonl, .json, .parquet; see ``files.find_files``), in order, one in memory at a time.
+    """The examples of all inputs (see ``readers.read_all_records``), in order, one in memory at a time.
 
     A row that is none is rejected, see ``reject``.
     """
