@@ -18,6 +18,7 @@ FREE = [
     "logging",
     "data.store",
     "data.accumulate",
+    "data.epochs",  # the steps that they come to have a rule of their own
     "data.threads",
     "data.prefetch",
     "distributed",
