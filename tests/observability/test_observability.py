@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 import types
 
@@ -11,6 +12,7 @@ from medllm_jax.config.schema import LoggingConfig
 from medllm_jax.distributed.chips import CHIPS, peak_flops
 from medllm_jax.errors import UserError
 from medllm_jax.training.loop import train
+from medllm_jax.version import install_line
 from tests.training.test_train import config_of
 
 
@@ -49,7 +51,7 @@ def test_wandb_gets_every_step_and_goes_on(world, tmp_path, monkeypatch):
 def test_without_wandb_its_setting_says_what_to_install(world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = dataclasses.replace(config_of(world, tmp_path / "run"), logging=LoggingConfig(2, wandb="tests"))
-    with pytest.raises(UserError, match=r"pip install \"medllm_jax\[wandb\]\""):
+    with pytest.raises(UserError, match=re.escape(install_line("wandb"))):
         train(config)
 
 

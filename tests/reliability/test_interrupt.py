@@ -20,8 +20,9 @@ from tests.training.test_train import assert_equal_bits, config_of, params_of
 # The run stops where STAGE says, says so, and goes on when the Ctrl-C has come, however busy the machine is. While the
 # compiler works, Python's code hears no signal: there the handler is called afterwards, and a real compilation goes on.
 TOLD = """
-import fcntl, functools, logging, os, sys, termios, threading
+import fcntl, functools, logging, os, signal, sys, termios, threading
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # this terminal's Ctrl-C is for us
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background have it ignored
 import jax
 from medllm_jax.checkpoint.orbax import CheckpointWriter
 from medllm_jax.observability.progress import Progress
@@ -37,9 +38,9 @@ def stop_before(function):
         return function(*arguments, **more)
     return stop
 
-def take(self, *signal, take=PreemptionHandler._take):
+def take(self, *given, take=PreemptionHandler._take):
     came.set()
-    waiting.append(functools.partial(take, self, *signal))
+    waiting.append(functools.partial(take, self, *given))
     if not compiling.is_set():
         waiting.pop()()
 

@@ -36,6 +36,7 @@ IN_A_PROCESS = """
 import json, sys
 from medllm_jax.data.prepare.hub_dataset import local_inputs
 from medllm_jax.errors import RunError, UserError
+from medllm_jax.version import install_line
 
 found = {}
 for address in sys.argv[1:]:
@@ -146,9 +147,7 @@ def test_without_the_extra_one_line_says_what_installs_it(tmp_path, monkeypatch,
         f"hf://datasets/{NAME}",
     ]
     assert main(arguments) == 2
-    assert (
-        capsys.readouterr().err == f"error: hf://datasets/{NAME} needs `datasets`: pip install 'medllm_jax[datasets]'\n"
-    )
+    assert capsys.readouterr().err == f"error: hf://datasets/{NAME} needs `datasets`: {install_line('datasets')}\n"
 
 
 @pytest.mark.parametrize(
