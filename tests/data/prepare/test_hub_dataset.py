@@ -16,6 +16,7 @@ from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.data.prepare.store_report import report
 from medllm_jax.data.store import RowStore
 from medllm_jax.errors import UserError
+from medllm_jax.version import install_line
 from tests.dataset_server import DatasetServer
 from tests.tiny import write_json_lines
 
@@ -36,7 +37,6 @@ IN_A_PROCESS = """
 import json, sys
 from medllm_jax.data.prepare.hub_dataset import local_inputs
 from medllm_jax.errors import RunError, UserError
-from medllm_jax.version import install_line
 
 found = {}
 for address in sys.argv[1:]:
