@@ -134,6 +134,8 @@ def test_blocks_are_of_known_kinds():
     for block in BLOCKS:
         assert block.language in LANGUAGES, f"{block}: say the language of the block; `text` is for output"
         assert not block.mark or block.mark in MARKS, f"{block}: no mark is called {block.mark}"
+        if block.language == "python":
+            compile(block.text, str(block), "exec")
 
 
 @pytest.mark.parametrize("block", of("bash"), ids=str)
@@ -262,11 +264,6 @@ def test_yaml_is_read(block, tmp_path):
 def test_json_is_read(block):
     for line in block.text.splitlines() if not block.text.startswith("{\n") else [block.text]:
         json.loads(line)
-
-
-@pytest.mark.parametrize("block", of("python"), ids=str)
-def test_python_compiles(block):
-    compile(block.text, str(block), "exec")
 
 
 # --- links and navigation --------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ class _Version(argparse.Action):
     """Prints the version; git is asked for the commit then, and not whenever the parser is made."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from medllm_jax.version import code_version
+        from medllm_jax.terminal.version import code_version
 
         print(code_version())
         parser.exit()

@@ -99,32 +99,26 @@ def _model(options: argparse.Namespace) -> "tuple[str, Sample, bool]":
 
         client = OpenAIClient(options.server, options.model, concurrency=1)
         return f"{client.model} at {client.url}", client.sample, True
-    from medllm_jax.data.tokenizer import load_tokenizer
-
-    chats = lambda folder: bool(getattr(load_tokenizer(folder), "chat_template", None))  # noqa: E731
     if options.hf:
-        from medllm_jax.inference.torch_generator import TorchGenerator, require_torch
-        from medllm_jax.storage.hub import MODEL, find_folder
+        from medllm_jax.inference.samplers import folder_generator
 
-        require_torch()  # before a model is downloaded for nothing
-        found = find_folder(options.hf, MODEL, option="--hf")
-        model = TorchGenerator(found.folder, batch_size=1, dtype=options.compute_dtype)
-        return found.label, model.sample, chats(found.folder)
+        label, model = folder_generator(options.hf, batch_size=1, dtype=options.compute_dtype)
+        return label, model.sample, model.chats
     if not options.run:
         raise UserError("no model is named: give --run, --hf, or --server with --model")
+    import jax
+
     from medllm_jax.checkpoint.handle import open_checkpoint
-    from medllm_jax.distributed.mesh_sizes import parse_mesh_sizes
-    from medllm_jax.distributed.sharding import make_mesh
+    from medllm_jax.distributed.mesh_sizes import mesh_sizes, parse_mesh_sizes
     from medllm_jax.inference.generator import Generator
-    from medllm_jax.storage import run_folder
 
     checkpoint = open_checkpoint(options.run)
     mesh = parse_mesh_sizes(options.mesh)
-    sizes = make_mesh(mesh).shape
+    sizes = mesh_sizes(mesh, jax.device_count())
     generator = Generator.from_checkpoint(
         checkpoint,
         batch_size=sizes["data"] * sizes["fsdp"],  # one prompt, and as many rows as the mesh splits
         mesh=mesh,
         precision=arguments.precision_of(options),
     )
-    return checkpoint.label, generator.sample, chats(run_folder.tokenizer_of(checkpoint.run))
+    return checkpoint.label, generator.sample, generator.chats

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from medllm_jax.terminal.parser import verb
-from medllm_jax.version import install_line
+from medllm_jax.terminal.version import install_line
 
 
 def add(verbs: Any) -> None:
@@ -81,7 +81,7 @@ _DEVICES = (
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from medllm_jax.version import code_version
+    from medllm_jax.terminal.version import code_version
 
     findings = list(_examine(options.path))
     if options.json:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 from medllm_jax.cli import arguments
-from medllm_jax.errors import UserError
+from medllm_jax.errors import RunError, UserError
 from medllm_jax.launching import backends
 from medllm_jax.launching.checks import Finding, checks, look, placeholders
 from medllm_jax.launching.commands import Command, run
@@ -56,6 +56,7 @@ def add(verbs: Any) -> None:
 
 
 def _launch(options: argparse.Namespace) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no device of this machine is asked
     work, where = _workload(options)
     commands = options.backend(work, **where)
     left = placeholders(where, work)
@@ -75,25 +76,29 @@ def _launch(options: argparse.Namespace) -> int:
     return code
 
 
-def _cost(options: argparse.Namespace, work: Workload, store_rows: int | None = None) -> list[str]:
+def _cost(options: argparse.Namespace, work: Workload) -> list[str]:
     """What a training run comes to, in words; without a word of what can't be known from here."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no device of this machine is asked
-    from medllm_jax.planning.cost import as_lines, run_cost
     from medllm_jax.training.resolve import resolve
 
     if work.program != "train":
         return []
-    if work.config.model is None and store_rows is None:
+    if work.config.model is None:
         return ["what it comes to: the model's shape is where init.checkpoint is, which --check reads"]
-    config = resolve(work.config, elsewhere=store_rows is None)
-    length, price = options.sequence_length, options.price
-    asked = {"sequence_length": length, "mfu": options.mfu, "price": price, "store_rows": store_rows}
+    return _cost_of(options, work, resolve(work.config, elsewhere=True), options.sequence_length)
+
+
+def _cost_of(
+    options: argparse.Namespace, work: Workload, config: Any, length: int, store_rows: int | None = None
+) -> list[str]:
+    """length: tokens of a row."""
+    from medllm_jax.planning.cost import as_lines, run_cost
+
+    asked = {"sequence_length": length, "mfu": options.mfu, "price": options.price, "store_rows": store_rows}
     return list(as_lines(run_cost(config, work.slices.topology, **asked)))
 
 
 def _check(options: argparse.Namespace, work: Workload, where: dict[str, Any]) -> int:
     """Looks at what the launch needs, and changes nothing; 1 where something is wrong."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     found = []
     for finding in (*map(look, checks(options.way, work, where)), *_of_what_is_read(options, work)):
         print(f"{finding.state:8}{finding.text}", flush=True)
@@ -105,45 +110,32 @@ def _check(options: argparse.Namespace, work: Workload, where: dict[str, Any]) -
 
 
 def _of_what_is_read(options: argparse.Namespace, work: Workload) -> Iterator[Finding]:
-    """Stores, model and run folder, read as the run will read them, but by you; and what the run comes to."""
-    from medllm_jax.errors import RunError
+    """Stores, run folder and model, read as the run will read them, but by you; and what the run comes to."""
     from medllm_jax.storage import run_folder
     from medllm_jax.storage.faults import as_told
     from medllm_jax.training.resolve import resolve, rows_in_stores
 
-    def tried(what: str, read: Callable[[], str]) -> Finding:
+    def tried(what: str, read: Callable[[], Any], told: Callable[[Any], str]) -> tuple[Any, Finding]:
         try:
-            return Finding("ok", f"{what}: {read()}")
+            found = read()
         except (UserError, RunError) as error:
-            return Finding("wrong", f"{what}: {error}")
-        except Exception as error:
-            told = as_told(error, [what])
-            return Finding("unknown", f"{what}: {told or type(error).__name__}")
+            return None, Finding("wrong", f"{what}: {error}")
+        except Exception as error:  # of clients, of many types
+            return None, Finding("unknown", f"{what}: {as_told(error, [what]) or type(error).__name__}")
+        return found, Finding("ok", f"{what}: {told(found)}")
 
-    def rows() -> str:
-        number, length = rows_in_stores(work.config)
-        options.sequence_length = length
-        return f"{number:,} rows of {length:,} tokens"
-
-    def begun() -> str:
-        return "a run that goes on" if run_folder.begun_config(work.config.run) is not None else "a new run"
-
-    store = tried(f"store {', '.join(work.config.data.stores)}", rows)
-    yield store
-    yield tried(f"run {work.config.run}", begun)
-    model = tried(f"model {work.config.init.checkpoint or 'of the config'}", lambda: f"{_size(resolve(work.config))}")
-    yield model
-    if store.state == model.state == "ok":
-        for line in _cost(options, work, rows_in_stores(work.config)[0]):
-            yield Finding("ok", line)
-
-
-def _size(config: Any) -> str:
-    from medllm_jax.distributed.flops import matrix_parameters
-
-    return (
-        f"{config.model.num_hidden_layers} layers, {matrix_parameters(config.model) / 1e9:,.1f} billion weights in use"
-    )
+    config = work.config
+    size = lambda found: f"{found[0]:,} rows of {found[1]:,} tokens"  # noqa: E731
+    stored, finding = tried(f"store {', '.join(config.data.stores)}", lambda: rows_in_stores(config), size)
+    yield finding
+    begun = lambda found: "a new run" if found is None else "a run that goes on"  # noqa: E731
+    yield tried(f"run {config.run}", lambda: run_folder.begun_config(config.run), begun)[1]
+    shape = lambda found: f"{found.model.num_hidden_layers} layers of {found.model.hidden_size:,}"  # noqa: E731
+    resolved, finding = tried(f"model {config.init.checkpoint or 'of the config'}", lambda: resolve(config), shape)
+    yield finding
+    if stored and resolved and work.program == "train":
+        rows, length = stored
+        yield from (Finding("ok", line) for line in _cost_of(options, work, resolved, length, rows))
 
 
 def prepare(options: argparse.Namespace) -> list[Command]:

@@ -71,6 +71,11 @@ class Generator:
         model = load_model(checkpoint, precision, make_mesh(mesh))
         return cls(model, tokenizer, eos_token_ids(folder, tokenizer), batch_size)
 
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template for messages."""
+        return bool(getattr(self._tokenizer, "chat_template", None))
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the model's weights."""

@@ -1,10 +1,15 @@
 """The models that can be asked: of a checkpoint, of a folder in Hugging Face format, or of a server."""
 
+from typing import TYPE_CHECKING
+
 from medllm_jax.checkpoint.handle import Checkpoint
 from medllm_jax.config.schema import MeshConfig, PrecisionConfig
 from medllm_jax.evaluation.sampling import Sampler
 from medllm_jax.inference.openai_client import OpenAIClient
 from medllm_jax.storage.hub import MODEL, find_folder
+
+if TYPE_CHECKING:
+    from medllm_jax.inference.torch_generator import TorchGenerator
 
 
 def checkpoint_sampler(
@@ -17,14 +22,19 @@ def checkpoint_sampler(
     return Sampler(generator.fingerprint, checkpoint.label, generator.sample, chat)
 
 
-def folder_sampler(folder: str, *, batch_size: int, dtype: str, chat: bool) -> Sampler:
+def folder_sampler(folder: str, *, batch_size: int, dtype: str | None, chat: bool) -> Sampler:
     """A model in Hugging Face format, by `transformers` and torch: a folder, or a name on the hub."""
+    label, generator = folder_generator(folder, batch_size=batch_size, dtype=dtype)
+    return Sampler(generator.fingerprint, label, generator.sample, chat)
+
+
+def folder_generator(folder: str, *, batch_size: int, dtype: str | None) -> "tuple[str, TorchGenerator]":
+    """What the model in a folder, or of a name on the hub, is called, and the model; its weights are not hashed yet."""
     from medllm_jax.inference.torch_generator import TorchGenerator, require_torch
 
     require_torch()  # before a model is downloaded for nothing
     found = find_folder(folder, MODEL, option="--hf")
-    generator = TorchGenerator(found.folder, batch_size=batch_size, dtype=dtype)
-    return Sampler(generator.fingerprint, found.label, generator.sample, chat)
+    return found.label, TorchGenerator(found.folder, batch_size=batch_size, dtype=dtype)
 
 
 def server_sampler(url: str, model: str, *, concurrency: int, chat: bool = False) -> Sampler:

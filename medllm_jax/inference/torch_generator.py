@@ -11,7 +11,7 @@ from medllm_jax.errors import UserError, first_line
 from medllm_jax.evaluation.prompts import Prompt
 from medllm_jax.evaluation.sampling import Completion, SamplingParams, cut_at_stop
 from medllm_jax.terminal.log import without_bars_of_transformers
-from medllm_jax.version import install_line
+from medllm_jax.terminal.version import install_line
 
 _SLICE = 1 << 24  # bytes hashed at a time
 _LEAST_TEMPERATURE = 1e-30  # logits divided by less are infinite
@@ -70,6 +70,11 @@ class TorchGenerator:
             raise UserError(
                 f"{folder}: neither generation_config.json nor the tokenizer names an end-of-sequence token"
             )
+
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template for messages."""
+        return bool(getattr(self._tokenizer, "chat_template", None))
 
     @functools.cached_property
     def fingerprint(self) -> str:

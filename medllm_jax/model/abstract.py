@@ -48,6 +48,11 @@ def base_of(model: Qwen2) -> Qwen2:
     return without_adapters(model)
 
 
+def number_of(tree: Any) -> int:
+    """How many numbers are in the arrays, or the shapes of arrays, of a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
 def abstract_model(
     config: ModelConfig,
     precision: PrecisionConfig,

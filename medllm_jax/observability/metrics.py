@@ -19,7 +19,7 @@ from medllm_jax.storage.append import AppendedFile, keep_damaged
 from medllm_jax.storage.best_effort import BestEffort
 from medllm_jax.storage.remote import is_remote
 from medllm_jax.storage.run_folder import METRICS, read_metrics
-from medllm_jax.version import install_line
+from medllm_jax.terminal.version import install_line
 
 
 class MetricsLog:

@@ -150,12 +150,6 @@ class Progress:
             self._log.close()
 
 
-def _speed(row: dict[str, Any]) -> str:
-    if "step_seconds" not in row:
-        return f"{row['startup_seconds']:.1f} s to start"
-    return f"{row['step_seconds']:.3g} s a step, {row['data_wait']:.1%} of it waiting for data"
-
-
 def _note(row: dict[str, Any]) -> str:
     note = f"loss {row['loss']:.4f}"
     if "tokens_per_second" in row:

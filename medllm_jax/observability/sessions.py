@@ -14,7 +14,7 @@ from medllm_jax.storage.append import keep_damaged
 from medllm_jax.storage.best_effort import BestEffort
 from medllm_jax.storage.json_lines import AppendedRows, read_appended_rows
 from medllm_jax.storage.remote import write_whole
-from medllm_jax.version import code_version
+from medllm_jax.terminal.version import code_version
 
 _log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from medllm_jax.errors import UserError
 from medllm_jax.planning.hlo import Memory, read_memory
 from medllm_jax.terminal.progress import duration
-from medllm_jax.version import install_line
+from medllm_jax.terminal.version import install_line
 
 PROGRAMS = {"train": ("train",), "reference": ("reference",), "generate": ("prefill", "decode")}
 _PAUSE = 30.0  # seconds between two words of a compilation that goes on

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from medllm_jax.checkpoint.train_state import new_state
 from medllm_jax.config.schema import MeshConfig
@@ -17,7 +16,7 @@ from medllm_jax.distributed.chips import Topology, chips_of
 from medllm_jax.distributed.flops import train_flops
 from medllm_jax.distributed.mesh_sizes import mesh_sizes
 from medllm_jax.distributed.sharding import make_mesh
-from medllm_jax.model.abstract import abstract_model
+from medllm_jax.model.abstract import abstract_model, number_of
 from medllm_jax.terminal.progress import duration, size_in_words
 from medllm_jax.training.optimizer import make_optimizer
 from medllm_jax.training.resolve import ResolvedConfig
@@ -101,10 +100,10 @@ def as_lines(cost: dict[str, Any]) -> Iterator[str]:
         if cost["assumed_mfu"] is not None:
             step += f" (an MFU of {cost['assumed_mfu']:.0%} is assumed; medllm plan estimates it)"
         yield f"time: {cost['hours']:,.1f} hours {step}, {cost['chip_hours']:,.0f} chip-hours{price}"
-    one, kept = cost["checkpoint_bytes"], cost["kept"]
+    one, kept = cost["checkpoint_bytes"], cost["kept_bytes"]
     yield (
-        f"checkpoints: {size_in_words(one)} each; the newest {kept}, {size_in_words(one * kept)}, are kept in the run "
-        f"folder, and {size_in_words(one * (kept + 1))} stand there while one more is written"
+        f"checkpoints: {size_in_words(one)} each; the newest {cost['kept']}, {size_in_words(kept)}, are kept in the "
+        f"run folder, and {size_in_words(kept + one)} stand there while one more is written"
     )
     waits = []
     if cost["initial_weights_bytes"]:
@@ -134,5 +133,4 @@ def _bytes(config: ResolvedConfig) -> tuple[int, int]:
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = jax.eval_shape(functools.partial(new_state, optimizer=optimizer, seed=0), model.abstract)
     whole = abstract_model(config.model, config.precision, mesh).abstract
-    number = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(whole))
-    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), 2 * number
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), 2 * number_of(whole)

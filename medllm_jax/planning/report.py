@@ -127,7 +127,7 @@ def _time(program: dict[str, Any]) -> Iterator[str]:
     if time["without_estimate"]:
         names = ", ".join(f"{count} {name}" for name, count in time["without_estimate"].items())
         yield f"without a compiler's estimate, timed by their bytes: {names}"
-    if "hours" in time:
+    if "hours" in time and program["name"] != "train":  # whose whole run has lines of its own
         yield f"{time['asked_tokens']:,} tokens: {time['hours']:,.1f} hours, {time['chip_hours']:,.0f} chip-hours"
 
 

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 # As the hub has them; "--" and ".." are in none.
 _NAME = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_](?:[\w.-]{0,94}\w)?", re.ASCII)
-_REVISION = re.compile(r"[\w.+-][\w./+-]{0,199}", re.ASCII)
+_REVISION = re.compile(r"(?!.*\.\.)[\w.+-][\w./+-]{0,199}", re.ASCII)
 _ANSWER_SECONDS = 10
 _SHORT = 12  # characters of a commit that people are shown
 
@@ -72,12 +72,17 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None and not text.endswith(".git")
 
 
+def is_revision(text: str) -> bool:
+    """Whether a branch, a tag or a commit could be called so."""
+    return _REVISION.fullmatch(text) is not None
+
+
 def hub_name(text: str) -> tuple[str, str | None] | None:
     """Name and revision where a text has the form of a hub's name and nothing here is called so; else None."""
     name, at, revision = text.partition("@")
     if not is_name(name) or os.path.lexists(text):
         return None
-    if at and not _REVISION.fullmatch(revision):
+    if at and not is_revision(revision):
         raise UserError(f"{quoted(text, str)}: after @, a branch, a tag or a commit of {name} is expected")
     return name, revision or None
 

@@ -9,12 +9,12 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.data.batch import Batch
 from medllm_jax.data.rows import Rows
+from medllm_jax.model.abstract import number_of
 from medllm_jax.terminal.progress import duration, size_in_words
 from medllm_jax.training.programs import TrainProgram
 from medllm_jax.training.resolve import ResolvedConfig
@@ -63,7 +63,7 @@ class AnnouncedStep:
 
 
 def _model(config: ResolvedConfig, program: TrainProgram) -> str:
-    trained, frozen = _numbers(program.abstract.params), _numbers(program.model.frozen)
+    trained, frozen = number_of(program.abstract.params), number_of(program.model.frozen)
     which = f"of which {_count(trained)} are" if frozen else "all"
     text = f"{_count(trained + frozen)} parameters, {which} trained by {config.objective.name}"
     return f"{text}; weights in {config.precision.params}, products in {config.precision.compute}"
@@ -109,10 +109,6 @@ def _logits(config: ResolvedConfig, rows: Rows, mesh: Mesh) -> float:
     """Bytes of the float32 logits of a micro-batch, and of as many gradients, on one device."""
     on_device = config.micro_batch * rows.sequence_length / (mesh.size)
     return 2 * 4 * on_device * config.model.vocab_size / config.objective.vocab_chunks
-
-
-def _numbers(tree: Any) -> int:
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def _count(number: float) -> str:

@@ -11,8 +11,8 @@ import pytest
 from medllm_jax.config.schema import LoggingConfig
 from medllm_jax.distributed.chips import CHIPS, peak_flops
 from medllm_jax.errors import UserError
+from medllm_jax.terminal.version import install_line
 from medllm_jax.training.loop import train
-from medllm_jax.version import install_line
 from tests.training.test_train import config_of
 
 

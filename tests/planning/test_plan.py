@@ -15,7 +15,7 @@ from medllm_jax.errors import UserError
 from medllm_jax.planning.advice import advice
 from medllm_jax.planning.report import as_text
 from medllm_jax.planning.search import REMATS, try_settings
-from medllm_jax.version import install_line
+from medllm_jax.terminal.version import install_line
 
 pytestmark = pytest.mark.usefixtures("flags_of_libtpu")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

@@ -19,17 +19,15 @@ from urllib.parse import parse_qsl
 from etils import epath
 
 from medllm_jax.data.prepare.files import Inputs
-from medllm_jax.errors import RunError, UserError, first_line, quoted
+from medllm_jax.errors import RunError, UserError, quoted
+from medllm_jax.storage.hub import is_name, is_revision, words_of
 from medllm_jax.storage.remote import is_remote, write_whole
-from medllm_jax.terminal.secrets import redact
-from medllm_jax.version import install_line
+from medllm_jax.terminal.version import install_line
 
 _log = logging.getLogger(__name__)
 
 SCHEME = "hf://"
 _FORM = "hf://datasets/OWNER/NAME, with @REVISION, and ?name=CONFIG&split=SPLIT where there are several"
-_NAME = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
-_REVISION = re.compile(r"[\w.+-][\w./+-]{0,199}", re.ASCII)
 _PART = re.compile(r"[\w.+ -]{1,200}", re.ASCII)  # of a config's or a split's name
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -50,8 +48,8 @@ class HubDataset(NamedTuple):
         chosen = dict(pairs := parse_qsl(query, keep_blank_values=True))
         if (
             not path.startswith(f"{SCHEME}datasets/")
-            or not _NAME.fullmatch(name)
-            or (at and (not _REVISION.fullmatch(revision) or ".." in revision))
+            or not is_name(name)
+            or (at and not is_revision(revision))
             or not chosen.keys() <= {"name", "split"}
             or len(chosen) < len(pairs)
             or not all(_PART.fullmatch(value) and value.strip(".") for value in chosen.values())
@@ -194,7 +192,7 @@ def _refusal(error: Exception, dataset: HubDataset) -> UserError | RunError:
             f"{dataset}: HF_HUB_OFFLINE is set, and the rows are not kept here: name commit, config and split of what "
             f"is kept in {cache_folder()}, or allow the network"
         )
-    said = redact(f"{type(error).__name__}: {first_line(error, most=160)}")
+    said = words_of(error)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if "scripts are no longer supported" in str(error):
         return UserError(f"{dataset} is made by a program of its repository, and such programs are never run")

@@ -21,7 +21,7 @@ from etils import epath
 
 from medllm_jax.errors import UserError
 from medllm_jax.storage.remote import names_in, write_whole
-from medllm_jax.version import install_line
+from medllm_jax.terminal.version import install_line
 
 Progress = Callable[[str, int, int], None]  # (stage, done, in all): of what, see STAGES in corpus.py
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from medllm_jax.data.prepare.rejections import RejectionCounts
 from medllm_jax.data.prepare.store_report import report
 from medllm_jax.data.store import RowStore
 from medllm_jax.errors import UserError
-from medllm_jax.version import install_line
+from medllm_jax.terminal.version import install_line
 from tests.dataset_server import DatasetServer
 from tests.tiny import write_json_lines
 

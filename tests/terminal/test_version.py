@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import medllm_jax
-from medllm_jax import version
-from medllm_jax.version import code_version
+from medllm_jax.terminal import version
+from medllm_jax.terminal.version import code_version
 
 GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-C"]
 
@@ -20,7 +20,7 @@ def package(tmp_path, monkeypatch):
     folder = tmp_path / "repository" / "site-packages" / "medllm_jax"
     folder.mkdir(parents=True)
     for name in ("__init__.py", "version.py"):
-        shutil.copy(Path(medllm_jax.__file__).with_name(name), folder)
+        shutil.copy(Path(version.__file__).with_name(name), folder)
     (tmp_path / "repository" / "theirs.txt").write_text("theirs")
     subprocess.run([*GIT, tmp_path / "repository", "init", "--quiet"], check=True)
     commit(tmp_path / "repository", "theirs.txt")
