@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from medllm_jax.distributed.compilation_cache import keep_programs, words_of
 from medllm_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, RunError, UserError
 from medllm_jax.terminal.log import show_messages
 from medllm_jax.terminal.parser import Parser, parse
@@ -44,7 +45,12 @@ def _run(arguments: Sequence[str], *, from_terminal: bool) -> int:
     try:
         options = parse(make_parser(), arguments)
         options.from_terminal = from_terminal
-        return options.verb(options) or 0
+        programs = keep_programs()
+        is_new = programs is not None and not programs.exists()
+        code = options.verb(options) or 0
+        if is_new and programs.exists():
+            print(words_of(programs), file=sys.stderr)
+        return code
     except (UserError, RunError) as error:
         return _fail(error)
     except Interrupted as ended:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from medllm_jax.distributed.compilation_cache import default_folder
 from medllm_jax.errors import RunError, UserError, first_line
 
 Result = TypeVar("Result")
@@ -18,8 +19,11 @@ def join(heartbeat_seconds: int) -> None:
 
     On TPU pods, GKE and Slurm JAX finds them by itself; elsewhere JAX_COORDINATOR_ADDRESS (host:port, alike for all),
     JAX_NUM_PROCESSES and JAX_PROCESS_ID say where they are. heartbeat_seconds: a process that is silent for so long is
-    taken for dead, and all end.
+    taken for dead, and all end. Compiled programs are kept only in a folder that was named for it: one that the
+    processes don't share would have them start apart.
     """
+    if jax.config.jax_compilation_cache_dir == str(default_folder()):
+        jax.config.update("jax_enable_compilation_cache", False)
     number, index = _count("JAX_NUM_PROCESSES"), _count("JAX_PROCESS_ID")
     try:
         jax.distributed.initialize(num_processes=number, process_id=index, heartbeat_timeout_seconds=heartbeat_seconds)

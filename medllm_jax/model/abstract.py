@@ -72,6 +72,7 @@ def abstract_model(
         compute_dtype=jnp.dtype(precision.compute),
         param_dtype=jnp.dtype(precision.params),
         remat=remat,
+        unroll=_UNROLLED if is_one_cpu(mesh) else 1,
         attention=attention_on(mesh, attention, precision, branches=branches),
         constrain=activation_constraint(mesh),
     )
@@ -85,6 +86,16 @@ def abstract_model(
     shapes = [nnx.to_pure_dict(part) for part in parts]
     abstract, frozen = (with_shardings(part, parameter_shardings(part, mesh)) for part in shapes)
     return AbstractModel(config, structure, abstract, frozen, backend, adapter)
+
+
+# Blocks that a CPU's programs hold one after the other: a loop costs it copies of all that the backward pass needs.
+# More of them take longer to compile.
+_UNROLLED = 4
+
+
+def is_one_cpu(mesh: Mesh) -> bool:
+    """Whether programs run on a single CPU device, for which some are made otherwise than for many and for others."""
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 _ATTENTION_NEEDS = {"splash": "tpu", "cudnn": "gpu"}

@@ -67,19 +67,36 @@ def attend_in_blocks(
     query: TokenLayout,
     key: TokenLayout,
 ) -> Float[Array, "B Q H E"]:
-    """`attend` for whole rows (query is key), in causal blocks of queries: no block sees the keys after it."""
-    length = q.shape[1]
-    most = max(1, min(_MOST_BLOCKS, length // _SMALLEST_BLOCK))
-    blocks = next(n for n in range(most, 0, -1) if length % n == 0)
-    size = length // blocks
+    """`attend` for whole rows (query is key), in causal blocks of queries: no block sees the keys after it.
 
-    def block(start: int) -> Float[Array, "B q H E"]:
-        end = start + size
+    Heads come before tokens, and the queries that share keys are rows of one matrix: two products of a block, whose
+    operands no back end has to turn.
+    """
+    batch, length, heads, width = q.shape
+    kv_heads, most = k.shape[2], max(1, min(_MOST_BLOCKS, length // _SMALLEST_BLOCK))
+    blocks = next(n for n in range(most, 0, -1) if length % n == 0)
+    size, group = length // blocks, heads // kv_heads
+    q = q.reshape(batch, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
+    # Split and put together again, keys have gradients that are sums of parts: slices would have them padded to rows.
+    k, v = (jnp.split(x.transpose(0, 2, 1, 3), blocks, axis=2) for x in (k, v))
+
+    def block(number: int, q: Float[Array, "B K G q E"]) -> Float[Array, "B K G q E"]:
+        start, end = number * size, (number + 1) * size
+        own_k, own_v = (jnp.concatenate(x[: number + 1], axis=2) for x in (k, v))
         queries = TokenLayout(query.index[start:end], query.segment_ids[:, start:end], query.branch_ids[:, start:end])
         keys = TokenLayout(key.index[:end], key.segment_ids[:, :end], key.branch_ids[:, :end])
-        return attend(q[:, start:end], k[:, :end], v[:, :end], queries, keys)
+        hidden = jnp.where(visible(queries, keys), 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
+        rows = q.reshape(batch, kv_heads, group * size, width)
+        scores = jnp.einsum("bkme,bkte->bkmt", rows, own_k, preferred_element_type=jnp.float32)
+        scores = scores.reshape(batch, kv_heads, group, size, end) * width**-0.5 + hidden
+        weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+        rows = weights.astype(own_v.dtype).reshape(batch, kv_heads, group * size, end)
+        out = jnp.einsum("bkmt,bkte->bkme", rows, own_v, preferred_element_type=jnp.float32)
+        out = out.reshape(batch, kv_heads, group, size, width) / jnp.sum(weights, axis=-1, keepdims=True)
+        return out.astype(own_v.dtype)
 
-    return jnp.concatenate([block(start) for start in range(0, length, size)], axis=1)
+    out = jnp.concatenate([block(*numbered) for numbered in enumerate(jnp.split(q, blocks, axis=3))], axis=3)
+    return checkpoint_name(out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width), RESIDUALS)
 
 
 def attend_by_cudnn(

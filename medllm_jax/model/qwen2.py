@@ -28,12 +28,13 @@ class Backend:
 
     linear: a projection's name -> its layer's constructor. attention: for whole rows, signature of `attention.attend`.
     constrain: `(array, kind) -> array` pins an activation's sharding, kind a row of `sharding.ACTIVATIONS`.
-    remat: name of a row of `REMAT_POLICIES`.
+    remat: name of a row of `REMAT_POLICIES`. unroll: blocks that one iteration of the loop over them holds.
     """
 
     compute_dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "none"
+    unroll: int = 1
     linear: Callable[[str], Callable] = lambda name: Linear
     attention: Callable = attend_in_blocks
     constrain: Callable[[jax.Array, str], jax.Array] = lambda array, kind: array
@@ -49,9 +50,8 @@ _KEPT = {
     "elementwise": ("qkv", RESIDUALS, "residual", "gate", "up"),
 }
 
-# What jax.checkpoint keeps of a block for the backward pass, beside its input.
+# What jax.checkpoint keeps of a block for the backward pass, beside its input. There is none with remat "none".
 REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     **{name: jax.checkpoint_policies.save_only_these_names(*kept) for name, kept in _KEPT.items()},
     "attention_offload": jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -233,8 +233,9 @@ class Qwen2(nnx.Module):
             )
             return x, None
 
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[self.backend.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(body, x, blocks)
+        if self.backend.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.backend.remat], prevent_cse=False)
+        x, _ = jax.lax.scan(body, x, blocks, unroll=self.backend.unroll)
         return self.norm(x)
 
     def extend(

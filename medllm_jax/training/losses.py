@@ -10,14 +10,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32
 
 from medllm_jax.config.schema import ObjectiveConfig
 from medllm_jax.data.batch import Batch
 from medllm_jax.model.abstract import base_of
+from medllm_jax.training.head import (
+    HeadLoss,
+    HostOrDevice,
+    Score,
+    hidden_before,
+    in_blocks,
+    one_hot_pairs,
+    score_targets,
+    score_wanted,
+)
 
-HostOrDevice = Array | np.ndarray  # as a batch's arrays
 Model = Any  # a Qwen2: callable to hidden states, with head_weight
 
 
@@ -49,18 +57,33 @@ def averages(sums: LossSum) -> dict[str, Any]:
 Loss = Callable[[Model, Batch, Batch], LossSum]
 
 
-def objective(config: ObjectiveConfig) -> Loss:
-    """The loss function that a config names."""
-    loss = {"cpt": next_token, "sft": next_token, "rpo": rpo}[config.name](config)
-    return loss if config.name != "rpo" or config.reference == "cached" else compared_with(base_of, config, loss)
-
-
-def next_token(config: ObjectiveConfig) -> Loss:
-    """Cross-entropy of every weighted token given its own past, averaged over tokens."""
+def objective(config: ObjectiveConfig, *, blocks: bool = False) -> Loss:
+    """The loss function that a config names; blocks: its head takes a block of tokens at a time (`in_blocks`)."""
+    preferences = config.name == "rpo"
+    score = functools.partial(score_wanted if blocks else score_targets, vocab_chunks=config.vocab_chunks)
+    of_hidden = (rpo if preferences else next_token)(config, score)
+    if blocks:
+        of_hidden = in_blocks(of_hidden, whole_rows=preferences)
 
     def loss(model: Model, batch: Batch, whole: Batch) -> LossSum:
+        pairs = _reference_of(batch).shape[1] if preferences else 0
+        return of_hidden(*_predictors(model, batch, pairs), batch, whole)
+
+    return loss if not preferences or config.reference == "cached" else compared_with(base_of, config, loss)
+
+
+def _predictors(model: Model, batch: Batch, pairs: int) -> tuple[Float[Array, "B S D"], Float[Array, "V D"]]:
+    """The hidden state that predicts each token, each response of a pair right after its prompt; and the LM head."""
+    hidden = model(batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids)
+    return hidden_before(hidden, batch, pairs), model.head_weight.astype(hidden.dtype)
+
+
+def next_token(config: ObjectiveConfig, score: Score) -> HeadLoss:
+    """Cross-entropy of every weighted token given its own past, averaged over tokens."""
+
+    def loss(hidden: Float[Array, "B S D"], head: Float[Array, "V D"], batch: Batch, whole: Batch) -> LossSum:
         del whole
-        scores = score_tokens(model, batch, pairs=0, vocab_chunks=config.vocab_chunks)
+        scores = score(hidden, head, batch.tokens, batch.loss_weights)
         total, weight = -jnp.sum(scores.log_probs * batch.loss_weights), jnp.sum(batch.loss_weights)
         counts = {"tokens": _tokens(batch)}
         if config.name == "sft":
@@ -81,7 +104,7 @@ PAIR_LOSSES: dict[str, Callable[[jax.Array, ObjectiveConfig], jax.Array]] = {
 }
 
 
-def rpo(config: ObjectiveConfig) -> Loss:
+def rpo(config: ObjectiveConfig, score: Score) -> HeadLoss:
     """A loss of preferences (`PAIR_LOSSES`) plus the NLL of the chosen response, averaged over examples.
 
     By default ``-log sigmoid(h) + alpha * nll`` with ``nll = -logp_w / len(y_w)``: eq. 1 of "Iterative Reasoning
@@ -90,10 +113,10 @@ def rpo(config: ObjectiveConfig) -> Loss:
     response (sft) counts its NLL alone.
     """
 
-    def loss(model: Model, batch: Batch, whole: Batch) -> LossSum:
+    def loss(hidden: Float[Array, "B S D"], head: Float[Array, "V D"], batch: Batch, whole: Batch) -> LossSum:
         reference = _reference_of(batch)
         pairs = reference.shape[1]
-        scores = score_tokens(model, batch, pairs=pairs, vocab_chunks=config.vocab_chunks, with_entropy=True)
+        scores = score(hidden, head, batch.tokens, batch.loss_weights, with_entropy=True)
         log_probs = sum_by_response(scores.log_probs * batch.loss_weights, batch, pairs)
         lengths = sum_by_response(batch.loss_weights, batch, pairs)
         # [B, P]: rows hold different numbers of examples.
@@ -154,160 +177,18 @@ def _mean_chosen_length(batch: Batch, pairs: int) -> Float32[Array, ""]:
 
 def pair_log_probs(model: Model, batch: Batch, pairs: int, vocab_chunks: int) -> Float32[Array, "B P 2"]:
     """Log-probability of each chosen and rejected response given its prompt; 0 where no pair is."""
-    scores = score_tokens(model, batch, pairs=pairs, vocab_chunks=vocab_chunks)
-    return sum_by_response(scores.log_probs * batch.loss_weights, batch, pairs)
+    hidden, head = _predictors(model, batch, pairs)
+    log_probs = score_targets(hidden, head, batch.tokens, batch.loss_weights, vocab_chunks=vocab_chunks).log_probs
+    return sum_by_response(log_probs * batch.loss_weights, batch, pairs)
 
 
 def sum_by_response(values: Float32[HostOrDevice, "B S"], batch: Batch, pairs: int) -> Float32[Array, "B P 2"]:
     """Sums of per-token values over the rejected response of each example, and over all else of it."""
-    in_pair = _one_hot_pairs(batch.segment_ids, pairs)
+    in_pair = one_hot_pairs(batch.segment_ids, pairs)
     rejected = batch.branch_ids == 2
     in_branch = jnp.stack([~rejected, rejected], axis=-1).astype(jnp.float32)
     return jnp.einsum("bs,bsp,bsc->bpc", values, in_pair, in_branch, precision="highest")
 
 
-def _one_hot_pairs(segment_ids: Int[HostOrDevice, "B S"], pairs: int) -> Float32[Array, "B S P"]:
-    return jax.nn.one_hot((segment_ids - 1) // 2, pairs, dtype=jnp.float32)  # -1, padding, is in none
-
-
 def _tokens(batch: Batch) -> Float32[Array, ""]:
     return jnp.sum(batch.segment_ids > 0, dtype=jnp.float32)
-
-
-# --- log-probabilities of tokens ---------------------------------------------------------------------------------
-
-
-class TokenScores(NamedTuple):
-    """float32 [B, S]: log P(token | its own past), meaningless where a token has none; entropies of that prediction
-    (zeros unless asked for), which carry no gradient."""
-
-    log_probs: Float32[Array, "B S"]
-    entropies: Float32[Array, "B S"]
-
-
-def score_tokens(
-    model: Model, batch: Batch, *, pairs: int, vocab_chunks: int, with_entropy: bool = False
-) -> TokenScores:
-    """Scores every token of a row under the model, each response of a pair right after its prompt."""
-    hidden = model(batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids)
-    hidden = hidden_before(hidden, batch, pairs)
-    head = model.head_weight.astype(hidden.dtype)
-    return score_targets(hidden, head, batch.tokens, vocab_chunks, with_entropy)
-
-
-def hidden_before(hidden: Float[Array, "B S D"], batch: Batch, pairs: int) -> Float[Array, "B S D"]:
-    """The hidden state that predicts each token.
-
-    It is that of the token before, except for the first token of a rejected response, which follows the prompt's last
-    token and not the chosen response's. Moved by products with one-hot matrices, so that the backward pass has no
-    scatter.
-    """
-    previous = jnp.roll(hidden, 1, axis=1)
-    if not pairs:
-        return previous
-    branch, segment = batch.branch_ids, batch.segment_ids
-    last_of_prompt = (branch == 0) & (jnp.roll(branch, -1, axis=1) == 1)
-    first_of_rejected = (branch == 2) & (jnp.roll(branch, 1, axis=1) == 1)
-    in_pair = _one_hot_pairs(segment, pairs).astype(hidden.dtype)
-    from_prompt = jnp.einsum("bsp,bsd->bpd", in_pair * last_of_prompt[..., None], hidden, precision="highest")
-    moved = jnp.einsum("bsp,bpd->bsd", in_pair, from_prompt, precision="highest")
-    return jnp.where(first_of_rejected[..., None], moved, previous)
-
-
-def score_targets(
-    hidden: Float[Array, "B S D"],
-    head: Float[Array, "V D"],
-    targets: Int[HostOrDevice, "B S"],
-    vocab_chunks: int,
-    with_entropy: bool = False,
-) -> TokenScores:
-    """Log-probability of targets under hidden states and an LM head.
-
-    With one chunk the logits [B, S, V] exist; with n, [B, S, V / n] at a time, forward and backward, and n must divide
-    V. Chunk c holds the tokens v with v % n == c, so that a vocabulary split over devices stays split in each chunk.
-    """
-    if vocab_chunks == 1:
-        logits = _logits(hidden, head)
-        top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-        mass = jnp.sum(jnp.exp(logits - top), axis=-1)
-        normaliser = jnp.log(mass) + top[..., 0]
-        is_target = jnp.arange(head.shape[0]) == targets[..., None]
-        log_probs = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1) - normaliser
-        entropies = jnp.zeros_like(log_probs)
-        if with_entropy:
-            fixed = jax.lax.stop_gradient(logits)
-            mean_logit = jnp.sum(jnp.exp(fixed - top) * fixed, axis=-1) / jax.lax.stop_gradient(mass)
-            entropies = jax.lax.stop_gradient(normaliser) - mean_logit
-        return TokenScores(log_probs, entropies)
-    return TokenScores(*_chunked_scores(hidden, head, targets, vocab_chunks, with_entropy))
-
-
-def _logits(hidden: Float[Array, "B S D"], head: Float[Array, "V D"]) -> Float32[Array, "B S V"]:
-    return jnp.einsum("bsd,vd->bsv", hidden, head, preferred_element_type=jnp.float32)
-
-
-def _chunk(head: Float[Array, "V D"], chunks: int, number) -> Float[Array, "chunk D"]:
-    """The rows v of the head with v % n == number."""
-    by_chunk = head.reshape(head.shape[0] // chunks, chunks, head.shape[1])
-    return jax.lax.dynamic_index_in_dim(by_chunk, number, axis=1, keepdims=False)
-
-
-def _is_target(targets: Int[HostOrDevice, "B S"], size: int, chunks: int, number) -> Bool[Array, "B S {size}"]:
-    return jnp.arange(size) * chunks + number == targets[..., None]
-
-
-def _chunked_forward(hidden, head, targets, chunks, with_entropy):
-    """Log-probabilities, entropies and log-normalisers, [B, S] each, by a running log-sum-exp over chunks."""
-
-    def body(carry, number):
-        top, mass, weighted, target = carry
-        weights = _chunk(head, chunks, number)
-        logits = _logits(hidden, weights)
-        new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
-        exps, rescale = jnp.exp(logits - new_top[..., None]), jnp.exp(top - new_top)
-        mass = mass * rescale + jnp.sum(exps, axis=-1)
-        if with_entropy:
-            weighted = weighted * rescale + jnp.sum(exps * logits, axis=-1)
-        is_target = _is_target(targets, weights.shape[0], chunks, number)
-        return (new_top, mass, weighted, target + jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)), None
-
-    zeros = jnp.zeros(targets.shape, jnp.float32)
-    start = (jnp.full(targets.shape, jnp.finfo(jnp.float32).min), zeros, zeros, zeros)
-    (top, mass, weighted, target), _ = jax.lax.scan(body, start, jnp.arange(chunks))
-    normaliser = top + jnp.log(mass)
-    entropies = normaliser - weighted / mass if with_entropy else zeros
-    return target - normaliser, entropies, normaliser
-
-
-def _chunked_scores_impl(hidden, head, targets, chunks, with_entropy):
-    return _chunked_forward(hidden, head, targets, chunks, with_entropy)[:2]
-
-
-def _chunked_scores_fwd(hidden, head, targets, chunks, with_entropy):
-    log_probs, entropies, normaliser = _chunked_forward(hidden, head, targets, chunks, with_entropy)
-    return (log_probs, entropies), (hidden, head, targets, normaliser)
-
-
-def _chunked_scores_bwd(chunks, with_entropy, residuals, cotangents):
-    hidden, head, targets, normaliser = residuals
-    upstream = cotangents[0]  # entropies carry no gradient
-
-    def body(carry, number):
-        d_hidden, d_head = carry
-        weights = _chunk(head, chunks, number)
-        probs = jnp.exp(_logits(hidden, weights) - normaliser[..., None])
-        is_target = _is_target(targets, weights.shape[0], chunks, number)
-        d_logits = (upstream[..., None] * (is_target - probs)).astype(hidden.dtype)
-        d_hidden += jnp.einsum("bsv,vd->bsd", d_logits, weights, preferred_element_type=jnp.float32)
-        d_weights = jnp.einsum("bsv,bsd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
-        d_head = jax.lax.dynamic_update_index_in_dim(d_head, d_weights.astype(head.dtype), number, axis=1)
-        return (d_hidden, d_head), None
-
-    by_chunk = (head.shape[0] // chunks, chunks, head.shape[1])
-    start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(by_chunk, head.dtype))
-    (d_hidden, d_head), _ = jax.lax.scan(body, start, jnp.arange(chunks))
-    return d_hidden.astype(hidden.dtype), d_head.reshape(head.shape), None
-
-
-_chunked_scores = jax.custom_vjp(_chunked_scores_impl, nondiff_argnums=(3, 4))
-_chunked_scores.defvjp(_chunked_scores_fwd, _chunked_scores_bwd)

@@ -14,7 +14,7 @@ from medllm_jax.checkpoint.train_state import TrainState, new_state, state_shard
 from medllm_jax.data.batch import Batch
 from medllm_jax.distributed.compiler_options import compiler_options
 from medllm_jax.distributed.sharding import check_divisible, replicated, rows_over
-from medllm_jax.model.abstract import AbstractModel, abstract_model
+from medllm_jax.model.abstract import AbstractModel, abstract_model, is_one_cpu
 from medllm_jax.training.losses import LossSum, objective, pair_log_probs
 from medllm_jax.training.optimizer import make_optimizer, make_schedule
 from medllm_jax.training.resolve import ResolvedConfig
@@ -51,7 +51,7 @@ def train_program(config: ResolvedConfig, mesh: Mesh) -> TrainProgram:
     schedule = make_schedule(config.optimizer, config.steps)
     optimizer = make_optimizer(config.optimizer, config.steps)
     abstract, initialise = _state_maker(model, optimizer, config.seed, mesh)
-    loss = objective(config.objective)
+    loss = objective(config.objective, blocks=is_one_cpu(mesh))
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh))
     def measure(params: Any, batch: Batch, frozen: Any) -> LossSum:

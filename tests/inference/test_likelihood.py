@@ -22,8 +22,8 @@ from medllm_jax.evaluation.grading import read_grades
 from medllm_jax.evaluation.prompts import load_template
 from medllm_jax.inference.likelihood import Likelihood
 from medllm_jax.model.abstract import abstract_model, random_params
+from medllm_jax.training.head import hidden_before, score_targets
 from medllm_jax.training.loop import train
-from medllm_jax.training.losses import score_tokens
 from tests.tiny import write_json_lines
 from tests.training.test_train import config_of
 from tests.world import tiny_config
@@ -70,7 +70,13 @@ def whole_texts(world, prompt, answers):
     for row, answer in zip(rows, answers, strict=True):
         row[0, : len(prompt + answer)] = prompt + answer
         row[1, : len(prompt + answer)] = 1
-    score = jax.jit(lambda batch: score_tokens(network, batch, pairs=0, vocab_chunks=1).log_probs)
+
+    @jax.jit
+    def score(batch):
+        hidden = network(batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids)
+        before = hidden_before(hidden, batch, pairs=0)
+        return score_targets(before, network.head_weight, batch.tokens, batch.loss_weights, vocab_chunks=1).log_probs
+
     log_probs = np.asarray(score(batch_of(rows, "cpt")))
     return [log_probs[row, len(prompt) : len(prompt) + len(answer)].sum() for row, answer in enumerate(answers)]
 

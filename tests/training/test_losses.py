@@ -10,7 +10,7 @@ import pytest
 
 from medllm_jax.config.schema import ObjectiveConfig
 from medllm_jax.data.batch import TARGET, batch_of
-from medllm_jax.training.losses import averages, hidden_before, objective, pair_log_probs, score_targets
+from medllm_jax.training.losses import averages, objective, pair_log_probs
 
 VOCAB, WIDTH = 24, 6
 CPT = ObjectiveConfig()
@@ -289,61 +289,3 @@ def test_rows_add_up(rng, config):
     ]
     added = jax.tree.map(lambda *values: sum(values), *parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6), added, whole)
-
-
-# --- log-probabilities ---------------------------------------------------------------------------------------------
-
-
-def scored(hidden, head, targets, chunks: int):
-    """Scores with entropies, and the gradients of a weighted sum of the log-probabilities."""
-    weights = jnp.cos(jnp.arange(targets.size).reshape(targets.shape))
-
-    def total(hidden, head):
-        scores = score_targets(hidden, head, targets, chunks, with_entropy=True)
-        return jnp.sum(scores.log_probs * weights), scores
-
-    return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(hidden, head)
-
-
-@pytest.mark.parametrize("chunks", [2, 3, 24])
-def test_the_vocabulary_in_chunks_gives_the_same_scores_and_gradients(rng, chunks):
-    model, targets = model_of(rng, 2), jnp.asarray(rng.integers(VOCAB, size=(2, LENGTH)))
-    (_, whole), whole_grads = scored(*model, targets, 1)
-    (_, parts), part_grads = scored(*model, targets, chunks)
-    for ours, reference in ((parts, whole), (part_grads, whole_grads)):
-        for a, b in zip(ours, reference, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5)
-
-
-@pytest.mark.parametrize("chunks", [1, 4])
-def test_scores_are_log_softmax_and_entropy_even_of_huge_logits(rng, chunks):
-    targets = jnp.asarray(rng.integers(VOCAB, size=(1, LENGTH)))
-    for scale, tolerance in ((1.0, 1e-5), (3e3, 3e-2)):
-        model = model_of(rng, 1, scale)
-        scores = score_targets(*model, targets, chunks, with_entropy=True)
-        hidden, head = exactly(model)
-        expected = log_softmax(hidden @ head.T)
-        chosen = np.take_along_axis(expected, np.asarray(targets)[..., None], axis=-1)[..., 0]
-        np.testing.assert_allclose(scores.log_probs, chosen, atol=tolerance, rtol=1e-5)
-        entropies = -np.sum(np.exp(expected) * expected, axis=-1)
-        np.testing.assert_allclose(scores.entropies, entropies, atol=tolerance)
-
-
-def test_entropies_are_not_computed_unasked_and_carry_no_gradient(rng):
-    model, targets = model_of(rng, 1), jnp.zeros((1, LENGTH), jnp.int32)
-    for chunks in (1, 4):
-        assert not np.asarray(score_targets(*model, targets, chunks).entropies).any()
-        gradient = jax.grad(lambda h, c=chunks: score_targets(h, model[1], targets, c, True).entropies.sum())(model[0])
-        assert not np.asarray(gradient).any()
-
-
-def test_each_response_is_predicted_from_its_own_past(rng):
-    batch = pair_batch(rng)
-    index = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.float32)[None, :, None], (3, LENGTH, 1))
-    before = np.asarray(hidden_before(index, batch, PAIRS_A_ROW))[..., 0]
-    # The first rejected token of each pair follows the prompt's last token; every other one its left neighbour.
-    jumps = {(0, 7): 3, (0, 12): 10, (1, 7): 0}
-    for row in range(2):
-        for place in range(1, LENGTH):
-            if batch.branch_ids[row, place]:
-                assert before[row, place] == jumps.get((row, place), place - 1), (row, place)
