@@ -77,25 +77,26 @@ def attend_in_blocks(
     blocks = next(n for n in range(most, 0, -1) if length % n == 0)
     size, group = length // blocks, heads // kv_heads
     q = q.reshape(batch, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
-    # Split and put together again, keys have gradients that are sums of parts: slices would have them padded to rows.
-    k, v = (jnp.split(x.transpose(0, 2, 1, 3), blocks, axis=2) for x in (k, v))
+    # Split and put together again, they have gradients that are sums of parts: slices would have them padded to rows.
+    of_q = jnp.split(q, blocks, axis=3)
+    of_k, of_v = (jnp.split(x.transpose(0, 2, 1, 3), blocks, axis=2) for x in (k, v))
 
-    def block(number: int, q: Float[Array, "B K G q E"]) -> Float[Array, "B K G q E"]:
+    def block(number: int) -> Float[Array, "B K G q E"]:
         start, end = number * size, (number + 1) * size
-        own_k, own_v = (jnp.concatenate(x[: number + 1], axis=2) for x in (k, v))
         queries = TokenLayout(query.index[start:end], query.segment_ids[:, start:end], query.branch_ids[:, start:end])
         keys = TokenLayout(key.index[:end], key.segment_ids[:, :end], key.branch_ids[:, :end])
         hidden = jnp.where(visible(queries, keys), 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
-        rows = q.reshape(batch, kv_heads, group * size, width)
-        scores = jnp.einsum("bkme,bkte->bkmt", rows, own_k, preferred_element_type=jnp.float32)
+        seen_k, seen_v = (jnp.concatenate(x[: number + 1], axis=2) for x in (of_k, of_v))
+        rows = of_q[number].reshape(batch, kv_heads, group * size, width)
+        scores = jnp.einsum("bkme,bkte->bkmt", rows, seen_k, preferred_element_type=jnp.float32)
         scores = scores.reshape(batch, kv_heads, group, size, end) * width**-0.5 + hidden
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-        rows = weights.astype(own_v.dtype).reshape(batch, kv_heads, group * size, end)
-        out = jnp.einsum("bkmt,bkte->bkme", rows, own_v, preferred_element_type=jnp.float32)
+        rows = weights.astype(v.dtype).reshape(batch, kv_heads, group * size, end)
+        out = jnp.einsum("bkmt,bkte->bkme", rows, seen_v, preferred_element_type=jnp.float32)
         out = out.reshape(batch, kv_heads, group, size, width) / jnp.sum(weights, axis=-1, keepdims=True)
-        return out.astype(own_v.dtype)
+        return out.astype(v.dtype)
 
-    out = jnp.concatenate([block(*numbered) for numbered in enumerate(jnp.split(q, blocks, axis=3))], axis=3)
+    out = jnp.concatenate([block(number) for number in range(blocks)], axis=3)
     return checkpoint_name(out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width), RESIDUALS)
 
 

@@ -168,8 +168,8 @@ def in_blocks(loss: HeadLoss, *, whole_rows: bool) -> HeadLoss:
 
 def _of_tokens(function: Callable[[Array], Array], batch: Batch) -> Batch:
     """The batch with its arrays [B, S] changed."""
-    *of_tokens, reference = batch
-    return Batch(*map(function, of_tokens), reference)
+    changed = {name: function(getattr(batch, name)) for name in Batch._fields if name != "reference_log_probs"}
+    return batch._replace(**changed)
 
 
 def _add_up(function: Callable, rows: Any) -> Any:
