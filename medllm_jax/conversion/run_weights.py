@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
+from medllm_jax.checkpoint.arrays import chunk_of
 from medllm_jax.checkpoint.fingerprint import StreamedFingerprint
 from medllm_jax.checkpoint.handle import Checkpoint
 from medllm_jax.config.schema import AdapterConfig, ModelConfig
@@ -134,11 +135,6 @@ def _stored_shapes(config: ModelConfig, storage: Storage | None) -> dict[str, tu
         layer = path.rpartition("/")[0]
         shapes |= {f"{layer}/{name}": (shape[0], *array.shape) for name, array in stored.items()}
     return shapes
-
-
-def chunk_of(array: ts.TensorStore) -> tuple[int, ...]:
-    """The shape of the chunks that an array is stored in."""
-    return tuple(size or 1 for size in array.chunk_layout.read_chunk.shape or ())
 
 
 @functools.cache
