@@ -7,6 +7,7 @@
 Whatever appears in the run folder afterwards, label, adapter settings and weights are of one step.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -261,6 +262,14 @@ class Checkpoint:
             return told
         where = "" if path is None else f" in {path}"
         return self.failure(f"can't be read{where} ({orbax.first_cause(error)})")
+
+    @contextlib.contextmanager
+    def reading(self, path: str) -> Iterator[None]:
+        """Raises, of what fails in the block, which reads the weight at a path, the error to raise."""
+        try:
+            yield
+        except (ValueError, FileNotFoundError, UnreadableError) as error:
+            raise self.unreadable(error, path) from None
 
     def failure(self, what: str) -> RunError:
         """The error to raise where it does not hold what was written, in the words of `what`."""

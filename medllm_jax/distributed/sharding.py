@@ -119,8 +119,8 @@ def parts_of(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tup
 def reading_spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
     """How devices split a parameter that is stored in whole rows while they read it: each whole rows, none twice.
 
-    Axes of the mesh that split its columns by `PARAMETERS` split rows instead, or blocks where these don't divide. Where
-    neither does, it is read as it will lie.
+    Axes of the mesh that split its columns by `PARAMETERS` split rows instead, or blocks where these don't divide.
+    Where neither does, it is read as it will lie.
     """
     spec = row_of(PARAMETERS, path)
     if len(shape) - path.startswith("layers/") < 2 or spec[-1] is None:
