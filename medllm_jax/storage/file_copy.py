@@ -1,7 +1,6 @@
 """Bytes that go from one local file into another: copied by the kernel, and looked at where they arrived."""
 
 import errno
-import mmap
 import os
 from collections.abc import Iterator
 
@@ -45,12 +44,17 @@ def _copy_by_kernel(source: int, offset: int, target: int, to: int, size: int) -
 
 
 def blocks_of(file: int, offset: int, size: int) -> Iterator[np.ndarray]:
-    """uint8 blocks of what is written in an open file, a part of its pages mapped; none is to be kept.
+    """uint8 blocks of what stands in an open file; each is there until the next is asked for.
 
-    Of a file that others cut meanwhile, reading a block ends the process: it is for files that we are writing.
+    They are read and not mapped: that takes no longer, since pages that were just written are mapped one by one, and
+    what goes wrong is an error and no signal that ends the process. OSError where the file ends before.
     """
-    before = offset % mmap.ALLOCATIONGRANULARITY
-    pages = mmap.mmap(file, before + size, access=mmap.ACCESS_READ, offset=offset - before)
-    data = np.frombuffer(pages, np.uint8)
-    for first in range(before, before + size, _BLOCK_BYTES):
-        yield data[first : min(first + _BLOCK_BYTES, before + size)]
+    buffer = np.empty(min(size, _BLOCK_BYTES), np.uint8)
+    done = 0
+    while done < size:
+        block = buffer[: size - done]
+        count = os.preadv(file, [block.data], offset + done)
+        if count != len(block):
+            raise OSError(errno.EIO, f"{size} bytes were written at {offset}, and reading ends after {done + count}")
+        yield block
+        done += count
