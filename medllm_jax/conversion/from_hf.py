@@ -270,10 +270,10 @@ def _tasks(target: _Target) -> list[ConversionTask]:
 def memory_needed(tasks: list[ConversionTask], *, is_copied: bool = False) -> int:
     """Bytes of host memory that the tasks at work take at most: as read, in chunks, and as written.
 
-    is_copied: files are copied, of which one chunk at a time is looked at.
+    is_copied: files are copied, and memory takes what doesn't fill a chunk.
     """
     if is_copied:
-        return _COPIERS * max(task.target.rows * task.target.row_bytes for task in tasks)
+        return 3 * _COPIERS * max(task.target.rows * task.target.row_bytes for task in tasks)
     largest = max(task.bytes * (6 if task.target.quantised else 3) for task in tasks)
     return _WORKERS * largest
 

@@ -141,7 +141,7 @@ def to_hf(
 def memory_needed(weights: Weights, dtype: np.dtype, *, may_copy: bool = False) -> int:
     """Bytes of host memory that the ranges at work take at most: those waiting, as stored and as written, and chunks.
 
-    may_copy: what files hold as it is to be written is copied from them, and one chunk of a shard is looked at.
+    may_copy: what files hold as it is to be written is copied from them; of a chunk, memory takes what fills it up.
     """
     if isinstance(weights, peft.AdapterWeights):
         return 2 * sum(tensor_bytes(tensor, weights.dtype) for tensor in weights.tensors)
