@@ -3,9 +3,10 @@
     python -m benchmarks.convert [--sizes 0.5b 3b] [--folder DIR] [--repeat 3] [--no-transformers]
 
 Makes random bfloat16 checkpoints of the shapes in configs/model, converts each to a run folder and back, and compares
-every byte. Prints for each step the best time, the median of its speed as a share of that of the `cp` just before it
-(both in the page cache), the best time as a share of the best `cp`, and the most memory that the whole process had.
-Beside them stands one core's time for the sha256 of the files, which `SHA256SUMS` lists and no copy computes.
+every byte. Prints for each step the best time, the median of the processors' time, the median of its speed as a share
+of that of the `cp` just before it (both in the page cache), the best time as a share of the best `cp`, the median of
+`cp`'s processor time as a share of its own, and the most memory that the whole process had. Beside them stands one
+core's time for the sha256 of the files, which `SHA256SUMS` lists and no copy computes.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -70,31 +73,50 @@ def make_checkpoint(size: str, folder: Path) -> int:
     return sum(int(np.prod(tensor.shape)) for tensor in tensors) * dtype.itemsize
 
 
-def measured(code: str, *arguments: object) -> tuple[float, float]:
-    """Seconds that a Python program took, and its largest memory in GiB."""
+class Cost(NamedTuple):
+    """Seconds on the clock, seconds of all processors, and the largest memory in GiB, where it was measured."""
+
+    seconds: float
+    cpu: float
+    peak: float = 0.0
+
+
+def measured(code: str, *arguments: object) -> Cost:
+    """What a Python program took."""
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    start = time.monotonic()
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    seconds = time.monotonic() - start
+    done: subprocess.CompletedProcess[str] | None = None
+
+    def run() -> None:
+        nonlocal done
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+    cost = timed(run)
+    assert done is not None
     if done.returncode:
         sys.exit(f"{arguments} failed:\n{done.stdout}{done.stderr}")
     peak = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("PEAK"))
-    return seconds, int(peak.split()[1]) / 2**20
+    return cost._replace(peak=int(peak.split()[1]) / 2**20)
 
 
-def copied(source: Path, target: Path) -> float:
-    start = time.monotonic()
-    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    return time.monotonic() - start
+def timed(work: Callable[[], object]) -> Cost:
+    """What a call took, of this process and of those that it waited for."""
+    start, before = time.monotonic(), sum(os.times()[:4])
+    work()
+    return Cost(time.monotonic() - start, sum(os.times()[:4]) - before)
 
 
-def hashed(folder: Path) -> float:
-    start = time.monotonic()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb", buffering=0) as opened:
-            hashlib.file_digest(opened, "sha256")
-    return time.monotonic() - start
+def copied(source: Path, target: Path) -> Cost:
+    return timed(lambda: subprocess.run(["cp", "-r", str(source), str(target)], check=True))
+
+
+def hashed(folder: Path) -> Cost:
+    def work() -> None:
+        for file in sorted(folder.glob("*.safetensors")):
+            with file.open("rb", buffering=0) as opened:
+                hashlib.file_digest(opened, "sha256")
+
+    return timed(work)
 
 
 def main() -> None:
@@ -112,13 +134,14 @@ def main() -> None:
 def _compare(size: str, work: Path, options: argparse.Namespace) -> None:
     total = make_checkpoint(size, work / "hf")
     steps = {
-        "sha256": lambda: (hashed(work / "hf"), 0.0),
+        "sha256": lambda: hashed(work / "hf"),
         "from-hf": lambda: measured(CONVERT, "from-hf", work / "hf", work / "run"),
         "to-hf": lambda: measured(CONVERT, "to-hf", work / "run", work / "out"),
     }
     if not options.no_transformers:
         steps["transformers"] = lambda: measured(TRANSFORMERS, work / "hf", work / "saved")
-    copies, seconds, peaks = {}, {}, {}
+    copies: dict[str, list[Cost]] = {}
+    costs: dict[str, list[Cost]] = {}
     for _ in range(options.repeat):
         for name in ("run", "out", "saved"):
             shutil.rmtree(work / name, ignore_errors=True)
@@ -127,9 +150,7 @@ def _compare(size: str, work: Path, options: argparse.Namespace) -> None:
             copies.setdefault(name, []).append(copied(work / "hf", work / "copy"))
             shutil.rmtree(work / "copy")
             os.sync()
-            taken, peak = step()
-            seconds.setdefault(name, []).append(taken)
-            peaks[name] = max(peak, peaks.get(name, 0.0))
+            costs.setdefault(name, []).append(step())
     same = subprocess.run(
         [sys.executable, "-m", "tools.convert_hf", "verify", work / "hf", work / "out", "--by", "hash"],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -138,15 +159,29 @@ def _compare(size: str, work: Path, options: argparse.Namespace) -> None:
         check=False,
     )
     print(f"{size}: {total / 1e9:.2f} GB; every byte equal after both: {same.returncode == 0}")
-    best_copy = min(min(taken) for taken in copies.values())
-    print(f"  {'':<14}{'seconds':>9}{'GB/s':>8}{'of cp, median':>15}{'of cp, best':>13}{'peak, GiB':>11}")
-    print(f"  {'cp':<14}{best_copy:>9.1f}{total / best_copy / 1e9:>8.2f}{1:>15.2f}{1:>13.2f}")
-    for name, taken in seconds.items():
-        pairs = statistics.median(copy / step for copy, step in zip(copies[name], taken, strict=True))
-        shares = f"{pairs:>15.2f}{best_copy / min(taken):>13.2f}"
-        peak = f"{peaks[name]:>11.2f}" if peaks[name] else ""
-        print(f"  {name:<14}{min(taken):>9.1f}{total / min(taken) / 1e9:>8.2f}{shares}{peak}")
-    print(json.dumps({"size": size, "bytes": total, "seconds": seconds, "cp": copies, "peak_gib": peaks}), flush=True)
+    copies_of_all = [cost for each in copies.values() for cost in each]
+    best = min(cost.seconds for cost in copies_of_all)
+    _print("", "seconds", "GB/s", "CPU-s", "of cp, median", "of cp, best", "CPU of cp", "peak, GiB")
+    cpu = statistics.median(cost.cpu for cost in copies_of_all)
+    _print("cp", f"{best:.1f}", f"{total / best / 1e9:.2f}", f"{cpu:.1f}", "1.00", "1.00", "1.00", "")
+    for name, taken in costs.items():
+        pairs = list(zip(copies[name], taken, strict=True))
+        fastest, peak = min(cost.seconds for cost in taken), max(cost.peak for cost in taken)
+        _print(
+            name,
+            f"{fastest:.1f}",
+            f"{total / fastest / 1e9:.2f}",
+            f"{statistics.median(cost.cpu for cost in taken):.1f}",
+            f"{statistics.median(copy.seconds / step.seconds for copy, step in pairs):.2f}",
+            f"{best / fastest:.2f}",
+            f"{statistics.median(copy.cpu / step.cpu for copy, step in pairs):.2f}",
+            f"{peak:.2f}" if peak else "",
+        )
+    print(json.dumps({"size": size, "bytes": total, "costs": costs, "cp": copies}), flush=True)
+
+
+def _print(name: str, *cells: str) -> None:
+    print(f"  {name:<14}" + "".join(f"{cell:>15}" for cell in cells))
 
 
 if __name__ == "__main__":

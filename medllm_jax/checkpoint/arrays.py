@@ -5,6 +5,7 @@ Orbax's own (OCDBT), as training writes them, or as a folder of files, as `creat
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -19,42 +20,36 @@ from medllm_jax.storage.remote import kvstore_spec
 
 TREE = "_METADATA"  # Orbax's list of an item's weights
 CHUNK_BYTES = 8 << 20
-_SLICE_BYTES = 64 << 20  # of the rows that a chunk is a part of, which is what a writer holds at a time
+_LEAST_BYTES = 256 << 10  # of a chunk, where devices read less of a weight
 _DESCRIPTIONS = {True: "zarr.json", False: ".zarray"}  # by whether it is version 3: the file that describes an array
 _MOST_DESCRIBED = 2**20  # bytes of that file
 # The texts of an item, and how its arrays were laid over devices, if there are any: TensorStore reads these too.
 _TEXTS, _SHARDING = "_strings.json", "_sharding"
-# Chunks are not made narrower than so many columns, where no mesh says how devices split a weight, and where one does.
-_COLUMNS, _COLUMNS_OF_PART = 2048, 512
 
 
 class UnreadableError(Exception):
     """What is stored can't be read; the text names the first cause."""
 
 
-def chunk_shape(
-    shape: tuple[int, ...], itemsize: int, parts: tuple[int, ...] | None, *, stacked: bool
-) -> tuple[int, ...]:
-    """The shape of the chunks that a weight is stored in: a device's part of a block, or an even part of that.
+def chunk_shape(shape: tuple[int, ...], itemsize: int, row_parts: int, *, stacked: bool) -> tuple[int, ...]:
+    """The shape of the chunks that a weight is stored in: the rows of a block that a device reads, or an even part.
 
-    parts: into how many parts devices split each dimension; None where that is not known. stacked: the first dimension
-    is that of the blocks, which are apart from each other.
+    Rows are whole, so that chunks can be copied as they are. row_parts: into how many parts devices split the rows.
+    stacked: the first dimension is that of the blocks, which are apart from each other.
     """
-    matrix = len(shape) - stacked == 2
-    row, columns = (len(shape) - 2, shape[-1]) if matrix else (len(shape) - 1, 1)
-    wanted, least = (32, _COLUMNS) if parts is None else (parts[-1], _COLUMNS_OF_PART)
-    across = [p for p in range(1, wanted + 1) if wanted % p == 0 == columns % p and (p == 1 or columns >= p * least)]
-    chunk = list(shape)
-    if stacked:
-        chunk[0] = 1
-    if matrix:
-        chunk[-1] //= across[-1]
-    rows = shape[row] // (1 if parts is None else parts[row])
-    most = min(CHUNK_BYTES // (itemsize * columns // across[-1]), _SLICE_BYTES // (itemsize * columns))
-    chunk[row] = rows if rows <= most else max(size for size in range(1, max(most, 1) + 1) if rows % size == 0)
-    if 4 * chunk[row] < min(rows, most) and rows == shape[row]:
-        chunk[row] = most  # what hardly divides, and is not split by devices, may end in a shorter chunk
-    return tuple(chunk)
+    size, row_bytes = shape[stacked], itemsize * math.prod(shape[stacked + 1 :])
+    most, rows = max(1, CHUNK_BYTES // row_bytes), size // row_parts
+    if rows > most:
+        share, rows = rows, _largest_divisor(rows, most)
+        if 4 * rows < most and share == size:
+            rows = most  # what hardly divides, and is not split by devices, may end in a shorter chunk
+    elif rows * row_bytes < _LEAST_BYTES:  # several devices read the same
+        rows *= row_parts // _largest_divisor(row_parts, max(1, size * row_bytes // _LEAST_BYTES))
+    return (*(1,) * stacked, rows, *shape[stacked + 1 :])
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max(divisor for divisor in range(1, min(number, most) + 1) if number % divisor == 0)
 
 
 def create(item: epath.Path, path: str, shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...]) -> ts.TensorStore:
@@ -124,6 +119,16 @@ def open_arrays(item: epath.Path) -> dict[str, ts.TensorStore]:
                 raise
             raise UnreadableError(f"{path} can't be opened: {first_line(error)}") from error
     return arrays
+
+
+def chunk_of(array: ts.TensorStore) -> tuple[int, ...]:
+    """The shape of the chunks that an array is stored in."""
+    return tuple(size or 1 for size in array.chunk_layout.read_chunk.shape or ())
+
+
+def has_whole_rows(array: ts.TensorStore) -> bool:
+    """Whether the chunks of an array hold whole rows."""
+    return chunk_of(array)[-1:] == tuple(array.shape[-1:])
 
 
 def check_descriptions(item: epath.Path) -> None:

@@ -7,10 +7,11 @@
 Whatever appears in the run folder afterwards, label, adapter settings and weights are of one step.
 """
 
+import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
 from medllm_jax.checkpoint import arrays, orbax
 from medllm_jax.checkpoint.arrays import UnreadableError
@@ -27,7 +29,7 @@ from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.config.load import build
 from medllm_jax.config.schema import AdapterConfig, ModelConfig
 from medllm_jax.distributed.processes import run_on_all
-from medllm_jax.distributed.sharding import path_of
+from medllm_jax.distributed.sharding import path_of, reading_spec
 from medllm_jax.errors import RunError, UserError
 from medllm_jax.model.quantize import Storage
 from medllm_jax.storage.faults import as_told, passes
@@ -155,21 +157,28 @@ class Checkpoint:
 
     def load_params(self, abstract: Any) -> Any:
         """The weights, in the dtypes and shardings of a tree of ShapeDtypeStructs."""
-        items = self._items({"params": abstract})
+        leaves, structure = jax.tree.flatten(abstract)
+        items = self._items({"params": self._as_read(abstract)})
         self._check(items)
-        return items["params"]
+        values = jax.tree.leaves(items.pop("params"))
+        for place, leaf in enumerate(leaves):  # one at a time, and what was read of it goes
+            values[place] = _laid_out(values[place], leaf)
+        return jax.tree.unflatten(structure, values)
 
     def stream_params(self, abstract: Any) -> Iterator[tuple[str, jax.Array]]:
         """Path and value of each weight, one at a time, in the dtypes and shardings of a tree of ShapeDtypeStructs.
 
         The caller lets go of a value before it asks for the next, if two at a time would be too much.
         """
-        leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+        leaves = jax.tree_util.tree_leaves_with_path(abstract)
+        read, structure = jax.tree.flatten(self._as_read(abstract))
         for place, (key_path, leaf) in enumerate(leaves):
-            one = [leaf if i == place else orbax.PLACEHOLDER for i in range(len(leaves))]
+            one = [read[i] if i == place else orbax.PLACEHOLDER for i in range(len(leaves))]
             items = self._items({"params": jax.tree.unflatten(structure, one)})
             path, value = path_of(key_path), jax.tree.leaves(items["params"])[place]
             self._check({"params": {path: value}})
+            del items
+            value = _laid_out(value, leaf)
             yield path, value
 
     def host_params(self) -> dict[str, np.ndarray]:
@@ -187,6 +196,27 @@ class Checkpoint:
             raise self.failure(f"can't be read ({error})") from error
         self._check_paths(opened)
         return opened
+
+    def _as_read(self, abstract: Any) -> Any:
+        """A tree of ShapeDtypeStructs, or of other types to read, with the shardings to read it in.
+
+        A chunk of whole rows is read by one device, and not by each that a part of these rows belongs to.
+        """
+
+        def leaf_as_read(key_path: tuple, leaf: Any) -> Any:
+            path, wanted = path_of(key_path), getattr(leaf, "sharding", None)
+            if not isinstance(wanted, NamedSharding) or wanted.shard_shape(leaf.shape)[-1:] == leaf.shape[-1:]:
+                return leaf
+            if path not in self._opened or not arrays.has_whole_rows(self._opened[path]):
+                return leaf
+            spec = reading_spec(path, leaf.shape, wanted.mesh.shape)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(wanted.mesh, spec))
+
+        return jax.tree_util.tree_map_with_path(leaf_as_read, abstract)
+
+    @functools.cached_property
+    def _opened(self) -> dict[str, ts.TensorStore]:
+        return self.open_arrays()
 
     @functools.cached_property
     def _weights(self) -> epath.Path:
@@ -233,6 +263,14 @@ class Checkpoint:
         where = "" if path is None else f" in {path}"
         return self.failure(f"can't be read{where} ({orbax.first_cause(error)})")
 
+    @contextlib.contextmanager
+    def reading(self, path: str) -> Iterator[None]:
+        """Raises, of what fails in the block, which reads the weight at a path, the error to raise."""
+        try:
+            yield
+        except (ValueError, FileNotFoundError, UnreadableError) as error:
+            raise self.unreadable(error, path) from None
+
     def failure(self, what: str) -> RunError:
         """The error to raise where it does not hold what was written, in the words of `what`."""
         if not orbax.is_whole(self._folder):
@@ -263,6 +301,19 @@ class Checkpoint:
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise self.failure(f"holds other bytes in {wrong[0]}{more} than were written")
+
+
+def _laid_out(value: Any, wanted: Any) -> Any:
+    """An array in the sharding of a ShapeDtypeStruct."""
+    sharding = getattr(wanted, "sharding", None)
+    if sharding is None or value.sharding.is_equivalent_to(sharding, value.ndim):
+        return value
+    return _moving_to(sharding)(value)
+
+
+@functools.cache
+def _moving_to(sharding: Any) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda value: value, out_shardings=sharding)
 
 
 def check_listing(run: str | os.PathLike, step: int) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from medllm_jax.errors import UserError
 
-_BLOCK = 1 << 20  # elements that are looked at together: what is computed of them stays in the processor's cache
+_BLOCK = 1 << 17  # elements that are looked at together: what is computed of them stays in the processor's cache
 _LISTED = 5
 _EXPONENT = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
 
@@ -59,8 +59,9 @@ def non_finite(values: np.ndarray) -> tuple[int, int]:
     nan = infinite = 0
     for first in range(0, len(bits), _BLOCK):
         block = bits[first : first + _BLOCK]
-        odd = block[(block & exponent) == exponent]
-        if len(odd):
+        exponents = block & exponent
+        if exponents.max() == exponent:
+            odd = block[exponents == exponent]
             are_nan = int(np.count_nonzero(odd & mantissa))
             nan, infinite = nan + are_nan, infinite + len(odd) - are_nan
     return nan, infinite

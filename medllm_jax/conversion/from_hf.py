@@ -2,16 +2,20 @@
 
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 from flax.traverse_util import unflatten_dict
 
 from medllm_jax.checkpoint.arrays import chunk_shape
+from medllm_jax.checkpoint.chunk_files import chunk_files
 from medllm_jax.checkpoint.handle import Base, open_checkpoint
 from medllm_jax.checkpoint.write_model import StoredWeight, finish_model, new_arrays, write_model
 from medllm_jax.config.load import to_plain
@@ -26,22 +30,23 @@ from medllm_jax.conversion.folders import (
     holds_something,
     unfinished_folder,
 )
-from medllm_jax.conversion.hf_weights import HFFolder, open_hf
+from medllm_jax.conversion.hf_weights import HFFolder, ended_early, open_hf
 from medllm_jax.conversion.names import RowRange, Tensor, in_words, row_ranges
 from medllm_jax.conversion.peft import factors, is_adapter, open_adapter
 from medllm_jax.conversion.run_weights import RunWeights
-from medllm_jax.distributed.sharding import parts_of
+from medllm_jax.distributed.sharding import parts_of, reading_parts
 from medllm_jax.errors import UserError
 from medllm_jax.model.quantize import BLOCK, Storage, quantize
 from medllm_jax.storage import hub, run_folder
 from medllm_jax.storage.json_files import read_json
 from medllm_jax.storage.lease import sole_writer
-from medllm_jax.storage.remote import remove_folder
+from medllm_jax.storage.remote import is_remote, remove_folder
 from medllm_jax.terminal.progress import Console, size_in_words
 
 _log = logging.getLogger(__name__)
 
 _WORKERS = 2
+_COPIERS = min(4, os.cpu_count() or 1)  # workers where no weight passes through memory
 _RANGE_BYTES = 16 << 20  # a worker takes at least so many, where a weight has them
 
 
@@ -83,14 +88,16 @@ def from_hf(
     what = {"source": model.identity(), "storage": storage and to_plain(storage), "mesh": mesh and dict(mesh)}
     filling = ResumableFolder(target, what, part=number, parts=parts)
     filling.open(resume=resume)
-    memory = size_in_words(memory_needed(tasks))
+    is_copied = storage is None and not is_remote(model.path) and not is_remote(target)
+    memory = size_in_words(memory_needed(tasks, is_copied=is_copied))
     _log.info(f"{source}: {size_in_words(size)} in {model.dtype.name}; it takes at most {memory} of memory")
     try:
         with full_disk_is_reported(target):
             arrays = new_arrays(filling.folder, weights)
             todo = [task for task in tasks[number::parts] if task.name not in filling.done]
             odd = NonFinite()
-            _convert(model, arrays, storage, todo, filling, odd)
+            convert = functools.partial(_copy if is_copied else _rewrite, model, arrays, storage, odd)
+            _work_off(convert, todo, model, filling, workers=_COPIERS if is_copied else _WORKERS)
             if not allow_non_finite:
                 odd.check(source, model.dtype, stored=model.dtype)
             with filling.completion() as is_due:
@@ -230,8 +237,8 @@ def _target_of(model: HFFolder, tensor: Tensor, storage: Storage | None, mesh: M
     row_bytes = model.dtype.itemsize * int(np.prod(tensor.shape[1:]))
     if storage is None or not tensor.path.endswith("_proj/weight"):
         shape = (*blocks, *tensor.shape)
-        parts = None if mesh is None else parts_of(tensor.path, shape, mesh)
-        chunk = chunk_shape(shape, model.dtype.itemsize, parts, stacked=stacked)
+        parts = (1, 1) if mesh is None else reading_parts(tensor.path, shape, mesh)
+        chunk = chunk_shape(shape, model.dtype.itemsize, parts[stacked], stacked=stacked)
         rows = chunk[1] if stacked else chunk[0]
         return _Target(tensor, {tensor.path: StoredWeight(shape, model.dtype, chunk)}, rows, row_bytes, False)
     if tensor.shape[1] % BLOCK:
@@ -245,8 +252,8 @@ def _target_of(model: HFFolder, tensor: Tensor, storage: Storage | None, mesh: M
     shapes = {f"{folder}/{name}": ((*blocks, *array.shape), np.dtype(array.dtype)) for name, array in arrays.items()}
     # All arrays are written in the same rows, so that no two tasks share a chunk.
     shape, dtype = shapes[f"{folder}/codes"]
-    parts = None if mesh is None else parts_of(f"{folder}/codes", shape, mesh)
-    rows = chunk_shape(shape, dtype.itemsize, parts, stacked=True)[1]
+    parts = (1, 1) if mesh is None else parts_of(f"{folder}/codes", shape, mesh)
+    rows = chunk_shape(shape, dtype.itemsize, parts[1], stacked=True)[1]
     weights = {}
     for path, (shape, dtype) in shapes.items():
         parts = (1,) * len(shape) if mesh is None else parts_of(path, shape, mesh)
@@ -260,8 +267,13 @@ def _tasks(target: _Target) -> list[ConversionTask]:
     return [ConversionTask(target, each) for each in row_ranges(target.tensor, rows)]
 
 
-def memory_needed(tasks: list[ConversionTask]) -> int:
-    """Bytes of host memory that the tasks at work take at most: as read, in chunks, and as written."""
+def memory_needed(tasks: list[ConversionTask], *, is_copied: bool = False) -> int:
+    """Bytes of host memory that the tasks at work take at most: as read, in chunks, and as written.
+
+    is_copied: files are copied, and memory takes what doesn't fill a chunk.
+    """
+    if is_copied:
+        return 3 * _COPIERS * max(task.target.rows * task.target.row_bytes for task in tasks)
     largest = max(task.bytes * (6 if task.target.quantised else 3) for task in tasks)
     return _WORKERS * largest
 
@@ -269,35 +281,64 @@ def memory_needed(tasks: list[ConversionTask]) -> int:
 # --- the work ----------------------------------------------------------------------------------------------------
 
 
-def _convert(
-    model: HFFolder,
-    arrays: dict[str, Any],
-    storage: Storage | None,
+def _work_off(
+    convert: Callable[[ConversionTask], bool],
     todo: list[ConversionTask],
+    model: HFFolder,
     filling: ResumableFolder,
-    odd: NonFinite,
+    *,
+    workers: int,
 ) -> None:
-    def convert(task: ConversionTask) -> tuple[ConversionTask, bool]:
-        tensor, first, last = task.rows
-        rows = model.read(tensor, first, last)
-        is_odd = odd.count(tensor.name, rows)
-        values = {tensor.path: rows}
-        if storage is not None and task.target.quantised:
-            folder = tensor.path.rpartition("/")[0]
-            values = {f"{folder}/{name}": np.asarray(array) for name, array in _quantizer(storage)(rows).items()}
-        for path, value in values.items():
-            block = arrays[path] if tensor.layer is None else arrays[path][tensor.layer]
-            block[first:last].write(value, can_reference_source_data_indefinitely=True).result()
-        return task, is_odd
-
     total = sum(task.bytes for task in todo)
     done = 0
     with Console("converting weights", total, unit="bytes") as console:
-        for task, is_odd in ahead(convert, todo, workers=_WORKERS):
+        for task, is_odd in ahead(lambda task: (task, convert(task)), todo, workers=workers):
             if not is_odd:  # else it is counted again when the conversion is resumed
                 filling.note(task.name)
             done += task.bytes
             console.update(done, in_words(task.rows.tensor, model.config), every_seconds=10)
+
+
+def _rewrite(
+    model: HFFolder, arrays: dict[str, ts.TensorStore], storage: Storage | None, odd: NonFinite, task: ConversionTask
+) -> bool:
+    """Writes a task's rows as they are to be stored; has it any that are no numbers?"""
+    tensor, first, last = task.rows
+    rows = model.read(tensor, first, last)
+    is_odd = odd.count(tensor.name, rows)
+    values = {tensor.path: rows}
+    if storage is not None and task.target.quantised:
+        folder = tensor.path.rpartition("/")[0]
+        values = {f"{folder}/{name}": np.asarray(array) for name, array in _quantizer(storage)(rows).items()}
+    for path, value in values.items():
+        block = arrays[path] if tensor.layer is None else arrays[path][tensor.layer]
+        block[first:last].write(value, can_reference_source_data_indefinitely=True).result()
+    return is_odd
+
+
+def _copy(
+    model: HFFolder, arrays: dict[str, ts.TensorStore], storage: Storage | None, odd: NonFinite, task: ConversionTask
+) -> bool:
+    """`_rewrite` of local files: chunks of whole rows are copied from file to file."""
+    tensor, first, last = task.rows
+    chunks = chunk_files(arrays[tensor.path], tensor.layer)
+    if chunks is None:
+        return _rewrite(model, arrays, storage, odd, task)
+    copied = last - last % chunks.rows  # a chunk that is not full is filled up otherwise
+    is_odd = False
+
+    def look(block: np.ndarray) -> None:
+        nonlocal is_odd
+        is_odd |= odd.count(tensor.name, block.view(model.dtype))
+
+    entry = model.entries[tensor.name]
+    with Path(entry.file).open("rb", buffering=0) as source:
+        for begin in range(first, copied, chunks.rows):
+            if not chunks.fill(begin, source.fileno(), entry.offset + begin * chunks.row_bytes, look):
+                raise ended_early(entry.file)
+    if copied < last:
+        is_odd |= _rewrite(model, arrays, storage, odd, task._replace(rows=RowRange(tensor, copied, last)))
+    return is_odd
 
 
 @functools.cache

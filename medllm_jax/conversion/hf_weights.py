@@ -120,8 +120,13 @@ def read_bytes(file: epath.Path, offset: int, size: int) -> np.ndarray:
                 read += count
             data = data[:read]
     if len(data) != size:
-        raise UserError(f"{file} ends too early: it has changed meanwhile, or was not copied whole; copy it again")
+        raise ended_early(file)
     return data
+
+
+def ended_early(file: epath.Path) -> UserError:
+    """The error to raise for a file that has fewer bytes than its header says."""
+    return UserError(f"{file} ends too early: it has changed meanwhile, or was not copied whole; copy it again")
 
 
 @functools.cache

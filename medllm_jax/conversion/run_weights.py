@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import tensorstore as ts
 
+from medllm_jax.checkpoint.arrays import chunk_of
+from medllm_jax.checkpoint.chunk_files import ChunkFiles, chunk_files
 from medllm_jax.checkpoint.fingerprint import StreamedFingerprint
 from medllm_jax.checkpoint.handle import Checkpoint
 from medllm_jax.config.schema import AdapterConfig, ModelConfig
@@ -72,10 +74,15 @@ class RunWeights:
 
     def _rows(self, path: str, tensor: Tensor, first: int, last: int) -> np.ndarray:
         array = self.arrays[path] if tensor.layer is None else self.arrays[path][tensor.layer]
-        try:
+        with self._stored_in.reading(path):
             return array[first:last].read().result()
-        except ValueError as error:
-            raise self._stored_in.unreadable(error, path) from None
+
+    def chunks_of(self, tensor: Tensor, dtype: np.dtype) -> ChunkFiles | None:
+        """The files that hold a tensor's rows as `read` would give them in a dtype; None where none do."""
+        if self.checkpoint.adapter is not None or tensor.path not in self.arrays:
+            return None
+        chunks = chunk_files(self.arrays[tensor.path], tensor.layer)
+        return chunks if chunks is not None and chunks.dtype == dtype else None
 
     def rows_at_a_time(self, tensor: Tensor) -> int:
         """How many rows of a tensor to read at a time: whole chunks, where they are not too large."""
@@ -112,10 +119,8 @@ class RunWeights:
         with Console(heading, total, unit="bytes") as console:
             for path, array in self.arrays.items():
                 for index, first in _parts(array):
-                    try:
+                    with self._stored_in.reading(path):
                         values = array[index].read().result()
-                    except ValueError as error:
-                        raise self._stored_in.unreadable(error, path) from None
                     sums.add(path, first, values)
                     done += values.nbytes
                     console.update(done, path, every_seconds=10)
@@ -134,11 +139,6 @@ def _stored_shapes(config: ModelConfig, storage: Storage | None) -> dict[str, tu
         layer = path.rpartition("/")[0]
         shapes |= {f"{layer}/{name}": (shape[0], *array.shape) for name, array in stored.items()}
     return shapes
-
-
-def chunk_of(array: ts.TensorStore) -> tuple[int, ...]:
-    """The shape of the chunks that an array is stored in."""
-    return tuple(size or 1 for size in array.chunk_layout.read_chunk.shape or ())
 
 
 @functools.cache

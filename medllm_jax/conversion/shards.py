@@ -1,10 +1,12 @@
 """Writing safetensors files: each under a temporary name, checked, then renamed; in a bucket, an object at once."""
 
 import base64
+import collections
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,61 +88,88 @@ def holds_shard(folder: epath.Path, shard: Shard) -> bool:
     return path.exists() and path.stat().length == shard.bytes
 
 
-def write_shard(folder: epath.Path, shard: Shard, pieces: Iterable[np.ndarray]) -> str:
+class Copied(NamedTuple):
+    """Bytes of a local shard that are copied from another file.
+
+    copy: copies them to a place in an open file. It returns what then shows what arrived there, block by block (uint8),
+    to what it is given, and raises an error where that is not what was to be copied.
+    """
+
+    nbytes: int
+    copy: Callable[[int, int], Callable[[Callable[[np.ndarray], object]], None]]
+
+
+def write_shard(folder: epath.Path, shard: Shard, pieces: Iterable[np.ndarray | Copied]) -> str:
     """Writes a file of its tensors' values, which come in order and in pieces of any size; its sha256 (hex).
 
-    OSError where what arrived is not what was sent.
+    OSError where what arrived is not what was sent. A bucket takes no pieces that are copied.
     """
     sha256 = hashlib.sha256()
-    # In a thread of its own, since it takes as long as everything else; no more than two pieces wait for it.
-    with ThreadPoolExecutor(1) as hashing:
-        data = _hashed(_counted(shard, pieces), sha256, hashing)
-        (_upload if is_remote(folder) else _write)(folder / shard.name, data, shard.bytes)
+    (_upload if is_remote(folder) else _write)(folder / shard.name, _counted(shard, pieces), shard.bytes, sha256)
     return sha256.hexdigest()
 
 
-def _hashed(pieces: Iterable[np.ndarray], sha256: Any, thread: ThreadPoolExecutor) -> Iterator[np.ndarray]:
-    before = None
-    for piece in pieces:
-        latest = thread.submit(sha256.update, piece)
-        yield piece
-        if before is not None:
-            before.result()
-        before = latest
+@contextlib.contextmanager
+def _behind() -> Iterator[Callable[..., None]]:
+    """What does work in a thread of its own, in order, since checksums take as long as all else; two pieces of work may
+    wait for it, and all is done at the end.
+    """
+    waiting = collections.deque()
+    with ThreadPoolExecutor(1) as thread:
+
+        def later(work: Callable[..., object], *arguments: object) -> None:
+            if len(waiting) == 2:
+                waiting.popleft().result()
+            waiting.append(thread.submit(work, *arguments))
+
+        yield later
+        for each in waiting:
+            each.result()
 
 
-def _counted(shard: Shard, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+def _counted(shard: Shard, pieces: Iterable[Any]) -> Iterator[Any]:
     yield np.frombuffer(shard.header, np.uint8)
     written = len(shard.header)
     for piece in pieces:
-        data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-        written += len(data)
-        yield data
+        written += piece.nbytes
+        yield piece if isinstance(piece, Copied) else np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
     if written != shard.bytes:
         raise ValueError(f"{shard.name} was to have {shard.bytes} bytes and got {written}")
 
 
-def _write(path: epath.Path, data: Iterable[np.ndarray], size: int) -> None:
+def _write(path: epath.Path, pieces: Iterable[np.ndarray | Copied], size: int, sha256: Any) -> None:
     unfinished = path.with_name(f".{path.name}.part")
-    with Path(unfinished).open("wb", buffering=0) as file:
-        for piece in data:
-            while len(piece):
-                piece = piece[file.write(piece.data) :]
+    with Path(unfinished).open("wb+", buffering=0) as file, _behind() as later:
+        place = 0
+        for piece in pieces:
+            if isinstance(piece, Copied):
+                later(piece.copy(file.fileno(), place), sha256.update)
+            else:
+                later(sha256.update, piece)
+                _write_at(file.fileno(), place, piece)
+            place += piece.nbytes
     if unfinished.stat().length != size:
         raise OSError(f"{unfinished} has {unfinished.stat().length} bytes and was to have {size}")
     read_header(unfinished)  # which says that it is whole
     unfinished.replace(path)  # one may be there that was not noted any more
 
 
-def _upload(path: epath.Path, data: Iterable[np.ndarray], size: int) -> None:
+def _write_at(file: int, place: int, data: np.ndarray) -> None:
+    while len(data):
+        written = os.pwrite(file, data.data, place)
+        place, data = place + written, data[written:]
+
+
+def _upload(path: epath.Path, data: Iterable[np.ndarray], size: int, sha256: Any) -> None:
     from google.cloud import storage
 
     bucket, _, name = os.fspath(path).removeprefix("gs://").partition("/")
     blob = storage.Client().bucket(bucket).blob(name)
     sent = google_crc32c.Checksum()
     # (A block that fails gives the upload up; until one ends, there is no object.)
-    with blob.open("wb", chunk_size=_UPLOAD_BYTES, ignore_flush=True) as file:
+    with blob.open("wb", chunk_size=_UPLOAD_BYTES, ignore_flush=True) as file, _behind() as later:
         for piece in data:
+            later(sha256.update, piece)
             sent.update(piece)
             file.write(piece)
     blob.reload()

@@ -1,19 +1,21 @@
 """From a run folder to a Hugging Face checkpoint that transformers, vLLM and their like load."""
 
+import functools
 import hashlib
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from medllm_jax.checkpoint.handle import open_checkpoint
+from medllm_jax.checkpoint.chunk_files import ChunkFiles, Look
+from medllm_jax.checkpoint.handle import Checkpoint, open_checkpoint
 from medllm_jax.conversion import peft
 from medllm_jax.conversion.card import check_base_name, documents
 from medllm_jax.conversion.companions import GENERATION, SUMS, read_generation
@@ -30,9 +32,9 @@ from medllm_jax.conversion.folders import (
 from medllm_jax.conversion.hf_config import config_json, json_text, token_ids_of
 from medllm_jax.conversion.hf_weights import DTYPES, INDEX, SINGLE
 from medllm_jax.conversion.history import History, exported_dtype, history_of
-from medllm_jax.conversion.names import RowRange, row_ranges
+from medllm_jax.conversion.names import RowRange, Tensor, row_ranges
 from medllm_jax.conversion.run_weights import RunWeights
-from medllm_jax.conversion.shards import Shard, holds_shard, index_of, shards_of, tensor_bytes, write_shard
+from medllm_jax.conversion.shards import Copied, Shard, holds_shard, index_of, shards_of, tensor_bytes, write_shard
 from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.errors import UserError, quoted
 from medllm_jax.storage import run_folder
@@ -44,6 +46,7 @@ from medllm_jax.terminal.progress import Console, size_in_words
 _log = logging.getLogger(__name__)
 
 Weights = RunWeights | peft.AdapterWeights
+Piece = np.ndarray | Copied
 # Shards written side by side, each by a thread that reads, one that writes and one that takes checksums. One more would
 # take more than 2 GiB of memory for a quantised model of 72B.
 _MOST_SHARDS = 3
@@ -114,7 +117,7 @@ def to_hf(
             f"{source}: the model came in {stored.name} and was trained in {weights.dtype.name}: it is exported in "
             f"{stored.name}; --dtype {weights.dtype.name} keeps the weights as they are stored"
         )
-    memory = size_in_words(memory_needed(weights, stored))
+    memory = size_in_words(memory_needed(weights, stored, may_copy=not is_remote(target)))
     _log.info(f"{source}: {size_in_words(size)} in {stored.name}; it takes at most {memory} of memory")
     try:
         with full_disk_is_reported(target):
@@ -135,13 +138,18 @@ def to_hf(
     )
 
 
-def memory_needed(weights: Weights, dtype: np.dtype) -> int:
-    """Bytes of host memory that the ranges at work take at most: those waiting, as stored and as written."""
+def memory_needed(weights: Weights, dtype: np.dtype, *, may_copy: bool = False) -> int:
+    """Bytes of host memory that the ranges at work take at most: those waiting, as stored and as written, and chunks.
+
+    may_copy: what files hold as it is to be written is copied from them; of a chunk, memory takes what fills it up.
+    """
     if isinstance(weights, peft.AdapterWeights):
         return 2 * sum(tensor_bytes(tensor, weights.dtype) for tensor in weights.tensors)
     widest = max(4 if weights.checkpoint.adapter or weights.storage else weights.dtype.itemsize, dtype.itemsize)
-    largest = max(min(weights.rows_at_a_time(t), t.shape[0]) * int(np.prod(t.shape[1:])) for t in weights.tensors)
-    return _SHARDS * (4 * _READERS * largest * widest + _READERS * weights.chunk_bytes())
+    files = _files_of(weights, weights.tensors, dtype) if may_copy else {}
+    read = [tensor for tensor in weights.tensors if tensor.name not in files]
+    sizes = (min(weights.rows_at_a_time(t), t.shape[0]) * int(np.prod(t.shape[1:])) for t in read)
+    return _SHARDS * _READERS * (4 * max(sizes, default=0) * widest + weights.chunk_bytes())
 
 
 def parse_size(text: str) -> int:
@@ -253,16 +261,12 @@ def _write_weights(
     def write(shard: Shard) -> None:
         any_odd = False
 
-        def read(rows: RowRange) -> np.ndarray:
+        def look(name: str, values: np.ndarray) -> None:
             nonlocal any_odd
-            with np.errstate(over="ignore"):  # what becomes infinite is counted
-                values = weights.read(*rows, dtype)
-            any_odd |= odd.count(rows.tensor.name, values)
-            return values
+            any_odd |= odd.count(name, values)
 
-        ranges = (rows for tensor in shard.tensors for rows in row_ranges(tensor, weights.rows_at_a_time(tensor)))
-        pieces = progress.count(ahead(read, ranges, workers=_READERS), shard.name)
-        sums[shard.name] = write_shard(filling.folder, shard, pieces)
+        pieces = _pieces(weights, shard, dtype, look, may_copy=not is_remote(filling.folder))
+        sums[shard.name] = write_shard(filling.folder, shard, progress.count(pieces, shard.name))
         if not any_odd:  # else it is counted again when the export is resumed
             filling.note(shard.name, sums[shard.name])
 
@@ -278,6 +282,64 @@ def _write_weights(
     return sums
 
 
+def _pieces(
+    weights: Weights, shard: Shard, dtype: np.dtype, look: Callable[[str, np.ndarray], None], *, may_copy: bool
+) -> Iterator[Piece]:
+    """The values of a shard's tensors: files that are copied, or else rows that are read and converted.
+
+    look: is shown all of them, by tensor name.
+    """
+    files = _files_of(weights, shard.tensors, dtype) if may_copy else {}
+
+    def piece(rows: RowRange) -> Piece:
+        if rows.tensor.name in files:
+            chunks = files[rows.tensor.name]
+            size = (rows.last - rows.first) * chunks.row_bytes
+            return Copied(size, functools.partial(_copy, chunks, rows, look, weights.checkpoint.whole))
+        with np.errstate(over="ignore"):  # what becomes infinite is counted
+            values = weights.read(*rows, dtype)
+        look(rows.tensor.name, values)
+        return values
+
+    ranges = []
+    for tensor in shard.tensors:
+        rows = files[tensor.name].rows if tensor.name in files else weights.rows_at_a_time(tensor)
+        ranges += row_ranges(tensor, rows)
+    return ahead(piece, ranges, workers=_READERS)
+
+
+def _files_of(weights: Weights, tensors: Sequence[Tensor], dtype: np.dtype) -> dict[str, ChunkFiles]:
+    """Tensor name -> the files that hold its rows in a dtype, of those that have such."""
+    if isinstance(weights, peft.AdapterWeights):
+        return {}
+    found = {tensor.name: weights.chunks_of(tensor, dtype) for tensor in tensors}
+    return {name: chunks for name, chunks in found.items() if chunks is not None}
+
+
+def _copy(
+    chunks: ChunkFiles,
+    rows: RowRange,
+    look: Callable[[str, np.ndarray], None],
+    checkpoint: Checkpoint,
+    file: int,
+    place: int,
+) -> Callable[[Look], None]:
+    """Copies a chunk to a place in an open file; what `Copied.copy` returns."""
+    name, path = rows.tensor.name, rows.tensor.path
+    with checkpoint.reading(path):
+        check = chunks.copy(rows.first, file, place)
+
+    def check_and_look(take: Look) -> None:
+        def both(block: np.ndarray) -> None:
+            take(block)
+            look(name, block.view(chunks.dtype))
+
+        with checkpoint.reading(path):
+            check(both)
+
+    return check_and_look
+
+
 class _Progress:
     """Bytes written, of shards that are written side by side; and whether they are to stop."""
 
@@ -291,7 +353,7 @@ class _Progress:
     def __exit__(self, *error: object) -> None:
         self._console.__exit__(*error)
 
-    def count(self, pieces: Iterable[np.ndarray], name: str) -> Iterator[np.ndarray]:
+    def count(self, pieces: Iterable[Piece], name: str) -> Iterator[Piece]:
         for piece in pieces:
             if self.stopped.is_set():
                 raise InterruptedError(f"{name} is not written to its end")

@@ -1,5 +1,6 @@
 """Where every array lives: one table for parameters, one for activations, over the axes data, fsdp and tensor."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -107,13 +108,42 @@ def parts_of(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tup
     """
     spec = row_of(PARAMETERS, path)
     parts = []
-    for dimension, axes in enumerate(spec):
-        axes = (axes,) if isinstance(axes, str) else axes or ()
+    for dimension, axes in enumerate(map(_names, spec)):
         parts.append(math.prod(sizes[axis] for axis in axes))
         if shape[dimension] % parts[-1]:
             listed = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in axes)
             raise UserError(f"dimension {dimension} of {path} {shape} does not divide by {listed}")
     return tuple(parts)
+
+
+def reading_spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
+    """How devices split a parameter that is stored in whole rows while they read it: each whole rows, none twice.
+
+    Axes of the mesh that split its columns by `PARAMETERS` split rows instead, or blocks where these don't divide.
+    Where neither does, it is read as it will lie.
+    """
+    spec = row_of(PARAMETERS, path)
+    if len(shape) - path.startswith("layers/") < 2 or spec[-1] is None:
+        return spec
+    used = [axis for axes in spec for axis in _names(axes)]
+    places = range(len(shape) - 2, -1, -1)  # rows first
+    for chosen in itertools.product(places, repeat=len(used)):
+        split = [tuple(a for a, place in zip(used, chosen, strict=True) if place == d) for d in range(len(shape) - 1)]
+        if all(size % math.prod(sizes[a] for a in axes) == 0 for size, axes in zip(shape, split, strict=False)):
+            return P(*split, None)
+    return spec
+
+
+def reading_parts(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Into how many parts each dimension is split by `reading_spec`; UserError as `parts_of`."""
+    parts_of(path, shape, sizes)
+    spec = reading_spec(path, shape, sizes)
+    return tuple(math.prod(sizes[axis] for axis in _names(axes)) for axes in spec)
+
+
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of the mesh that split a dimension, of an entry of a PartitionSpec."""
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:

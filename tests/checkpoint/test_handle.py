@@ -9,23 +9,27 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from medllm_jax.checkpoint import orbax
 from medllm_jax.checkpoint.fingerprint import model_fingerprint
 from medllm_jax.checkpoint.handle import RemovedError, open_checkpoint
 from medllm_jax.checkpoint.load_model import load_model
 from medllm_jax.checkpoint.orbax import steps
+from medllm_jax.checkpoint.write_model import write_model
 from medllm_jax.cli import main
 from medllm_jax.cli.convert import main as convert
 from medllm_jax.config.schema import AdapterConfig, InitConfig, MeshConfig, PrecisionConfig
 from medllm_jax.conversion.run_weights import RunWeights
 from medllm_jax.conversion.to_hf import to_hf
-from medllm_jax.distributed.sharding import make_mesh
+from medllm_jax.distributed.sharding import make_mesh, parameter_shardings
 from medllm_jax.errors import UserError
 from medllm_jax.inference import samplers
+from medllm_jax.model.abstract import abstract_model
 from medllm_jax.training.loop import train
 from medllm_jax.training.reference import cache_reference
 from tests.tiny import write_json_lines
+from tests.tiny_hf import make_hf_folder
 from tests.training.test_train import config_of
 
 FLOAT32 = PrecisionConfig(compute="float32")
@@ -190,3 +194,43 @@ def test_a_handle_tells_what_is_stored(world, adapters):
             leaf = leaf[name]
         assert (value.shape, value.dtype) == (leaf.shape, leaf.dtype)
     assert len(base.open_arrays()) == len(jax.tree.leaves(stored))
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_whole_rows_are_read_whole_and_then_laid_out(tmp_path, monkeypatch, sizes):
+    """As chunks are stored, and not by each device that has a part of their columns."""
+    source = make_hf_folder(tmp_path / "hf", hidden=64, heads=(8, 8), layers=2, vocab=96, tokenizer=False)
+    assert convert(["from-hf", str(source), str(tmp_path / "run")]) == 0
+    checkpoint, asked = open_checkpoint(tmp_path / "run"), []
+    read_items = orbax.read_items
+
+    def reading(folder, wanted):
+        asked.append(wanted)
+        return read_items(folder, wanted)
+
+    monkeypatch.setattr(orbax, "read_items", reading)
+    plan = abstract_model(checkpoint.model, FLOAT32, make_mesh(MeshConfig(**{"fsdp": 1, **sizes})))
+    loaded = checkpoint.load_params(plan.abstract)
+    (wanted,) = asked
+    expected = checkpoint.host_params()
+    for path, leaf in flatten_dict(wanted["params"], sep="/").items():
+        if len(leaf.shape) - path.startswith("layers/") == 2:
+            assert leaf.sharding.shard_shape(leaf.shape)[-1] == leaf.shape[-1], path
+            assert len(set(map(str, leaf.sharding.devices_indices_map(leaf.shape).values()))) == 8 // sizes.get(
+                "data", 1
+            )
+    shardings = flatten_dict(plan.abstract, sep="/")
+    for path, value in flatten_dict(loaded, sep="/").items():
+        assert value.sharding.is_equivalent_to(shardings[path].sharding, value.ndim)
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+def test_what_devices_stored_in_parts_is_read_as_it_lies(tmp_path, monkeypatch):
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    weights = {"lm_head": {"weight": np.arange(64, dtype=np.float32).reshape(4, 16)}}
+    weights = jax.device_put(weights, parameter_shardings(weights, mesh))
+    write_model(tmp_path / "run", weights, {})
+    checkpoint = open_checkpoint(tmp_path / "run")
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights)
+    assert checkpoint._as_read(abstract) == abstract
+    np.testing.assert_array_equal(checkpoint.load_params(abstract)["lm_head"]["weight"], weights["lm_head"]["weight"])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from medllm_jax.checkpoint.chunk_files import ChunkFiles
 from medllm_jax.checkpoint.handle import open_checkpoint
 from medllm_jax.checkpoint.orbax import steps
 from medllm_jax.cli.convert import main
@@ -26,6 +27,15 @@ from tests.warm import WarmPython
 
 FAULTS = Faults(unavailable=0.08, reset=0.03, slow=0.05, delay_seconds=0.02)
 _PAUSE = 0.03  # seconds for each slice, in processes that are to be killed
+
+
+# How slices are read: from buckets, and of local files that are copied by each verb.
+READING = {
+    "from-hf": (ChunkFiles, "fill"),
+    "to-hf": (ChunkFiles, "copy"),
+    "from a bucket, in HF's format": (HFFolder, "read"),
+    "from a run in a bucket": (run_weights.RunWeights, "read"),
+}
 
 
 def of_this_file(function, *arguments):
@@ -43,8 +53,8 @@ def of_this_file(function, *arguments):
 
 def convert_slowly(*arguments):
     """A conversion that takes long enough to be killed in, and notes often what is done."""
-    for side in (HFFolder, run_weights.RunWeights):
-        side.read = _pausing(side.read)
+    for side, name in READING.values():
+        setattr(side, name, _pausing(getattr(side, name)))
     folders._SECONDS = 0.05
     shards._UPLOAD_BYTES = 256 << 10
     be_impatient()
@@ -149,7 +159,7 @@ def test_sigterm_keeps_what_is_done(place, tmp_path):
     step = steps_in(tmp_path, place)[1]
     code = (
         "import sys; from tests.conversion import test_survives as t; from medllm_jax.cli import convert as m;"
-        "t.run_weights.RunWeights.read = t._pausing(t.run_weights.RunWeights.read); t._PAUSE = 0.05; sys.exit(m.main())"
+        "t.ChunkFiles.copy = t._pausing(t.ChunkFiles.copy); t._PAUSE = 0.05; sys.exit(m.main())"
     )
     process = WarmPython("-c", code, *step, stdout=subprocess.PIPE)
     process.stdout.readline()
@@ -214,8 +224,9 @@ def test_a_source_that_changed_meanwhile_is_not_mixed(place, begun, tmp_path, ca
 
 def test_nothing_is_converted_twice(place, begun, monkeypatch):
     reads = []
-    for side, step in zip((HFFolder, run_weights.RunWeights), steps_in(begun, place), strict=True):
-        monkeypatch.setattr(side, "read", counting(side.read, reads))
+    for step in steps_in(begun, place):
+        side, name = READING[step[0]]
+        monkeypatch.setattr(side, name, counting(getattr(side, name), reads))
         assert main([*step, "--resume"]) == 0
         assert contents(begun / Path(step[2]).name) == contents(place / Path(step[2]).name)
     slices = 2 * len(open_hf(place / "hf").tensors)
