@@ -29,7 +29,10 @@ from medllm_jax.storage.json_files import read_json
 _CHUNK = 16  # tokens between two looks at the text on the host
 _LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 _INFINITY = int(np.float32(np.inf).view(np.int32))
-_BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
+# Prompts are padded to one of these widths, or to its double, fourfold, ...: a program is compiled for each width.
+_WIDTHS = (64, 96, 320, 448)
+_LEAST_COLUMNS = 128  # of a cache that grows
+_AHEAD = 4  # batches that prompts are put into by their lengths
 
 
 class _Decoding(NamedTuple):
@@ -53,6 +56,7 @@ class Generator:
         self._eos = jnp.asarray(sorted(set(eos_token_ids)), jnp.int32)
         options = {"compiler_options": compiler_options(model.mesh)}
         self._prefill = jax.jit(self._prefill_rows, static_argnames="columns", **options)
+        self._widen = jax.jit(_with_columns, static_argnames="columns", **options)
         self._decode = jax.jit(
             self._decode_chunk, static_argnames=("temperature", "top_p"), donate_argnums=2, **options
         )
@@ -118,18 +122,25 @@ class Generator:
                     f"{context}: shorten the prompt (fewer examples in the template) or the template's max_new_tokens"
                 )
         draws = [(params.seed, place) for place in range(len(encoded))] if draws is None else draws
-        for start in range(0, len(encoded), self._batch_size):
-            batch = slice(start, start + self._batch_size)
-            yield from self._complete(encoded[batch], draws[batch], params)
+        for some in _batched(range(len(encoded)), _AHEAD * self._batch_size):
+            completions: dict[int, Completion] = {}
+            for batch in _batched(sorted(some, key=lambda place: len(encoded[place])), self._batch_size):
+                found = self._complete([encoded[place] for place in batch], [draws[place] for place in batch], params)
+                completions |= zip(batch, found, strict=True)
+            yield from (completions[place] for place in some)
 
     def _complete(
         self, prompts: list[list[int]], draws: Sequence[tuple[int, int]], params: SamplingParams
     ) -> list[Completion]:
         state = self._start(prompts, draws, params)
         weights = self._model.params, self._blocks
+        width, room = self._columns(max(map(len, prompts)), params.max_new_tokens)
         outputs: list[list[int]] = [[] for _ in prompts]
         endings: list[Completion | None] = [None] * len(prompts)  # once a row has ended
-        for _ in range(0, params.max_new_tokens, _CHUNK):
+        for made in range(0, params.max_new_tokens, _CHUNK):
+            if width + made + _CHUNK > room:
+                room *= 2
+                state = self._widen(state, columns=room)
             state, tokens = self._decode(*weights, state, temperature=params.temperature, top_p=params.top_p)
             for row, new in enumerate(np.asarray(tokens)[: len(prompts)].tolist()):
                 if endings[row] is None:
@@ -164,7 +175,7 @@ class Generator:
 
     def _start(self, prompts: list[list[int]], draws: Sequence[tuple[int, int]], params: SamplingParams) -> _Decoding:
         """Runs the prompts through the model; they are padded at their left, so that all end in the same column."""
-        width, columns = _columns(max(map(len, prompts)), params)
+        width, columns = self._columns(max(map(len, prompts)), params.max_new_tokens)
         tokens = np.zeros((self._batch_size, width), np.int32)
         lengths = np.ones(self._batch_size, np.int32)
         for row, prompt in enumerate(prompts):
@@ -179,7 +190,7 @@ class Generator:
     def lower_prefill(self, prompt_tokens: int, params: SamplingParams) -> jax.stages.Lowered:
         """The program that reads prompts of so many tokens, for a look at what it costs; the weights may be shapes."""
         sharding, rows = rows_over(self._model.mesh), self._batch_size
-        width, columns = _columns(prompt_tokens, params)
+        width, columns = self._columns(prompt_tokens, params.max_new_tokens)
         shapes = [((rows, width), jnp.int32), ((rows,), jnp.int32), ((rows,), jnp.uint32), ((rows,), jnp.uint32)]
         placed = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
         return self._prefill.lower(self._model.params, *placed, columns=columns)
@@ -187,6 +198,18 @@ class Generator:
     def lower_decode(self, state: Any, params: SamplingParams) -> jax.stages.Lowered:
         """The program that adds a chunk of tokens to what `lower_prefill`'s returns; its shapes and shardings do."""
         return self._decode.lower(self._model.params, None, state, temperature=params.temperature, top_p=params.top_p)
+
+    def _columns(self, prompt_tokens: int, new_tokens: int) -> tuple[int, int]:
+        """Columns that the longest prompt is padded to, and those of the cache.
+
+        On CPUs the cache begins with a power of two and is doubled when it is full: a token costs what is in it, and
+        most completions end long before the limit. Elsewhere compiling takes longer, memory is what was planned, and it
+        has room for all of them.
+        """
+        width = _next_size(prompt_tokens, _WIDTHS)
+        if on_cpus(self._model.mesh):
+            return width, _next_size(width + _CHUNK, (_LEAST_COLUMNS,))
+        return width, width + -(-new_tokens // _CHUNK) * _CHUNK
 
     # --- on the device ---
 
@@ -242,6 +265,10 @@ class Generator:
         return state, tokens
 
 
+def _with_columns(state: _Decoding, *, columns: int) -> _Decoding:
+    return state._replace(cache=state.cache.with_columns(columns))
+
+
 def _uniform(keys: Key[Array, " rows"], position: Int[Array, " rows"]) -> Float[Array, "rows chunk"]:
     """A number from [0, 1) for each token of a chunk, by its row's key and its place in the row."""
 
@@ -252,10 +279,13 @@ def _uniform(keys: Key[Array, " rows"], position: Int[Array, " rows"]) -> Float[
     return jax.vmap(jax.vmap(number, in_axes=(None, 0)))(keys, places)
 
 
-def _columns(prompt_tokens: int, params: SamplingParams) -> tuple[int, int]:
-    """Columns that the longest prompt is padded to, and those of the cache."""
-    width = -(-prompt_tokens // _BUCKET) * _BUCKET
-    return width, width + -(-params.max_new_tokens // _CHUNK) * _CHUNK
+def _batched(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (places[start : start + size] for start in range(0, len(places), size))
+
+
+def _next_size(least: int, sizes: Sequence[int]) -> int:
+    """The smallest of some sizes, or of their doubles, fourfolds, ..., that is at least so large."""
+    return min(size << max(0, (-(-least // size) - 1).bit_length()) for size in sizes)
 
 
 def _next_logits(network: Qwen2, hidden: Float[Array, "rows columns hidden"]) -> Float[Array, "rows vocab"]:

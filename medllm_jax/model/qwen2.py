@@ -76,6 +76,19 @@ class Cache(NamedTuple):
     segment_ids: Int[Array, "B C"]
     length: Int[Array, ""]
 
+    def with_columns(self, columns: int) -> "Cache":
+        """The same with so many columns, at least as many as it has."""
+        more = columns - self.segment_ids.shape[1]
+        keys = jax.tree.map(lambda keys: _pad(keys, -1, more), self.keys)
+        values = jax.tree.map(lambda values: _pad(values, -2, more), self.values)
+        return Cache(keys, values, _pad(self.segment_ids, -1, more), self.length)
+
+
+def _pad(array: jax.Array, axis: int, more: int) -> jax.Array:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, more)
+    return jnp.pad(array, widths)
+
 
 Angles = tuple[Float[Array, "B S 1 half"], Float[Array, "B S 1 half"]]  # cos and sin
 
@@ -241,15 +254,14 @@ class Qwen2(nnx.Module):
         has them one after the other is what CPUs want: they would copy a block's part of a stack, for every token.
         """
         place = TokenLayout(jnp.arange(tokens.shape[1]), segment_ids, jnp.zeros_like(segment_ids))
-        to_come = (0, columns - tokens.shape[1])
+        more = columns - tokens.shape[1]
         x, angles = self._embed(tokens, positions)
         structure, blocks = nnx.split(self.layers)
 
         def body(x, weights):
             def attend_and_keep(q, k, v):
-                keys = jnp.pad(k.transpose(0, 2, 3, 1), ((0, 0), (0, 0), (0, 0), to_come))
-                values = jnp.pad(v.transpose(0, 2, 1, 3), ((0, 0), (0, 0), to_come, (0, 0)))
-                return attend_in_blocks(q, k, v, place, place), (keys, values)
+                kept = _pad(k.transpose(0, 2, 3, 1), -1, more), _pad(v.transpose(0, 2, 1, 3), -2, more)
+                return attend_in_blocks(q, k, v, place, place), kept
 
             return nnx.merge(structure, weights)(x, angles, attend_and_keep)
 
@@ -257,7 +269,7 @@ class Qwen2(nnx.Module):
         if not stacked:
             keys, values = tuple(keys), tuple(values)
         length = jnp.array(tokens.shape[1], jnp.int32)
-        return self.norm(x), Cache(keys, values, jnp.pad(segment_ids, ((0, 0), to_come)), length)
+        return self.norm(x), Cache(keys, values, _pad(segment_ids, -1, more), length)
 
     def separate_blocks(self) -> list[Any]:
         """The weights of each block, cut out of the stacks, matrices turned to [in, out].

@@ -15,7 +15,16 @@ from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.sampling import SamplingParams
-from medllm_jax.inference.generator import Generator, _draw, _nucleus, _uniform, choose, eos_token_ids
+from medllm_jax.inference.generator import (
+    _WIDTHS,
+    Generator,
+    _draw,
+    _next_size,
+    _nucleus,
+    _uniform,
+    choose,
+    eos_token_ids,
+)
 from medllm_jax.model.abstract import abstract_model, random_params
 from tests.tiny import CHAT_TEMPLATE, make_tokenizer
 from tests.world import tiny_config
@@ -80,6 +89,24 @@ def test_a_batch_equals_prompts_alone(world, sampling):
     in_turn = list(one_device_generator(world, batch_size=1)(PROMPTS, sampling))
     assert together == in_turn
     assert len({completion.tokens for completion in together}) == len(PROMPTS)
+
+
+def test_a_cache_that_grows_and_batches_by_length_change_nothing(world, monkeypatch):
+    """Completions come in the order of their prompts, as from one batch whose cache has all columns at once."""
+    prompts = [prompt * (1 + number % 3) for number, prompt in enumerate(PROMPTS * 2)]
+    sampling = SamplingParams(max_new_tokens=90, temperature=1.0)
+    grown = list(one_device_generator(world, batch_size=2)(prompts, sampling))
+    monkeypatch.setattr("medllm_jax.inference.generator._LEAST_COLUMNS", 256)
+    assert grown == list(one_device_generator(world, batch_size=len(prompts))(prompts, sampling))
+    assert max(len(completion.tokens) for completion in grown) > 128 - 64
+
+
+@pytest.mark.parametrize(
+    ("least", "size"),
+    [(1, 64), (64, 64), (65, 96), (97, 128), (192, 192), (257, 320), (385, 448), (449, 512), (2049, 2560)],
+)
+def test_widths_are_few(least, size):
+    assert _next_size(least, _WIDTHS) == size
 
 
 def test_on_eight_devices_equals_one(world, generator):
