@@ -101,6 +101,14 @@ def test_a_cache_that_grows_and_batches_by_length_change_nothing(world, monkeypa
     assert max(len(completion.tokens) for completion in grown) > 128 - 64
 
 
+def test_blocks_that_are_scanned_say_what_separate_ones_do(world, monkeypatch):
+    """The programs of other devices than CPUs: stacked caches, with all columns from the start."""
+    sampling = SamplingParams(max_new_tokens=20, temperature=1.0, top_p=0.9)
+    separate = list(one_device_generator(world, batch_size=4)(PROMPTS, sampling))
+    monkeypatch.setattr("medllm_jax.inference.generator.on_cpus", lambda mesh: False)
+    assert separate == list(one_device_generator(world, batch_size=4)(PROMPTS, sampling))
+
+
 @pytest.mark.parametrize(
     ("least", "size"),
     [(1, 64), (64, 64), (65, 96), (97, 128), (192, 192), (257, 320), (385, 448), (449, 512), (2049, 2560)],
