@@ -2,8 +2,9 @@
 
     python -m benchmarks.sampling [--rounds 5] [--batch 16] [--prompt 128] [--new 128]
 
-The two take turns, so that a machine whose speed drifts is fair to both; the ratio of medians is what to read. Nothing
-ends a completion early, so both make the same number of tokens.
+Nothing ends a completion early, so both make the same number of tokens. A last line is of four times as many prompts as
+the most at a time, of lengths from a quarter of `--prompt` up, in one order for both. The two take turns, so that a
+machine whose speed drifts is fair to both; the ratio of medians is what to read.
 """
 
 import argparse
@@ -18,7 +19,6 @@ from pathlib import Path
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "passive"}  # the latter as in benchmarks.rpo
 
-import numpy as np
 import torch
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
@@ -36,28 +36,34 @@ _TEMPERATURE = 0.8
 _GOAL = 3.0
 
 
-def ours(run: Path, hf: Path, prompts: list[str], new: int) -> Callable[[], int]:
-    """Completes all prompts as one batch; returns the number of new tokens."""
+def ours(run: Path, hf: Path, prompts: list[str], batch: int, new: int) -> Callable[[], int]:
+    """Completes all prompts, so many at a time; returns the number of new tokens."""
     model = load_model(open_checkpoint(run), PrecisionConfig(compute="float32"), make_mesh(MeshConfig()))
     tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True)
     beyond = [model.config.vocab_size]  # a token that is never drawn
-    generator = Generator(model, tokenizer, beyond, len(prompts))
+    generator = Generator(model, tokenizer, beyond, batch)
     sampling = SamplingParams(max_new_tokens=new, temperature=_TEMPERATURE)
     return lambda: sum(len(completion.tokens) for completion in generator(prompts, sampling))
 
 
-def theirs(hf: Path, prompts: list[str], new: int) -> Callable[[], int]:
+def theirs(hf: Path, prompts: list[str], batch: int, new: int) -> Callable[[], int]:
     """The same with transformers."""
     model = Qwen2ForCausalLM.from_pretrained(hf, dtype=torch.float32, local_files_only=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True)
     model.generation_config.eos_token_id = None
     settings = {"do_sample": True, "temperature": _TEMPERATURE, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
 
-    def run() -> int:
-        inputs = tokenizer(prompts, return_tensors="pt")
-        outputs = model.generate(**inputs, max_new_tokens=new, **settings)[:, inputs["input_ids"].shape[1] :]
+    def complete(some: list[str]) -> int:
+        rows = tokenizer(some)["input_ids"]
+        width = max(map(len, rows))
+        tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        outputs = model.generate(tokens, attention_mask=mask, max_new_tokens=new, **settings)[:, width:]
         tokenizer.batch_decode(outputs)
         return outputs.numel()
+
+    def run() -> int:
+        return sum(complete(prompts[start : start + batch]) for start in range(0, len(prompts), batch))
 
     return run
 
@@ -75,22 +81,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         hf, run = make_model(folder)
-        write_pairs(folder / "pairs.jsonl", Regime(options.prompt, 2), max(options.batch))
-        prompts = [pair.sides[0] for pair in read_pairs([str(folder / "pairs.jsonl")], "error", RejectionCounts())]
-        print("\n| prompts at a time | ours, tokens/s | transformers, tokens/s | times | CPU s, ours | theirs |")
-        print("| ---: | ---: | ---: | ---: | ---: | ---: |")
-        for batch in options.batch:
-            measure(
-                {
-                    "ours": ours(run, hf, prompts[:batch], options.new),
-                    "theirs": theirs(hf, prompts[:batch], options.new),
-                },
-                batch,
-                options.rounds,
-            )
+        most = max(options.batch)
+        alike = _prompts(folder / "alike.jsonl", Regime(options.prompt, 2), most)
+        unlike = _prompts(folder / "unlike.jsonl", Regime(options.prompt, 16, spread=0.25), 4 * most)
+        print(
+            "\n| prompts, at a time | ours, tokens/s | transformers, tokens/s | times | CPU s, ours | theirs | times |"
+        )
+        print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+        lines = [(str(batch), alike[:batch], batch) for batch in options.batch]
+        for label, prompts, batch in [*lines, (f"{len(unlike)} of unlike lengths, {most}", unlike, most)]:
+            contenders = {
+                "ours": ours(run, hf, prompts, batch, options.new),
+                "theirs": theirs(hf, prompts, batch, options.new),
+            }
+            measure(contenders, label, options.rounds)
 
 
-def measure(contenders: dict[str, Callable[[], int]], batch: int, rounds: int) -> None:
+def _prompts(file: Path, regime: Regime, number: int) -> list[str]:
+    write_pairs(file, regime, number)
+    return [pair.sides[0] for pair in read_pairs([str(file)], "error", RejectionCounts())]
+
+
+def measure(contenders: dict[str, Callable[[], int]], label: str, rounds: int) -> None:
     """Prints a line of the table."""
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -102,8 +114,10 @@ def measure(contenders: dict[str, Callable[[], int]], batch: int, rounds: int) -
                 speeds[name].append(tokens / (time.perf_counter() - start))
                 seconds[name].append(time.process_time() - cpu)
     here, there = (statistics.median(speeds[name]) for name in contenders)
-    cpus = " | ".join(f"{np.median(values):.2f}" for values in seconds.values())
-    print(f"| {batch} | {here:,.0f} | {there:,.0f} | {here / there:.2f} (goal {_GOAL:g}) | {cpus} |", flush=True)
+    cpu_here, cpu_there = (statistics.median(seconds[name]) for name in contenders)
+    speed = f"{here:,.0f} | {there:,.0f} | {here / there:.2f}"
+    cpu = f"{cpu_here:.2f} | {cpu_there:.2f} | {cpu_there / cpu_here:.2f} (goal {_GOAL:g})"
+    print(f"| {label} | {speed} | {cpu} |", flush=True)
 
 
 if __name__ == "__main__":

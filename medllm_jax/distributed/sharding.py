@@ -69,6 +69,11 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return Mesh(create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True), AXES, auto)
 
 
+def on_cpus(mesh: Mesh) -> bool:
+    """Whether the devices are CPUs, where a longer program may be the faster one."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 def check_divisible(mesh: Mesh, model: ModelConfig, micro_batch: int) -> None:
     """UserError with the numbers in it where a model or a micro-batch (rows) does not split over the mesh."""
     tensor, fsdp, rows = mesh.shape["tensor"], mesh.shape["fsdp"], mesh.shape["data"] * mesh.shape["fsdp"]

@@ -18,17 +18,21 @@ from medllm_jax.checkpoint.load_model import LoadedModel, load_model
 from medllm_jax.config.schema import MeshConfig, PrecisionConfig
 from medllm_jax.data.tokenizer import encode_prompts, end_of_turn, load_tokenizer, named_token_ids
 from medllm_jax.distributed.compiler_options import compiler_options
-from medllm_jax.distributed.sharding import check_divisible, make_mesh, rows_over
+from medllm_jax.distributed.sharding import check_divisible, make_mesh, on_cpus, rows_over
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.prompts import Prompt
 from medllm_jax.evaluation.sampling import Completion, SamplingParams, cut_at_stop
-from medllm_jax.model.qwen2 import Cache, Qwen2, empty_cache
+from medllm_jax.model.qwen2 import Cache, Qwen2
 from medllm_jax.storage import run_folder
 from medllm_jax.storage.json_files import read_json
 
 _CHUNK = 16  # tokens between two looks at the text on the host
 _LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
-_BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
+_INFINITY = int(np.float32(np.inf).view(np.int32))
+# Prompts are padded to one of these widths, or to its double, fourfold, ...: a program is compiled for each width.
+_WIDTHS = (64, 96, 320, 448)
+_LEAST_COLUMNS = 128  # of a cache that grows
+_AHEAD = 4  # batches that prompts are put into by their lengths
 
 
 class _Decoding(NamedTuple):
@@ -52,8 +56,9 @@ class Generator:
         self._eos = jnp.asarray(sorted(set(eos_token_ids)), jnp.int32)
         options = {"compiler_options": compiler_options(model.mesh)}
         self._prefill = jax.jit(self._prefill_rows, static_argnames="columns", **options)
+        self._widen = jax.jit(_with_columns, static_argnames="columns", **options)
         self._decode = jax.jit(
-            self._decode_chunk, static_argnames=("temperature", "top_p"), donate_argnums=1, **options
+            self._decode_chunk, static_argnames=("temperature", "top_p"), donate_argnums=2, **options
         )
 
     @classmethod
@@ -80,6 +85,13 @@ class Generator:
     def fingerprint(self) -> str:
         """A hash of the model's weights."""
         return model_fingerprint(self._model.params)
+
+    @functools.cached_property
+    def _blocks(self) -> Any:
+        """The weights of each block as decoding on CPUs wants them; elsewhere None."""
+        if not on_cpus(self._model.mesh):
+            return None
+        return jax.jit(lambda params: self._network(params).separate_blocks())(self._model.params)
 
     def sample(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], params: SamplingParams
@@ -110,18 +122,26 @@ class Generator:
                     f"{context}: shorten the prompt (fewer examples in the template) or the template's max_new_tokens"
                 )
         draws = [(params.seed, place) for place in range(len(encoded))] if draws is None else draws
-        for start in range(0, len(encoded), self._batch_size):
-            batch = slice(start, start + self._batch_size)
-            yield from self._complete(encoded[batch], draws[batch], params)
+        for some in _batched(range(len(encoded)), _AHEAD * self._batch_size):
+            completions: dict[int, Completion] = {}
+            for batch in _batched(sorted(some, key=lambda place: len(encoded[place])), self._batch_size):
+                found = self._complete([encoded[place] for place in batch], [draws[place] for place in batch], params)
+                completions |= zip(batch, found, strict=True)
+            yield from (completions[place] for place in some)
 
     def _complete(
         self, prompts: list[list[int]], draws: Sequence[tuple[int, int]], params: SamplingParams
     ) -> list[Completion]:
         state = self._start(prompts, draws, params)
+        weights = self._model.params, self._blocks
+        width, room = self._columns(max(map(len, prompts)), params.max_new_tokens)
         outputs: list[list[int]] = [[] for _ in prompts]
         endings: list[Completion | None] = [None] * len(prompts)  # once a row has ended
-        for _ in range(0, params.max_new_tokens, _CHUNK):
-            state, tokens = self._decode(self._model.params, state, temperature=params.temperature, top_p=params.top_p)
+        for made in range(0, params.max_new_tokens, _CHUNK):
+            if width + made + _CHUNK > room:
+                room *= 2
+                state = self._widen(state, columns=room)
+            state, tokens = self._decode(*weights, state, temperature=params.temperature, top_p=params.top_p)
             for row, new in enumerate(np.asarray(tokens)[: len(prompts)].tolist()):
                 if endings[row] is None:
                     outputs[row] = (outputs[row] + new)[: params.max_new_tokens]
@@ -155,7 +175,7 @@ class Generator:
 
     def _start(self, prompts: list[list[int]], draws: Sequence[tuple[int, int]], params: SamplingParams) -> _Decoding:
         """Runs the prompts through the model; they are padded at their left, so that all end in the same column."""
-        width, columns = _columns(max(map(len, prompts)), params)
+        width, columns = self._columns(max(map(len, prompts)), params.max_new_tokens)
         tokens = np.zeros((self._batch_size, width), np.int32)
         lengths = np.ones(self._batch_size, np.int32)
         for row, prompt in enumerate(prompts):
@@ -170,14 +190,26 @@ class Generator:
     def lower_prefill(self, prompt_tokens: int, params: SamplingParams) -> jax.stages.Lowered:
         """The program that reads prompts of so many tokens, for a look at what it costs; the weights may be shapes."""
         sharding, rows = rows_over(self._model.mesh), self._batch_size
-        width, columns = _columns(prompt_tokens, params)
+        width, columns = self._columns(prompt_tokens, params.max_new_tokens)
         shapes = [((rows, width), jnp.int32), ((rows,), jnp.int32), ((rows,), jnp.uint32), ((rows,), jnp.uint32)]
         placed = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
         return self._prefill.lower(self._model.params, *placed, columns=columns)
 
     def lower_decode(self, state: Any, params: SamplingParams) -> jax.stages.Lowered:
         """The program that adds a chunk of tokens to what `lower_prefill`'s returns; its shapes and shardings do."""
-        return self._decode.lower(self._model.params, state, temperature=params.temperature, top_p=params.top_p)
+        return self._decode.lower(self._model.params, None, state, temperature=params.temperature, top_p=params.top_p)
+
+    def _columns(self, prompt_tokens: int, new_tokens: int) -> tuple[int, int]:
+        """Columns that the longest prompt is padded to, and those of the cache.
+
+        On CPUs the cache begins with a power of two and is doubled when it is full: a token costs what is in it, and
+        most completions end long before the limit. Elsewhere compiling takes longer, memory is what was planned, and it
+        has room for all of them.
+        """
+        width = _next_size(prompt_tokens, _WIDTHS)
+        if on_cpus(self._model.mesh):
+            return width, _next_size(width + _CHUNK, (_LEAST_COLUMNS,))
+        return width, width + -(-new_tokens // _CHUNK) * _CHUNK
 
     # --- on the device ---
 
@@ -198,18 +230,20 @@ class Generator:
         batch, width = tokens.shape
         positions = jnp.arange(width) - (width - lengths)[:, None]
         segment_ids = (positions >= 0).astype(jnp.int32)
-        cache = empty_cache(network.config, batch, columns, network.backend.compute_dtype)
-        hidden, cache = network.extend(tokens, jnp.maximum(positions, 0), segment_ids, cache)
+        hidden, cache = network.prefill(
+            tokens, jnp.maximum(positions, 0), segment_ids, columns, stacked=not on_cpus(self._model.mesh)
+        )
         keys = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seeds, numbers)
         finished = jnp.zeros(batch, bool)
         return _Decoding(_next_logits(network, hidden), lengths, finished, cache, keys)
 
     def _decode_chunk(
-        self, params: Any, state: _Decoding, *, temperature: float, top_p: float
+        self, params: Any, blocks: Any, state: _Decoding, *, temperature: float, top_p: float
     ) -> tuple[_Decoding, Int[Array, "rows chunk"]]:
         """Up to `_CHUNK` more tokens of each row; stops early once every row is finished."""
         network = self._network(params)
         padding = self._eos[0]
+        uniform = _uniform(state.keys, state.position)
 
         def proceed(carry):
             count, state, _ = carry
@@ -217,12 +251,11 @@ class Generator:
 
         def body(carry):
             count, state, tokens = carry
-            keys = jax.vmap(jax.random.fold_in)(state.keys, state.position)
-            chosen = choose(state.logits, keys, temperature, top_p)
+            chosen = choose(state.logits, uniform[:, count], temperature, top_p)
             chosen = jnp.where(state.finished, padding, chosen)
             tokens = tokens.at[:, count].set(chosen)
-            segment_ids = jnp.ones_like(chosen)[:, None]
-            hidden, cache = network.extend(chosen[:, None], state.position[:, None], segment_ids, state.cache)
+            columns = chosen[:, None], state.position[:, None], jnp.ones_like(chosen)[:, None]
+            hidden, cache = network.extend(*columns, state.cache, blocks)
             finished = state.finished | jnp.isin(chosen, self._eos)
             logits = _next_logits(network, hidden)
             return count + 1, _Decoding(logits, state.position + 1, finished, cache, state.keys), tokens
@@ -232,10 +265,27 @@ class Generator:
         return state, tokens
 
 
-def _columns(prompt_tokens: int, params: SamplingParams) -> tuple[int, int]:
-    """Columns that the longest prompt is padded to, and those of the cache."""
-    width = -(-prompt_tokens // _BUCKET) * _BUCKET
-    return width, width + -(-params.max_new_tokens // _CHUNK) * _CHUNK
+def _with_columns(state: _Decoding, *, columns: int) -> _Decoding:
+    return state._replace(cache=state.cache.with_columns(columns))
+
+
+def _uniform(keys: Key[Array, " rows"], position: Int[Array, " rows"]) -> Float[Array, "rows chunk"]:
+    """A number from [0, 1) for each token of a chunk, by its row's key and its place in the row."""
+
+    def number(key: Key[Array, ""], place: Int[Array, ""]) -> Float[Array, ""]:
+        return jax.random.uniform(jax.random.fold_in(key, place))
+
+    places = position[:, None] + jnp.arange(_CHUNK)
+    return jax.vmap(jax.vmap(number, in_axes=(None, 0)))(keys, places)
+
+
+def _batched(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (places[start : start + size] for start in range(0, len(places), size))
+
+
+def _next_size(least: int, sizes: Sequence[int]) -> int:
+    """The smallest of some sizes, or of their doubles, fourfolds, ..., that is at least so large."""
+    return min(size << max(0, (-(-least // size) - 1).bit_length()) for size in sizes)
 
 
 def _next_logits(network: Qwen2, hidden: Float[Array, "rows columns hidden"]) -> Float[Array, "rows vocab"]:
@@ -245,25 +295,46 @@ def _next_logits(network: Qwen2, hidden: Float[Array, "rows columns hidden"]) ->
 
 
 def choose(
-    logits: Float[Array, "rows vocab"], keys: Key[Array, " rows"], temperature: float, top_p: float
+    logits: Float[Array, "rows vocab"], uniform: Float[Array, " rows"], temperature: float, top_p: float
 ) -> Int[Array, " rows"]:
-    """One token id (int32) a row of logits (float32): the likeliest, or drawn with the row's key."""
+    """One token id (int32) a row of logits (float32): the likeliest, or drawn with the row's number from [0, 1)."""
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # The greatest is 0, whatever the temperature: divided by one near 0 it would be infinite.
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / max(temperature, _LEAST_TEMPERATURE)
     if top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        probs = jax.nn.softmax(ordered, axis=-1)
-        # A token stays if the likelier ones do not reach top_p by themselves, so the likeliest always stays.
-        kept = jnp.sum(jnp.cumsum(probs, axis=-1) - probs < top_p, axis=-1, keepdims=True)
-        threshold = jnp.take_along_axis(ordered, kept - 1, axis=-1)
-        # Of tokens that tie with the last one kept, the first ones stay.
-        ties = logits == threshold
-        room = kept - jnp.sum(logits > threshold, axis=-1, keepdims=True)
-        stays = (logits > threshold) | (ties & (jnp.cumsum(ties, axis=-1) <= room))
-        logits = jnp.where(stays, logits, -jnp.inf)
-    return _draw(logits, jax.vmap(jax.random.uniform)(keys))
+        logits = jnp.where(_nucleus(logits, top_p), logits, -jnp.inf)
+    return _draw(logits, uniform)
+
+
+def _nucleus(logits: Float[Array, "rows vocab"], top_p: float) -> Bool[Array, "rows vocab"]:
+    """Which tokens stay: the likeliest ones, as few as reach top_p. Logits are at most 0, and 0 is among them.
+
+    A token stays if the likelier ones do not reach top_p by themselves, so the likeliest always stays; of tokens that
+    tie with the last one, the first. The last one's logit is found by halving the range of floats, whose bits are in
+    the order of their sizes: 31 sums over the vocabulary, a small part of what it takes to sort it.
+    """
+    weights = jnp.exp(logits)
+    enough = top_p * jnp.sum(weights, axis=-1, keepdims=True)
+    below = jax.lax.bitcast_convert_type(jnp.abs(logits), jnp.int32)  # how far a token is below the likeliest
+
+    def above(bound: Int[Array, "rows 1"]) -> Float[Array, "rows 1"]:
+        return jnp.sum(weights, axis=-1, keepdims=True, where=below < bound)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        stays = above(middle) < enough
+        return jnp.where(stays, middle, low), jnp.where(stays, high, middle)
+
+    first = jnp.zeros(enough.shape, jnp.int32)
+    beyond = first + (_INFINITY + 1)
+    bound, _ = jax.lax.fori_loop(0, _INFINITY.bit_length(), halve, (first, beyond))
+    last = jnp.max(below, axis=-1, keepdims=True, where=below <= bound, initial=0)
+    ties = below == last
+    weight = jnp.exp(-jax.lax.bitcast_convert_type(last, jnp.float32))
+    room = jnp.ceil((enough - above(last)) / weight)
+    return (below < last) | (ties & (jnp.cumsum(ties, axis=-1) <= room))
 
 
 def _draw(logits: Float[Array, "rows vocab"], uniform: Float[Array, " rows"]) -> Int[Array, " rows"]:

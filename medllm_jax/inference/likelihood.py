@@ -26,14 +26,13 @@ from medllm_jax.checkpoint.load_model import load_model
 from medllm_jax.config.schema import MeshConfig, ModelConfig, PrecisionConfig
 from medllm_jax.data.tokenizer import encode_parts, load_tokenizer
 from medllm_jax.distributed.compiler_options import compiler_options
-from medllm_jax.distributed.sharding import check_divisible, make_mesh, replicated, rows_over
+from medllm_jax.distributed.sharding import check_divisible, make_mesh, on_cpus, replicated, rows_over
 from medllm_jax.errors import UserError, quoted
 from medllm_jax.evaluation.exam import Exam, Question
 from medllm_jax.evaluation.extraction.extract import Extraction
 from medllm_jax.evaluation.grading import Grade, grade
 from medllm_jax.evaluation.prompts import PromptTemplate
 from medllm_jax.evaluation.samples import Samples
-from medllm_jax.model.qwen2 import empty_cache
 from medllm_jax.storage import run_folder
 
 _CONDITION = "answer_only"
@@ -156,12 +155,14 @@ class Likelihood:
         A prompt is read once: its cache is shared by all of its answers.
         """
         network = nnx.merge(self._structure, params, frozen or {})
-        rows, width = prompts.shape
+        width = prompts.shape[1]
         longest = candidates.shape[-1]
         positions = jnp.arange(width) - (width - lengths)[:, None]
         segments = (positions >= 0).astype(jnp.int32)
-        cache = empty_cache(network.config, rows, width + longest, network.backend.compute_dtype)
-        hidden, cache = network.extend(prompts, jnp.maximum(positions, 0), segments, cache)
+        hidden, cache = network.prefill(
+            prompts, jnp.maximum(positions, 0), segments, width + longest, stacked=not on_cpus(self._mesh)
+        )
+        blocks = network.separate_blocks() if isinstance(cache.keys, tuple) else None
         head = network.head_weight.astype(hidden.dtype)
 
         def log_probs_after(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -172,7 +173,7 @@ class Likelihood:
         def one(candidate):
             tokens, size = candidate
             places = lengths[:, None] + jnp.arange(longest)
-            after, _ = network.extend(tokens, places, jnp.ones_like(tokens), cache)
+            after, _ = network.extend(tokens, places, jnp.ones_like(tokens), cache, blocks)
             before = jnp.concatenate([hidden[:, -1:], after[:, :-1]], axis=1)
             written = jnp.arange(longest) < size[:, None]
             return jnp.sum(log_probs_after(before, tokens), axis=-1, where=written)

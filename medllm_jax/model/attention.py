@@ -100,6 +100,26 @@ def attend_in_blocks(
     return checkpoint_name(out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width), RESIDUALS)
 
 
+def attend_to_cache(
+    q: Float[Array, "B Q H E"],
+    keys: Float[Array, "B K E T"],
+    values: Float[Array, "B K T E"],
+    seen: Bool[Array, "B Q T"],
+) -> Float[Array, "B Q H E"]:
+    """`attend` of few queries to what a cache holds, as it lies there."""
+    batch, queries, heads, width = q.shape
+    kv_heads = keys.shape[1]
+    q = q.reshape(batch, queries, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, -1, width)  # the queries of all heads that share a key are rows of one product
+    hidden = jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)[:, None]
+    hidden = jnp.tile(hidden, (1, 1, heads // kv_heads, 1))
+    scores = jnp.einsum("bkqe,bket->bkqt", q, keys, preferred_element_type=jnp.float32) * width**-0.5 + hidden
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    out = jnp.einsum("bkqt,bkte->bkqe", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    out = (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
+    return out.reshape(batch, heads, queries, width).swapaxes(1, 2)
+
+
 def attend_by_cudnn(
     q: Float[Array, "B Q H E"],
     k: Float[Array, "B T K E"],

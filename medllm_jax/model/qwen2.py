@@ -7,7 +7,7 @@ Shapes: B rows, S tokens a row, D hidden size, F MLP width, H query heads, K key
 V vocabulary, L blocks, C columns of a cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from medllm_jax.config.schema import ModelConfig
-from medllm_jax.model.attention import RESIDUALS, TokenLayout, attend, attend_in_blocks
+from medllm_jax.model.attention import RESIDUALS, TokenLayout, attend_in_blocks, attend_to_cache, visible
 from medllm_jax.model.linear import Linear
 
 
@@ -65,27 +65,29 @@ REMAT_POLICIES = {
 
 
 class Cache(NamedTuple):
-    """Keys and values of the columns seen so far.
+    """Keys and values of the columns seen so far: an array of all blocks each, or a tuple of one a block.
 
-    keys, values: [L, B, C, K, E]; segment_ids: int32 [B, C], 0 where nothing may be seen; length: int32 scalar, columns
-    already written.
+    keys: [L, B, K, E, C], or L times [B, K, E, C]: scores are then sums of whole runs of columns. values: the same with
+    [C, E]. segment_ids: int32 [B, C], 0 where nothing may be seen; length: int32 scalar, columns already written.
     """
 
-    keys: Float[Array, "L B C K E"]
-    values: Float[Array, "L B C K E"]
+    keys: Float[Array, "L B K E C"] | tuple[Float[Array, "B K E C"], ...]
+    values: Float[Array, "L B K C E"] | tuple[Float[Array, "B K C E"], ...]
     segment_ids: Int[Array, "B C"]
     length: Int[Array, ""]
 
+    def with_columns(self, columns: int) -> "Cache":
+        """The same with so many columns, at least as many as it has."""
+        more = columns - self.segment_ids.shape[1]
+        keys = jax.tree.map(lambda keys: _pad(keys, -1, more), self.keys)
+        values = jax.tree.map(lambda values: _pad(values, -2, more), self.values)
+        return Cache(keys, values, _pad(self.segment_ids, -1, more), self.length)
 
-def empty_cache(config: ModelConfig, rows: int, columns: int, dtype) -> Cache:
-    """A Cache of B rows and C columns with nothing in it."""
-    shape = (config.num_hidden_layers, rows, columns, config.num_key_value_heads, config.dim_of_head)
-    return Cache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
-        segment_ids=jnp.zeros((rows, columns), jnp.int32),
-        length=jnp.zeros((), jnp.int32),
-    )
+
+def _pad(array: jax.Array, axis: int, more: int) -> jax.Array:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, more)
+    return jnp.pad(array, widths)
 
 
 Angles = tuple[Float[Array, "B S 1 half"], Float[Array, "B S 1 half"]]  # cos and sin
@@ -238,38 +240,106 @@ class Qwen2(nnx.Module):
         x, _ = jax.lax.scan(body, x, blocks, unroll=self.backend.unroll)
         return self.norm(x)
 
+    def prefill(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        columns: int,
+        *,
+        stacked: bool,
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """Hidden states of whole prompts, and a cache of C columns of which the first S are theirs; else as `extend`.
+
+        stacked: the form of the cache, and so of the program of `extend`. One that scans the blocks is small; one that
+        has them one after the other is what CPUs want: they would copy a block's part of a stack, for every token.
+        """
+        place = TokenLayout(jnp.arange(tokens.shape[1]), segment_ids, jnp.zeros_like(segment_ids))
+        more = columns - tokens.shape[1]
+        x, angles = self._embed(tokens, positions)
+        structure, blocks = nnx.split(self.layers)
+
+        def body(x, weights):
+            def attend_and_keep(q, k, v):
+                kept = _pad(k.transpose(0, 2, 3, 1), -1, more), _pad(v.transpose(0, 2, 1, 3), -2, more)
+                return attend_in_blocks(q, k, v, place, place), kept
+
+            return nnx.merge(structure, weights)(x, angles, attend_and_keep)
+
+        x, (keys, values) = jax.lax.scan(body, x, blocks)
+        if not stacked:
+            keys, values = tuple(keys), tuple(values)
+        length = jnp.array(tokens.shape[1], jnp.int32)
+        return self.norm(x), Cache(keys, values, _pad(segment_ids, -1, more), length)
+
+    def separate_blocks(self) -> list[Any]:
+        """The weights of each block, cut out of the stacks, matrices turned to [in, out].
+
+        XLA for CPUs cuts and turns them for every product of few rows; who has many such products does it once.
+        """
+        weights = nnx.split(self.layers)[1]
+        return [_turned(jax.tree.map(lambda stack, at=at: stack[at], weights)) for at in self._numbers]
+
     def extend(
-        self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"], cache: Cache
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        cache: Cache,
+        blocks: Sequence[Any] | None = None,
     ) -> tuple[Float[Array, "B S D"], Cache]:
         """Hidden states of S more columns after those in the cache, and the cache with them in it.
 
         Same rule, one branch: a column is seen by later ones of the same segment; padding columns have segment 0.
+
+        blocks: `separate_blocks()`, for a cache that is not stacked; by default made here.
         """
         start = cache.length
         segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, start))
         query = TokenLayout(start + jnp.arange(tokens.shape[1]), segment_ids, jnp.zeros_like(segment_ids))
         key = TokenLayout(jnp.arange(segments.shape[1]), segments, jnp.zeros_like(segments))
+        seen = visible(query, key)
         x, angles = self._embed(tokens, positions)
-        structure, blocks = nnx.split(self.layers)
+        structure, stacked = nnx.split(self.layers)
+
+        def attention(keys, values, *number):
+            """Keys and values are the block's own, or those of all blocks, of which it is the one with this number."""
+
+            def attend_and_keep(q, k, v):
+                new = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+                new_keys, new_values = (array.reshape((1,) * len(number) + array.shape) for array in new)
+                kept_keys = jax.lax.dynamic_update_slice(keys, new_keys, (*number, 0, 0, 0, start))
+                kept_values = jax.lax.dynamic_update_slice(values, new_values, (*number, 0, 0, start, 0))
+                attended = attend_to_cache(q, kept_keys[number], kept_values[number], seen)
+                return attended, (kept_keys, kept_values)
+
+            return attend_and_keep
 
         def body(carry, layer):
-            x, keys, values = carry
+            # The cache is carried, not scanned over: it is updated in place instead of being copied every step.
+            x, kept = carry
             number, weights = layer
+            return nnx.merge(structure, weights)(x, angles, attention(*kept, number)), None
 
-            def attend_to_cache(q, k, v):
-                # The cache is carried, not scanned over: it is updated in place instead of being copied every step.
-                at = (number, 0, start, 0, 0)
-                new_keys = jax.lax.dynamic_update_slice(keys, k.astype(keys.dtype)[None], at)
-                new_values = jax.lax.dynamic_update_slice(values, v.astype(values.dtype)[None], at)
-                attended = attend(q, new_keys[number].astype(q.dtype), new_values[number].astype(q.dtype), query, key)
-                return attended, (new_keys, new_values)
-
-            x, (keys, values) = nnx.merge(structure, weights)(x, angles, attend_to_cache)
-            return (x, keys, values), None
-
-        numbers = jnp.arange(self.config.num_hidden_layers)
-        (x, keys, values), _ = jax.lax.scan(body, (x, cache.keys, cache.values), (numbers, blocks))
+        if isinstance(cache.keys, tuple):
+            kept = []
+            for turned, *own in zip(blocks or self.separate_blocks(), cache.keys, cache.values, strict=True):
+                x, new = nnx.merge(structure, _turned(turned))(x, angles, attention(*own))
+                kept.append(new)
+            keys, values = zip(*kept, strict=True)
+        else:
+            layers = jnp.array(self._numbers), stacked
+            (x, (keys, values)), _ = jax.lax.scan(body, (x, (cache.keys, cache.values)), layers)
         return self.norm(x), Cache(keys, values, segments, start + tokens.shape[1])
+
+    @property
+    def _numbers(self) -> range:
+        return range(self.config.num_hidden_layers)
 
     def _embed(self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"]) -> tuple[Float[Array, "B S D"], Angles]:
         return self.embed_tokens(tokens), rotary(positions, self.config.dim_of_head, self.config.rope_theta)
+
+
+def _turned(weights: Any) -> Any:
+    """A tree with its matrices transposed."""
+    return jax.tree.map(lambda weight: weight.T if weight.ndim == 2 else weight, weights)

@@ -15,7 +15,16 @@ from medllm_jax.data.tokenizer import load_tokenizer
 from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import UserError
 from medllm_jax.evaluation.sampling import SamplingParams
-from medllm_jax.inference.generator import Generator, _draw, choose, eos_token_ids
+from medllm_jax.inference.generator import (
+    _WIDTHS,
+    Generator,
+    _draw,
+    _next_size,
+    _nucleus,
+    _uniform,
+    choose,
+    eos_token_ids,
+)
 from medllm_jax.model.abstract import abstract_model, random_params
 from tests.tiny import CHAT_TEMPLATE, make_tokenizer
 from tests.world import tiny_config
@@ -80,6 +89,32 @@ def test_a_batch_equals_prompts_alone(world, sampling):
     in_turn = list(one_device_generator(world, batch_size=1)(PROMPTS, sampling))
     assert together == in_turn
     assert len({completion.tokens for completion in together}) == len(PROMPTS)
+
+
+def test_a_cache_that_grows_and_batches_by_length_change_nothing(world, monkeypatch):
+    """Completions come in the order of their prompts, as from one batch whose cache has all columns at once."""
+    prompts = [prompt * (1 + number % 3) for number, prompt in enumerate(PROMPTS * 2)]
+    sampling = SamplingParams(max_new_tokens=90, temperature=1.0)
+    grown = list(one_device_generator(world, batch_size=2)(prompts, sampling))
+    monkeypatch.setattr("medllm_jax.inference.generator._LEAST_COLUMNS", 256)
+    assert grown == list(one_device_generator(world, batch_size=len(prompts))(prompts, sampling))
+    assert max(len(completion.tokens) for completion in grown) > 128 - 64
+
+
+def test_blocks_that_are_scanned_say_what_separate_ones_do(world, monkeypatch):
+    """The programs of other devices than CPUs: stacked caches, with all columns from the start."""
+    sampling = SamplingParams(max_new_tokens=20, temperature=1.0, top_p=0.9)
+    separate = list(one_device_generator(world, batch_size=4)(PROMPTS, sampling))
+    monkeypatch.setattr("medllm_jax.inference.generator.on_cpus", lambda mesh: False)
+    assert separate == list(one_device_generator(world, batch_size=4)(PROMPTS, sampling))
+
+
+@pytest.mark.parametrize(
+    ("least", "size"),
+    [(1, 64), (64, 64), (65, 96), (97, 128), (192, 192), (257, 320), (385, 448), (449, 512), (2049, 2560)],
+)
+def test_widths_are_few(least, size):
+    assert _next_size(least, _WIDTHS) == size
 
 
 def test_on_eight_devices_equals_one(world, generator):
@@ -148,38 +183,69 @@ def test_length_limit_is_kept_and_named(generator):
 def test_top_p_draws_from_the_smallest_set_that_reaches_it():
     probs = np.array([0.05, 0.4, 0.25, 0.3])
     logits = jnp.tile(jnp.log(probs), (4000, 1))
-    keys = jax.random.split(jax.random.key(0), 4000)
-    drawn = np.bincount(np.asarray(choose(logits, keys, 1.0, 0.6)), minlength=4) / 4000
+    uniform = jax.random.uniform(jax.random.key(0), 4000)
+    drawn = np.bincount(np.asarray(choose(logits, uniform, 1.0, 0.6)), minlength=4) / 4000
     assert drawn[0] == drawn[2] == 0
     np.testing.assert_allclose(drawn[[1, 3]], [4 / 7, 3 / 7], atol=0.03)
 
 
 @pytest.mark.parametrize(("top_p", "least", "most"), [(0.1, 20, 21), (1e-6, 1, 1)])
 def test_top_p_keeps_no_more_of_tokens_that_tie_than_it_takes(top_p, least, most):
-    keys = jax.vmap(jax.random.key)(np.arange(500))
-    drawn = set(np.asarray(choose(jnp.zeros((500, 200)), keys, 1.0, top_p)).tolist())
+    uniform = jax.random.uniform(jax.random.key(0), 500)
+    drawn = set(np.asarray(choose(jnp.zeros((500, 200)), uniform, 1.0, top_p)).tolist())
     assert len(drawn) >= 0.95 * least and drawn <= set(range(most))
+
+
+@pytest.mark.parametrize("size", [1, 5, 384, 5000])
+@pytest.mark.parametrize("top_p", [1e-3, 0.5, 0.9, 0.999])
+def test_top_p_keeps_what_sorting_finds(size, top_p):
+    """The other in float64, with ties and tokens of no probability among them."""
+    rng = np.random.default_rng(size)
+    logits = 3 * rng.standard_normal((20, size)).astype(np.float32)
+    logits[10:] = np.round(logits[10:])
+    logits[:, rng.random(size) < 0.2] = -np.inf
+    logits[:, size // 2] = logits.max(axis=-1) + 0.5
+    logits -= logits.max(axis=-1, keepdims=True)
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    probabilities = np.exp(np.float64(logits)) / np.exp(np.float64(logits)).sum(axis=-1, keepdims=True)
+    ordered = np.take_along_axis(probabilities, order, axis=-1)
+    likelier = np.cumsum(ordered, axis=-1) - ordered
+    expected, close = np.zeros((2, *logits.shape), bool)
+    np.put_along_axis(expected, order, likelier < top_p, axis=-1)
+    np.put_along_axis(close, order, np.abs(likelier - top_p) < 1e-6, axis=-1)  # which rounding may turn
+    kept = np.asarray(jax.jit(_nucleus, static_argnums=1)(logits, top_p))
+    possible = probabilities > 0
+    np.testing.assert_array_equal((kept | close) & possible, (expected | close) & possible)
+
+
+def test_numbers_of_a_chunk_are_those_of_its_places():
+    """What tokens are drawn from depends on key and place alone, so completions are what they were in other chunks."""
+    keys = jax.vmap(jax.random.key)(np.arange(3))
+    found = _uniform(keys, jnp.array([5, 0, 70]))
+    for row, (key, start) in enumerate(zip(keys, (5, 0, 70), strict=True)):
+        expected = [jax.random.uniform(jax.random.fold_in(key, start + at)) for at in range(found.shape[1])]
+        np.testing.assert_array_equal(found[row], expected)
 
 
 def test_top_p_keeps_the_likelier_ones_wherever_ties_stand():
     logits = jnp.log(jnp.tile(jnp.array([0.2, 0.1, 0.2, 0.3, 0.2]), (500, 1)))
-    keys = jax.vmap(jax.random.key)(np.arange(500))
-    assert set(np.asarray(choose(logits, keys, 1.0, 0.6)).tolist()) == {0, 2, 3}
+    uniform = jax.random.uniform(jax.random.key(0), 500)
+    assert set(np.asarray(choose(logits, uniform, 1.0, 0.6)).tolist()) == {0, 2, 3}
 
 
 @pytest.mark.parametrize("temperature", [1e-37, 1e-45])
 def test_a_temperature_near_0_takes_the_likeliest(temperature):
     logits = jnp.array([[1.0, 2.0, 90.0, -5.0], [-900.0, -80.0, -90.0, -jnp.inf]])
-    keys = jax.vmap(jax.random.key)(np.arange(2))
+    uniform = jnp.array([0.0, 0.9])
     for top_p in (1.0, 0.5):
-        assert np.asarray(choose(logits, keys, temperature, top_p)).tolist() == [2, 1]
+        assert np.asarray(choose(logits, uniform, temperature, top_p)).tolist() == [2, 1]
 
 
 def test_temperature_sharpens():
     probs = np.array([0.2, 0.8])
     logits = jnp.tile(jnp.log(probs), (4000, 1))
-    keys = jax.random.split(jax.random.key(1), 4000)
-    drawn = np.bincount(np.asarray(choose(logits, keys, 0.5, 1.0)), minlength=2) / 4000
+    uniform = jax.random.uniform(jax.random.key(1), 4000)
+    drawn = np.bincount(np.asarray(choose(logits, uniform, 0.5, 1.0)), minlength=2) / 4000
     np.testing.assert_allclose(drawn, [0.04 / 0.68, 0.64 / 0.68], atol=0.02)
 
 

@@ -14,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 from medllm_jax.config.schema import ModelConfig, ObjectiveConfig
 from medllm_jax.conversion.names import tensors_of
 from medllm_jax.data.batch import Batch, batch_of
-from medllm_jax.model.qwen2 import REMAT_POLICIES, Backend, Qwen2, empty_cache, rotary, rotate
+from medllm_jax.model.qwen2 import REMAT_POLICIES, Backend, Qwen2, rotary, rotate
 from medllm_jax.training.losses import next_token, pair_log_probs
 from tests.tiny_hf import make_hf_folder, our_model
 
@@ -178,18 +178,20 @@ def test_responses_to_a_shared_prompt_are_those_to_prompts_of_their_own(grouped)
 # --- the cache -----------------------------------------------------------------------------------------------------
 
 
-def test_a_cache_filled_in_parts_gives_the_rows_own_states(grouped):
-    config, structure, params = grouped
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_cache_filled_in_parts_gives_the_rows_own_states(grouped, stacked):
+    _, structure, params = grouped
     model = nnx.merge(structure, params)
     # Two prompts of different lengths, padded on the left to 8 columns, then 4 columns that both have.
     tokens, lengths, columns = random_tokens(2, 12), (8, 5), 16
     segment_ids = np.array([[int(c >= 8 - n) for c in range(12)] for n in lengths], np.int32)
     positions = np.maximum(np.arange(12)[None] - (8 - np.array(lengths))[:, None], 0).astype(np.int32)
 
-    cache = empty_cache(config, 2, columns, jnp.float32)
-    states = []
+    prefill = jax.jit(lambda *arguments: model.prefill(*arguments, columns, stacked=stacked))
+    hidden, cache = prefill(tokens[:, :8], positions[:, :8], segment_ids[:, :8])
+    states = [hidden]
     extend = jax.jit(lambda *arguments: model.extend(*arguments))
-    for start, end in ((0, 8), (8, 9), (9, 10), (10, 11), (11, 12)):
+    for start, end in ((8, 9), (9, 11), (11, 12)):
         part = slice(start, end)
         hidden, cache = extend(tokens[:, part], positions[:, part], segment_ids[:, part], cache)
         states.append(hidden)
