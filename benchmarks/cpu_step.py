@@ -92,9 +92,7 @@ def main() -> None:
             run()
             if turn:  # the first turn compiles
                 taken[name].append([clock() - begun for clock, begun in zip(clocks.values(), start, strict=True)])
-    medians = {
-        name: [statistics.median(column) for column in zip(*turns, strict=True)] for name, turns in taken.items()
-    }
+    medians = {name: np.median(turns, axis=0) for name, turns in taken.items()}
     print("".join(f"{word:>22}" for word in ("", *clocks, "tokens/s")))
     for name, (wall, cpu) in medians.items():
         print(f"{name:>22}{wall:22.3f}{cpu:22.3f}{options.rows * options.length / wall:22,.0f}")

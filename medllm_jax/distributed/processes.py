@@ -22,7 +22,7 @@ def join(heartbeat_seconds: int) -> None:
     taken for dead, and all end. Compiled programs are kept only in a folder that was named for it: one that the
     processes don't share would have them start apart.
     """
-    if jax.config.jax_compilation_cache_dir == str(default_folder()):
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") == str(default_folder()):
         jax.config.update("jax_enable_compilation_cache", False)
     number, index = _count("JAX_NUM_PROCESSES"), _count("JAX_PROCESS_ID")
     try:
