@@ -15,7 +15,7 @@ from medllm_jax.config.schema import ModelConfig, ObjectiveConfig
 from medllm_jax.conversion.names import tensors_of
 from medllm_jax.data.batch import Batch, batch_of
 from medllm_jax.model.qwen2 import REMAT_POLICIES, Backend, Qwen2, rotary, rotate
-from medllm_jax.training.losses import next_token, pair_log_probs
+from medllm_jax.training.losses import objective, pair_log_probs
 from tests.tiny_hf import make_hf_folder, our_model
 
 VOCAB = 96
@@ -110,7 +110,7 @@ def test_logits_and_gradients_are_those_of_transformers(folder):
     np.testing.assert_allclose(ours, expected.detach().numpy(), atol=1e-4)
     assert np.std(ours) > 0.3, "logits that hardly differ would agree whatever the model does"
 
-    loss = next_token(ObjectiveConfig())
+    loss = objective(ObjectiveConfig())
 
     batch = jax.tree.map(jnp.asarray, batch)
 
@@ -211,7 +211,7 @@ def test_a_cache_filled_in_parts_gives_the_rows_own_states(grouped, stacked):
 def test_what_is_recomputed_changes_no_gradient(grouped):
     config, _, params = grouped
     batch = jax.tree.map(jnp.asarray, batch_of(row("0" * 10, "0" * 6, tokens=random_tokens(16))[None], "cpt"))
-    loss = next_token(ObjectiveConfig())
+    loss = objective(ObjectiveConfig())
     found = {}
     for remat in REMAT_POLICIES:
         abstract = nnx.eval_shape(lambda remat=remat: Qwen2(config, Backend(remat=remat), rngs=nnx.Rngs(0)))
