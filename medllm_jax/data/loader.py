@@ -18,9 +18,10 @@ import grain
 import jax
 import numpy as np
 
-from medllm_jax.data.batch import Batch, batch_of
+from medllm_jax.data.batch import Batch, batch_of_marked
 from medllm_jax.data.order import RowOrder
 from medllm_jax.data.rows import Rows
+from medllm_jax.data.runs import PADDING_MARK
 from medllm_jax.data.store import RowStore
 from medllm_jax.errors import UserError
 
@@ -122,7 +123,7 @@ class BatchStream:
         row_ids = self._order.ids(first * self._batch_size, (first + count) * self._batch_size).reshape(count, -1)
         mine = row_ids[:, self._local].ravel()
         reference = None if self._reference is None else self._reference[mine]
-        block = batch_of(self._rows.read(mine), self._rows.kind, reference)
+        block = batch_of_marked(self._rows.read_marked(mine), self._rows.kind, reference)
         parts = [[None] * count if array is None else np.split(array, count) for array in block]
         return [(Batch(*arrays), ids) for *arrays, ids in zip(*parts, row_ids, strict=True)]
 
@@ -193,12 +194,15 @@ def _closing(iterator: grain.DatasetIterator) -> Iterator[tuple[Batch, int]]:
 def _read(rows: Rows, reference: np.ndarray | None, row_ids: np.ndarray) -> Batch:
     """The rows of some ids; an id past the last row is a row of padding."""
     real = row_ids[row_ids < len(rows)]
-    found = rows.read(real)
+    found = rows.read_marked(real)
     values = None if reference is None else reference[real]
     if len(real) < len(row_ids):
-        padding = ((0, len(row_ids) - len(real)), (0, 0), (0, 0))
-        found, values = np.pad(found, padding), values if values is None else np.pad(values, padding)
-    return batch_of(found, rows.kind, values)
+        missing = len(row_ids) - len(real)
+        padding = np.zeros((missing, rows.sequence_length), np.int32)
+        padding[:, 0] = PADDING_MARK
+        found = np.concatenate([found, padding])
+        values = values if values is None else np.pad(values, ((0, missing), (0, 0), (0, 0)))
+    return batch_of_marked(found, rows.kind, values)
 
 
 def _local_size(batch_size: int, process_index: int, process_count: int) -> int:

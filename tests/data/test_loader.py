@@ -165,7 +165,9 @@ def test_a_corpus_without_rows_can_only_have_no_weight(tmp_path):
 def test_a_batch_is_one_request_to_each_store(two_stores, monkeypatch):
     requests = []
     for store in two_stores.stores:
-        monkeypatch.setattr(store, "read", lambda ids, read=store.read: requests.append(len(ids)) or read(ids))
+        monkeypatch.setattr(
+            store, "read_marked", lambda ids, read=store.read_marked: requests.append(len(ids)) or read(ids)
+        )
     with BatchStream(two_stores, 16, 0, threads=0, prefetch=0) as stream:
         for step in range(1, 5):
             next(stream)
@@ -195,7 +197,7 @@ def test_damage_comes_out_of_next(tmp_path, threads):
 
 
 def test_storage_that_is_back_is_read_where_it_was_left(store, monkeypatch):
-    expected, gone, read = take(store, 12), {5, 6, 9}, store.stores[0].read
+    expected, gone, read = take(store, 12), {5, 6, 9}, store.stores[0].read_marked
 
     def read_or_fail(ids):
         asked = ids.reshape(-1, 4).tolist()
@@ -204,7 +206,7 @@ def test_storage_that_is_back_is_read_where_it_was_left(store, monkeypatch):
             raise ConnectionError
         return read(ids)
 
-    monkeypatch.setattr(store.stores[0], "read", read_or_fail)
+    monkeypatch.setattr(store.stores[0], "read_marked", read_or_fail)
     found = []
     with BatchStream(store, 4, 7) as stream:
         while len(found) < 12:
