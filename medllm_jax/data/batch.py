@@ -71,7 +71,7 @@ def _batch(tokens: np.ndarray, runs: Runs, kind: Kind, reference_log_probs: np.n
         tokens=tokens,
         positions=_positions(runs, branches, tokens.shape[-1]).reshape(tokens.shape),
         segment_ids=spread(runs.segments),
-        branch_ids=spread(branches) if branches.any() else np.zeros(tokens.shape, np.int32),
+        branch_ids=spread(branches) if branches.any() else _zeros(tokens.shape),
         loss_weights=_loss_weights(runs, tokens.size).reshape(tokens.shape)
         if kind == "cpt"
         else spread((runs.branches > 0).astype(np.float32)),
@@ -103,6 +103,14 @@ def _positions(runs: Runs, branches: Int32[np.ndarray, " R"], length: int) -> In
 @functools.lru_cache(maxsize=4)
 def _numbers(size: int) -> Int32[np.ndarray, " size"]:
     return np.arange(size, dtype=np.int32)
+
+
+@functools.lru_cache(maxsize=4)
+def _zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """int32 zeros that all batches without branches share: fresh memory costs more than what is written to it."""
+    zeros = np.zeros(shape, np.int32)
+    zeros.flags.writeable = False
+    return zeros
 
 
 def _loss_weights(runs: Runs, size: int) -> Float32[np.ndarray, " tokens"]:
