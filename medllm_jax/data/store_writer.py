@@ -29,6 +29,7 @@ from medllm_jax.storage.remote import is_folder, is_remote, kvstore_spec, remove
 # Uncompressed rows of a shard. The writer holds two in memory: one is filled while the other is written.
 _SHARD_BYTES = 64 * 2**20
 _MAX_SHARD_ROWS = 4096
+_TOGETHER_BYTES = 2 * 2**20  # of appended rows; rows come one by one, and what is done with one costs as with many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,8 @@ class RowStoreWriter:
             self.path = epath.Path(Path(self.path).resolve())
             self._folder = self.path.parent / f".{self.path.name}.unfinished-{uuid.uuid4().hex[:8]}"
         self._shard_rows = max(1, min(_MAX_SHARD_ROWS, _SHARD_BYTES // (4 * sequence_length)))
+        self._waiting: list[np.ndarray] = []  # appended, and soon to be marked together
+        self._together = max(1, min(self._shard_rows, _TOGETHER_BYTES // (3 * 4 * sequence_length)))
         self._array: ts.TensorStore | None = None
         self._shard = self._new_shard()  # the one being filled, and its rows so far
         self._filled = 0
@@ -88,17 +91,28 @@ class RowStoreWriter:
     def append(self, rows: np.ndarray, corpus: str) -> None:
         """Adds rows int32 [n, 3, S] of a corpus; all rows of one corpus come one after the other.
 
-        ValueError for rows that no packing makes (see ``runs.mark``).
+        The rows must not change afterwards. ValueError for rows that no packing makes (see ``runs.mark``).
         """
         if rows.ndim != 3 or rows.shape[1:] != (3, self.sequence_length) or rows.dtype != np.int32:
             raise ValueError(f"rows are {rows.dtype} {rows.shape}, expected int32 [n, 3, {self.sequence_length}]")
         if corpus in self._corpora and corpus != next(reversed(self._corpora)):
             raise ValueError(f"rows of corpus {corpus} after those of another")
+        if corpus not in self._corpora and self._waiting:
+            self._add_waiting()
         if not len(rows):
             return
+        self._corpora.setdefault(corpus, [])
+        self._waiting.append(rows)
+        if sum(map(len, self._waiting)) >= self._together:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        """Puts the rows that wait, which are of the newest corpus, into the shard."""
+        rows = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
+        self._waiting.clear()
         marked = mark(rows)
         self._digest.update(np.ascontiguousarray(rows, "<i4").tobytes())
-        self._corpora.setdefault(corpus, []).append(np.count_nonzero(rows[:, 1], axis=-1).astype(np.int32))
+        self._corpora[next(reversed(self._corpora))].append(np.count_nonzero(rows[:, 1], axis=-1).astype(np.int32))
         self._max_token_id = max(self._max_token_id, int(rows[:, 0].max()))
         self._max_segments = max(self._max_segments, int(rows[:, 1].max()))
         while len(marked):
@@ -127,6 +141,8 @@ class RowStoreWriter:
 
         corpora: in the order of their rows; a corpus may have no rows. ValueError where the store would have none.
         """
+        if self._waiting:
+            self._add_waiting()
         if self._filled:
             self._write()
         if self._array is None or self._pending is None:
