@@ -349,7 +349,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         train_tokenizer(folder / "tokenizer")
-        write_corpus(folder / "corpus", speed)
+        if "preparing" in options.parts:
+            write_corpus(folder / "corpus", speed)
         parts = (
             reading(folder, 2000 if options.quick else 6000, rounds),
             preparing(folder, speed, rounds),

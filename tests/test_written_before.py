@@ -123,10 +123,12 @@ def test_stores_and_reference_log_probabilities_are_read(copy):
     from medllm_jax.checkpoint.handle import open_checkpoint
     from medllm_jax.data.reference_log_probs import read_references
     from medllm_jax.data.rows import Rows
+    from medllm_jax.data.store import verify
 
     documents, pairs = Rows.open([str(copy / "corpus")]), Rows.open([str(copy / "pairs")])
     for run, rows in (("base", documents), ("rpo", pairs)):
         assert open_checkpoint(copy / run, 4).meta["rows_digest"] == rows.digest
+        assert verify(rows.stores[0].path).metadata.format_version == 3
     values = read_references(pairs, open_checkpoint(copy / "rpo", 4).meta["reference_model"])
     stored = np.load(next((WRITTEN / "pairs" / "reference").glob("*/values.npy")))
     np.testing.assert_array_equal(values, stored)

@@ -22,6 +22,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from medllm_jax.data.runs import Runs, runs_of, unmark
+
 Kind = Literal["cpt", "sft", "pairs"]
 TARGET = 3  # stored in place of a branch
 Array = Any  # numpy on the host, jax on the device
@@ -45,56 +47,56 @@ class Batch(NamedTuple):
 def batch_of(
     rows: Int32[np.ndarray, "B 3 S"], kind: Kind, reference_log_probs: Float32[np.ndarray, "B P 2"] | None = None
 ) -> Batch:
-    """Stored rows int32 [B, 3, S] (channels tokens, segment_ids, branch_ids) as a Batch of numpy arrays."""
-    tokens, segment_ids, parts = (np.ascontiguousarray(rows[:, channel]) for channel in range(3))
-    branch_ids = np.where(parts == TARGET, 0, parts) if kind != "cpt" else parts
-    runs = _runs_of(segment_ids, branch_ids)
+    """Rows int32 [B, 3, S] (channels tokens, segment_ids, branch_ids) as a Batch of numpy arrays."""
+    tokens, segments, branches = (np.ascontiguousarray(rows[:, channel]) for channel in range(3))
+    return _batch(tokens, runs_of(segments, branches), kind, reference_log_probs)
+
+
+def batch_of_marked(
+    marked: Int32[np.ndarray, "B S"], kind: Kind, reference_log_probs: Float32[np.ndarray, "B P 2"] | None = None
+) -> Batch:
+    """Marked rows int32 [B, S] (see ``runs.py``), which become its tokens, as a Batch of numpy arrays."""
+    return _batch(*unmark(marked), kind, reference_log_probs)
+
+
+def _batch(tokens: np.ndarray, runs: Runs, kind: Kind, reference_log_probs: np.ndarray | None) -> Batch:
+    """A few numbers for thousands of tokens: what follows from runs is written in stretches, not token by token."""
+
+    def spread(values: np.ndarray) -> np.ndarray:
+        return np.repeat(values, runs.lengths).reshape(tokens.shape)
+
+    learnt = runs.branches == TARGET
+    branches = np.where(learnt, 0, runs.branches) if kind != "cpt" else runs.branches
     return Batch(
         tokens=tokens,
-        positions=_positions(runs).reshape(tokens.shape),
-        segment_ids=segment_ids,
-        branch_ids=branch_ids,
-        loss_weights=_loss_weights(runs, parts, kind).reshape(tokens.shape),
+        positions=_positions(runs, branches, tokens.shape[-1]).reshape(tokens.shape),
+        segment_ids=spread(runs.segments),
+        branch_ids=spread(branches) if branches.any() else _zeros(tokens.shape),
+        loss_weights=_loss_weights(runs, tokens.size).reshape(tokens.shape)
+        if kind == "cpt"
+        else spread((runs.branches > 0).astype(np.float32)),
         reference_log_probs=reference_log_probs,
     )
 
 
-class _Runs(NamedTuple):
-    """Stretches of one segment and branch, of all rows one after the other; all int32 [R].
-
-    A few numbers for thousands of tokens: what follows from them is written in stretches, not token by token.
-    """
-
-    starts: np.ndarray
-    lengths: np.ndarray
-    segments: np.ndarray
-    branches: np.ndarray
-
-
-def _runs_of(segment_ids: Int32[np.ndarray, "B S"], branch_ids: Int32[np.ndarray, "B S"]) -> _Runs:
-    segments, branches = segment_ids.reshape(-1), branch_ids.reshape(-1)
-    new = np.empty(segments.shape, bool)
-    np.not_equal(segments[1:], segments[:-1], out=new[1:])
-    if branches.any():
-        new[1:] |= branches[1:] != branches[:-1]
-    new[:: segment_ids.shape[-1]] = True
-    starts = np.flatnonzero(new).astype(np.int32)
-    lengths = np.diff(starts, append=np.int32(len(new)))
-    return _Runs(starts, lengths, segments[starts], branches[starts])
-
-
-def _positions(runs: _Runs) -> Int32[np.ndarray, " tokens"]:
+def _positions(runs: Runs, branches: Int32[np.ndarray, " R"], length: int) -> Int32[np.ndarray, " tokens"]:
     """Rotary positions int32 [B * S] that follow from segments and branches; 0 on padding.
 
-    A segment starts at 0, its branches each start where its branch 0 ended.
+    A segment starts at 0, its branches each start where its branch 0 ended. (Runs of one branch may follow each other,
+    where some are learnt and some are not: they are one stretch here.)
     """
-    prompt = np.maximum.accumulate(np.where(runs.branches == 0, np.arange(len(runs.starts)), 0))  # the last one so far
-    after_prompt = (runs.branches > 0) & (runs.segments == runs.segments[prompt])
-    first = np.where(after_prompt, runs.lengths[prompt], 0).astype(np.int32)
-    positions = np.repeat(runs.starts - first, runs.lengths)
+    first = runs.starts % length == 0
+    first[1:] |= (runs.segments[1:] != runs.segments[:-1]) | (branches[1:] != branches[:-1])
+    places = np.arange(len(first))
+    first = np.maximum.accumulate(np.where(first, places, 0))  # the run that begins each one's stretch
+    starts = runs.starts[first]
+    prompt = np.maximum.accumulate(np.where(branches == 0, places, 0))  # the last run of a branch 0 so far
+    after_prompt = (branches > 0) & (runs.segments == runs.segments[prompt])
+    prompt_tokens = runs.starts[prompt] + runs.lengths[prompt] - starts[prompt]
+    positions = np.repeat(starts - np.where(after_prompt, prompt_tokens, 0).astype(np.int32), runs.lengths)
     np.subtract(_numbers(len(positions)), positions, out=positions)
-    for start, length in _padding(runs):
-        positions[start : start + length] = 0
+    for start, end in _padding(runs):
+        positions[start:end] = 0
     return positions
 
 
@@ -103,17 +105,23 @@ def _numbers(size: int) -> Int32[np.ndarray, " size"]:
     return np.arange(size, dtype=np.int32)
 
 
-def _loss_weights(runs: _Runs, parts: Int32[np.ndarray, "B S"], kind: Kind) -> Float32[np.ndarray, "*shape"]:
-    """Target weights of B * S tokens: every token with a past (cpt), or every token of a response (sft, pairs)."""
-    if kind != "cpt":
-        return (parts > 0).astype(np.float32)
-    weights = np.ones(parts.size, np.float32)
+@functools.lru_cache(maxsize=4)
+def _zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """int32 zeros that all batches without branches share: fresh memory costs more than what is written to it."""
+    zeros = np.zeros(shape, np.int32)
+    zeros.flags.writeable = False
+    return zeros
+
+
+def _loss_weights(runs: Runs, size: int) -> Float32[np.ndarray, " tokens"]:
+    """Target weights float32 [B * S] of documents: every token with a past."""
+    weights = np.ones(size, np.float32)
     weights[runs.starts] = 0
-    for start, length in _padding(runs):
-        weights[start : start + length] = 0
+    for start, end in _padding(runs):
+        weights[start:end] = 0
     return weights
 
 
-def _padding(runs: _Runs) -> Iterator[tuple[int, int]]:
+def _padding(runs: Runs) -> Iterator[tuple[int, int]]:
     here = runs.segments == 0
-    return zip(runs.starts[here], runs.lengths[here], strict=True)
+    return zip(runs.starts[here], (runs.starts + runs.lengths)[here], strict=True)

@@ -3,26 +3,33 @@
 The order of rows is a function of (rows, seed, mix) alone. Global batch i is rows [i * B, (i + 1) * B) of that order,
 and process p of n reads the p-th of its n equal slices; so how many processes or threads read, and where a run was
 interrupted, changes nothing, and the whole state of the stream is one integer.
+
+Small batches are read several at a time, as a block: what each request and each of Grain's elements costs is then
+shared by many rows.
 """
 
+import collections
 import dataclasses
-import hashlib
-import math
+import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Iterator, Mapping
 from typing import Self
 
 import grain
 import jax
 import numpy as np
 
-from medllm_jax.data.batch import Batch, batch_of
+from medllm_jax.data.batch import Batch, batch_of_marked
+from medllm_jax.data.order import RowOrder
 from medllm_jax.data.rows import Rows
+from medllm_jax.data.runs import PADDING_MARK
 from medllm_jax.data.store import RowStore
 from medllm_jax.errors import UserError
 
 _MAX_SEED = 2**32
+_BLOCK_ROWS = 64  # of this process; more at a time are read no faster
+
+_Read = tuple[Batch, np.ndarray]  # this process' arrays of a global batch, and all its row ids
 
 
 @jax.tree_util.register_dataclass
@@ -47,9 +54,9 @@ class BatchStream:
     a batch fill it from the epochs that follow.
 
     batch_size: global rows a batch (B). seed: of the order, 0 to 2**32 - 1. mix: the weight of each corpus (see
-    ``check_mix``). position: global batches to skip, to go on where an earlier stream stopped. threads, prefetch:
-    batches read at a time and ready ahead; they change speed only. reference: float32 [N, P, 2] log-probabilities of
-    pairs, or None.
+    ``order.check_mix``). position: global batches to skip, to go on where an earlier stream stopped. threads: those
+    that read. prefetch: batches ready ahead, beside what is left of the block in hand; both change speed only.
+    reference: float32 [N, P, 2] log-probabilities of pairs, or None.
 
     Raises UserError where the batch cannot be split between the processes and for a mix that does not fit; read errors
     come out of ``next``, and the batch after that is the same one, tried again.
@@ -78,38 +85,70 @@ class BatchStream:
         _check_reference(rows, reference)
         self._rows, self._reference = rows, reference
         self._local = slice(process_index * local_size, (process_index + 1) * local_size)
-        # Row ids are shuffled and batched, and only then read: a batch is one request for all its rows.
-        # (drop_remainder: there is none in an endless order, and without it Grain's length overflows at size 1.)
-        batches = row_order(rows, seed, mix).batch(batch_size, drop_remainder=True).map(self._read)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-        self._iterator = iter(batches.to_iter_dataset(options))
+        self._batch_size, self._order = batch_size, RowOrder(rows, seed, mix)
+        self._batches_of_block = max(1, min(prefetch, _BLOCK_ROWS // local_size))
+        ahead = -(-prefetch // self._batches_of_block)
+        self._options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
         self._position = position
-        self._seek()
+        _reuse_freed_memory()
+        self._start()
 
     @property
     def position(self) -> int:
         """Global batches delivered so far: all that a checkpoint needs to keep of the data."""
         return self._position
 
-    def _read(self, row_ids: np.ndarray) -> tuple[Batch, np.ndarray]:
-        mine = np.asarray(row_ids[self._local], np.int64)
+    def _start(self) -> None:
+        """Begins to read at the position."""
+        start, count = self._position, self._batches_of_block
+        blocks = grain.MapDataset.range(sys.maxsize // count).map(lambda number: self._block(start + number * count))
+        self._iterator = iter(blocks.to_iter_dataset(self._options))
+        self._ready: collections.deque[_Read | Exception] = collections.deque()
+
+    def _block(self, first: int) -> "collections.deque[_Read | Exception]":
+        """The batches from ``first`` on, in one request; where that fails, those before the error, and the error.
+
+        (A deque is no tree to Grain, which would otherwise look at each array of each batch.)
+        """
+        try:
+            return collections.deque(self._read(first, self._batches_of_block))
+        except Exception as error:
+            if self._batches_of_block == 1:
+                return collections.deque([error])
+        found: collections.deque[_Read | Exception] = collections.deque()
+        for number in range(first, first + self._batches_of_block):
+            try:
+                found += self._read(number, 1)
+            except Exception as error:
+                found.append(error)
+                break
+        return found
+
+    def _read(self, first: int, count: int) -> "list[_Read]":
+        """Some batches on end, by one request to each store concerned."""
+        row_ids = self._order.ids(first * self._batch_size, (first + count) * self._batch_size).reshape(count, -1)
+        mine = row_ids[:, self._local].ravel()
         reference = None if self._reference is None else self._reference[mine]
-        return batch_of(self._rows.read(mine), self._rows.kind, reference), np.asarray(row_ids, np.int64)
+        block = batch_of_marked(self._rows.read_marked(mine), self._rows.kind, reference)
+        parts = [[None] * count if array is None else np.split(array, count) for array in block]
+        return [(Batch(*arrays), ids) for *arrays, ids in zip(*parts, row_ids, strict=True)]
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> StreamBatch:
         try:
-            arrays, row_ids = next(self._iterator)
+            if not self._ready:
+                self._ready = next(self._iterator)
+            read = self._ready.popleft()
+            if isinstance(read, Exception):
+                raise read
         except Exception:
-            self._seek()  # Grain would pass over the batch that it could not read
+            self.close()
+            self._start()  # what is ahead begins after the batch that could not be read
             raise
         self._position += 1
-        return StreamBatch(arrays, row_ids, self._position)
-
-    def _seek(self) -> None:
-        self._iterator.set_state({"next_index": self._position})
+        return StreamBatch(*read, self._position)
 
     def close(self) -> None:
         """Stops reading ahead; so does leaving the stream as a context."""
@@ -120,74 +159,6 @@ class BatchStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def check_mix(rows: Rows, mix: Mapping[str, float]) -> None:
-    """UserError unless a mix gives each corpus a weight: 0, so that it is not read, or more, where it has rows."""
-    sizes = {corpus.name: corpus.rows for corpus in rows.corpora}
-    problems = [f"no corpus {name}" for name in mix if name not in sizes]
-    problems += [f"{name} has no weight (0 leaves it out)" for name in sizes if name not in mix]
-    for name, weight in mix.items():
-        if not 0 <= weight < math.inf:
-            problems.append(f"the weight of {name} is {weight}, not 0 or more")
-        elif weight and sizes.get(name) == 0:
-            problems.append(f"{name} has no rows, so its weight must be 0")
-    if not problems and not any(mix.values()):
-        problems.append("every weight is 0")
-    if problems:
-        there = ", ".join(f"{name} ({size} rows)" for name, size in sizes.items())
-        raise UserError(f"the mix does not fit the rows: {'; '.join(problems)}; there is {there}")
-
-
-def row_order(rows: Rows, seed: int, mix: Mapping[str, float] | None = None) -> grain.MapDataset[int]:
-    """The row ids of training, in their order, without end."""
-    if mix is None:
-        return grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
-    check_mix(rows, mix)
-    read = [corpus for corpus in rows.corpora if mix[corpus.name]]
-    return grain.MapDataset.select_from_datasets(
-        [
-            grain.MapDataset.range(corpus.first_row, corpus.first_row + corpus.rows)
-            .shuffle(seed=_seed_of(corpus.name, seed))
-            .repeat()
-            for corpus in read
-        ],
-        _InProportion([mix[corpus.name] for corpus in read]),
-    )
-
-
-def _seed_of(corpus: str, seed: int) -> int:
-    # Grain adds the epoch to the seed: seeds side by side would give one corpus the order that another has an epoch
-    # later.
-    return int.from_bytes(hashlib.sha256(f"{seed}/{corpus}".encode()).digest()[:4], "little")
-
-
-class _InProportion(grain.transforms.DatasetSelectionMap):
-    """Takes turns at endless datasets: exactly by their weights, as these are written in decimals.
-
-    Weights of 0.3 and 0.7 give 3 and 7 of any 10 elements on end. (Grain's ``mix`` takes hundredths of the smallest
-    weight, rounded down: 100 and 233 of 333.)
-    """
-
-    def __init__(self, weights: Sequence[float]):
-        exact = [Fraction(str(weight)) for weight in weights]
-        scale = math.lcm(*(weight.denominator for weight in exact))
-        self._parts = [int(weight * scale) for weight in exact]
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        """The dataset that gives an element, and which of that dataset's."""
-        # Of the first n elements of datasets i, i + 1, ..., floor(n * share of i + 1, ...) are of i + 1, ...
-        before, after = index, index + 1
-        left = sum(self._parts)
-        for number, part in enumerate(self._parts):
-            before_rest, after_rest = before * (left - part) // left, after * (left - part) // left
-            if before_rest == after_rest:
-                return number, before - before_rest
-            before, after, left = before_rest, after_rest, left - part
-        raise IndexError(index)
 
 
 def in_order(
@@ -229,12 +200,24 @@ def _closing(iterator: grain.DatasetIterator) -> Iterator[tuple[Batch, int]]:
 def _read(rows: Rows, reference: np.ndarray | None, row_ids: np.ndarray) -> Batch:
     """The rows of some ids; an id past the last row is a row of padding."""
     real = row_ids[row_ids < len(rows)]
-    found = rows.read(real)
+    found = rows.read_marked(real)
     values = None if reference is None else reference[real]
     if len(real) < len(row_ids):
-        padding = ((0, len(row_ids) - len(real)), (0, 0), (0, 0))
-        found, values = np.pad(found, padding), values if values is None else np.pad(values, padding)
-    return batch_of(found, rows.kind, values)
+        missing = len(row_ids) - len(real)
+        padding = np.zeros((missing, rows.sequence_length), np.int32)
+        padding[:, 0] = PADDING_MARK
+        found = np.concatenate([found, padding])
+        values = values if values is None else np.pad(values, ((0, missing), (0, 0), (0, 0)))
+    return batch_of_marked(found, rows.kind, values)
+
+
+@functools.cache
+def _reuse_freed_memory() -> None:
+    """Has glibc keep what batches leave for the next ones: fresh pages for each cost a third of reading.
+
+    It gives freed memory back to the kernel at once, until it has seen as large an array come and go as it looks at.
+    """
+    np.empty(2**25 - 2**16, np.uint8)
 
 
 def _local_size(batch_size: int, process_index: int, process_count: int) -> int:

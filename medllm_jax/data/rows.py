@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from medllm_jax.data.batch import Kind
+from medllm_jax.data.runs import channels
 from medllm_jax.data.store import CorpusRows, RowStore
 from medllm_jax.data.tokenizer import same_tokenizer
 from medllm_jax.errors import UserError
@@ -78,20 +79,24 @@ class Rows:
         return np.concatenate([store.tokens_per_row for store in self.stores])
 
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Rows int32 [n, 3, S] of some row ids, in their order, repeats allowed: one request to each store concerned.
+        """Rows int32 [n, 3, S] (channels tokens, segment_ids, branch_ids), as ``read_marked`` reads them."""
+        return channels(self.read_marked(indices))
 
-        Raises as ``RowStore.read`` does.
+    def read_marked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Marked rows int32 [n, S] of some row ids, in order, repeats allowed: one request to each store concerned.
+
+        Raises as ``RowStore.read_marked`` does.
         """
         indices = np.asarray(indices, np.int64)
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"rows {indices.min()}..{indices.max()} of {len(self)} in {self}")
         if len(self.stores) == 1:  # mostly so: what it reads needs no copy
-            return self.stores[0].read(indices)
-        rows = np.empty((len(indices), 3, self.sequence_length), np.int32)
+            return self.stores[0].read_marked(indices)
+        rows = np.empty((len(indices), self.sequence_length), np.int32)
         of_store = np.searchsorted(self._starts, indices, side="right") - 1
         for number in np.unique(of_store):
             here = of_store == number
-            rows[here] = self.stores[number].read(indices[here] - self._starts[number])
+            rows[here] = self.stores[number].read_marked(indices[here] - self._starts[number])
         return rows
 
     def split(self, values: np.ndarray) -> list[tuple[RowStore, np.ndarray]]:

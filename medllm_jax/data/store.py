@@ -1,8 +1,9 @@
 """The row store: a folder of packed rows, local or gs://, and how it is read.
 
-* ``rows``                zarr3 array int32 [N, 3, S]; channels tokens, segment_ids, branch_ids (see ``batch.py``). A
-                          shard (a file) holds many rows; each row is compressed and carries a crc32c, so it is read
-                          alone and verified.
+* ``rows``                zarr3 array int32 [N, S] of marked rows: tokens that say by themselves where segments and
+                          branches begin (see ``runs.py``). A shard (a file) holds many rows; each row is compressed
+                          and carries a crc32c, so it is read alone and verified. In format 3 it is int32 [N, 3, S],
+                          channels tokens, segment_ids, branch_ids.
 * ``tokens_per_row.npy``  int32 [N]: tokens of each row without padding.
 * ``store.json``          what the rows are (``StoreMetadata``), written last: a folder without it is not a store.
 * ``reference/``          log-probabilities of pairs under a reference model (see ``reference_log_probs.py``).
@@ -16,6 +17,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -25,19 +27,23 @@ from etils import epath
 
 from medllm_jax.config.schema_reader import build
 from medllm_jax.data.batch import Kind
+from medllm_jax.data.runs import channels, mark
 from medllm_jax.data.tokenizer import same_tokenizer
 from medllm_jax.errors import UserError
 from medllm_jax.storage.faults import passes, words_of
 from medllm_jax.storage.json_files import parse_json, read_bounded
 from medllm_jax.storage.remote import is_folder, kvstore_spec
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+READ_VERSIONS = (3, 4)
 METADATA_FILE = "store.json"
 ARRAY = "rows"
 ARRAY_METADATA = "rows/zarr.json"
 TOKENS_PER_ROW = "tokens_per_row.npy"
 
 _MAX_METADATA_BYTES = 2**30  # the manifest has a line for each file of the input
+
+_VERIFIED_BYTES = 64 * 2**20  # of rows that are verified together
 
 _COPY_AGAIN = "copy the store again or prepare it again"
 
@@ -65,7 +71,8 @@ class StoreMetadata:
 
     kind: "cpt", "sft" or "pairs"; corpora: in the order of their rows; tokens: without padding;
     fill: tokens / (rows * sequence_length); pairs_per_row: the most pairs, or conversations, of a row, 0 for documents;
-    shard_rows: rows in a shard; digest: sha256 over the rows' little-endian bytes in order;
+    shard_rows: rows in a shard; digest: sha256 over the little-endian bytes of the rows int32 [N, 3, S] in order, which
+    is the same in every format;
     files: name -> sha256 of the files beside the shards; recipe: the settings that the rows were prepared with;
     dropped: reason -> {"count": int, "first": ["file:line", ...]}.
     """
@@ -108,10 +115,10 @@ class StoreMetadata:
         """Raises UserError where the text is not what ``to_json`` writes; where: its file."""
         content = parse_json(data, where)
         version = content.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in READ_VERSIONS:
             raise UserError(
-                f"{where} has format version {str(version)[:20]}, this program reads {FORMAT_VERSION}: "
-                "prepare the store again"
+                f"{where} has format version {str(version)[:20]}, this program reads "
+                f"{' and '.join(map(str, READ_VERSIONS))}: prepare the store again"
             )
         if content.pop("checksum", None) != _checksum(content):
             raise UserError(f"{where} cannot be understood (its checksum differs): {_COPY_AGAIN}")
@@ -166,7 +173,7 @@ class RowStore:
             raise UserError(
                 f"the array of store {path} cannot be opened ({_first_line(error)}); {_COPY_AGAIN}"
             ) from error
-        expected = (store.metadata.rows, 3, store.metadata.sequence_length)
+        expected = (store.metadata.rows, *store._row_shape)
         found, dtype = tuple(store._rows().shape), store._rows().dtype
         if found != expected or dtype != ts.int32:
             raise UserError(
@@ -181,20 +188,33 @@ class RowStore:
     def __repr__(self) -> str:
         return f"RowStore({self.path}, {self.metadata.kind}, {len(self)} rows of {self.metadata.sequence_length})"
 
+    @property
+    def _row_shape(self) -> tuple[int, ...]:
+        length = self.metadata.sequence_length
+        return (3, length) if self.metadata.format_version == 3 else (length,)
+
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Rows int32 [n, 3, S] at the given indices, in that order, repeats allowed.
+        """Rows int32 [n, 3, S] (channels tokens, segment_ids, branch_ids), as ``read_marked`` reads them."""
+        stored = self._read(indices)
+        return stored if self.metadata.format_version == 3 else channels(stored)
+
+    def read_marked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Marked rows int32 [n, S] (see ``runs.py``) at the given indices, in that order, repeats allowed.
 
         Raises IndexError out of range, UserError naming store, shard and row where stored data is missing or damaged,
         and storage's own error where that cannot be reached.
         """
+        stored = self._read(indices)
+        return mark(stored) if self.metadata.format_version == 3 else stored
+
+    def _read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         indices = np.asarray(indices, np.int64)
         if indices.size == 0:
-            return np.zeros((0, 3, self.metadata.sequence_length), np.int32)
+            return np.zeros((0, *self._row_shape), np.int32)
         if indices.min() < 0 or indices.max() >= len(self):
             raise IndexError(f"rows {indices.min()}..{indices.max()} of {self!r}")
         try:
-            # Laid out channel by channel, as they are used.
-            return self._rows()[indices].transpose([1, 0, 2]).read(order="C").result().transpose(1, 0, 2)
+            return self._rows()[indices].read(order="C").result()
         except ValueError as error:
             problem = next(self.problems(indices), None)
             raise (error if problem is None else UserError(problem)) from error
@@ -215,7 +235,7 @@ class RowStore:
 
     def shard_of(self, row: int) -> str:
         """The file, relative to the store, that holds a row."""
-        return f"{ARRAY}/c/{row // self.metadata.shard_rows}/0/0"
+        return "/".join((ARRAY, "c", str(row // self.metadata.shard_rows), *"0" * len(self._row_shape)))
 
     @functools.cached_property
     def tokens_per_row(self) -> np.ndarray:
@@ -254,7 +274,7 @@ class RowStore:
 
         No more: in a larger cache rows that will not be read for long take fresh memory, at twice the time of a read.
         """
-        rows, row_bytes = len(self), 3 * 4 * self.metadata.sequence_length
+        rows, row_bytes = len(self), 4 * math.prod(self._row_shape)
         shards = -(-rows // self.metadata.shard_rows)
         return 2 * (16 * rows + shards * row_bytes) + 16 * 2**20
 
@@ -294,8 +314,9 @@ def verify(path: str | epath.PathLike, progress: Callable[[int], None] = lambda 
     store = RowStore.open(path)
     digest, damaged, max_token_id = hashlib.sha256(), [], 0
     tokens = np.zeros(len(store), np.int64)
-    for start in range(0, len(store), store.metadata.shard_rows):
-        indices = np.arange(start, min(start + store.metadata.shard_rows, len(store)))
+    together = max(1, min(store.metadata.shard_rows, _VERIFIED_BYTES // (3 * 4 * store.metadata.sequence_length)))
+    for start in range(0, len(store), together):
+        indices = np.arange(start, min(start + together, len(store)))
         try:
             rows = store.read(indices)
         except UserError:

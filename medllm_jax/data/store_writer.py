@@ -14,6 +14,7 @@ import tensorstore as ts
 from etils import epath
 
 from medllm_jax.data.batch import Kind
+from medllm_jax.data.runs import mark
 from medllm_jax.data.store import (
     ARRAY,
     ARRAY_METADATA,
@@ -28,6 +29,7 @@ from medllm_jax.storage.remote import is_folder, is_remote, kvstore_spec, remove
 # Uncompressed rows of a shard. The writer holds two in memory: one is filled while the other is written.
 _SHARD_BYTES = 64 * 2**20
 _MAX_SHARD_ROWS = 4096
+_TOGETHER_BYTES = 2 * 2**20  # of appended rows; rows come one by one, and what is done with one costs as with many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,9 @@ class RowStoreWriter:
         else:
             self.path = epath.Path(Path(self.path).resolve())
             self._folder = self.path.parent / f".{self.path.name}.unfinished-{uuid.uuid4().hex[:8]}"
-        self._shard_rows = max(1, min(_MAX_SHARD_ROWS, _SHARD_BYTES // (3 * 4 * sequence_length)))
+        self._shard_rows = max(1, min(_MAX_SHARD_ROWS, _SHARD_BYTES // (4 * sequence_length)))
+        self._waiting: list[np.ndarray] = []  # appended, and soon to be marked together
+        self._together = max(1, min(self._shard_rows, _TOGETHER_BYTES // (3 * 4 * sequence_length)))
         self._array: ts.TensorStore | None = None
         self._shard = self._new_shard()  # the one being filled, and its rows so far
         self._filled = 0
@@ -85,27 +89,42 @@ class RowStoreWriter:
             _remove_store(self._folder)
 
     def append(self, rows: np.ndarray, corpus: str) -> None:
-        """Adds rows int32 [n, 3, S] of a corpus; all rows of one corpus come one after the other."""
+        """Adds rows int32 [n, 3, S] of a corpus; all rows of one corpus come one after the other.
+
+        The rows must not change afterwards. ValueError for rows that no packing makes (see ``runs.mark``).
+        """
         if rows.ndim != 3 or rows.shape[1:] != (3, self.sequence_length) or rows.dtype != np.int32:
             raise ValueError(f"rows are {rows.dtype} {rows.shape}, expected int32 [n, 3, {self.sequence_length}]")
         if corpus in self._corpora and corpus != next(reversed(self._corpora)):
             raise ValueError(f"rows of corpus {corpus} after those of another")
+        if corpus not in self._corpora and self._waiting:
+            self._add_waiting()
         if not len(rows):
             return
+        self._corpora.setdefault(corpus, [])
+        self._waiting.append(rows)
+        if sum(map(len, self._waiting)) >= self._together:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        """Puts the rows that wait, which are of the newest corpus, into the shard."""
+        rows = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
+        self._waiting.clear()
+        marked = mark(rows)
         self._digest.update(np.ascontiguousarray(rows, "<i4").tobytes())
-        self._corpora.setdefault(corpus, []).append(np.count_nonzero(rows[:, 1], axis=-1).astype(np.int32))
+        self._corpora[next(reversed(self._corpora))].append(np.count_nonzero(rows[:, 1], axis=-1).astype(np.int32))
         self._max_token_id = max(self._max_token_id, int(rows[:, 0].max()))
         self._max_segments = max(self._max_segments, int(rows[:, 1].max()))
-        while len(rows):
-            part = rows[: self._shard_rows - self._filled]
+        while len(marked):
+            part = marked[: self._shard_rows - self._filled]
             self._shard[self._filled : self._filled + len(part)] = part
             self._filled += len(part)
-            rows = rows[len(part) :]
+            marked = marked[len(part) :]
             if self._filled == self._shard_rows:
                 self._write()
 
     def _new_shard(self) -> np.ndarray:
-        return np.empty((self._shard_rows, 3, self.sequence_length), np.int32)  # takes memory as it is filled
+        return np.empty((self._shard_rows, self.sequence_length), np.int32)  # takes memory as it is filled
 
     def finish(
         self,
@@ -122,6 +141,8 @@ class RowStoreWriter:
 
         corpora: in the order of their rows; a corpus may have no rows. ValueError where the store would have none.
         """
+        if self._waiting:
+            self._add_waiting()
         if self._filled:
             self._write()
         if self._array is None or self._pending is None:
@@ -130,7 +151,7 @@ class RowStoreWriter:
             raise ValueError(f"rows are of {list(self._corpora)}, facts are of {list(corpora)}")
         self._pending.result()
         rows = self._written
-        self._array.resize(exclusive_max=[rows, 3, self.sequence_length], shrink_only=True).result()
+        self._array.resize(exclusive_max=[rows, self.sequence_length], shrink_only=True).result()
         tokens_per_row = np.concatenate([part for parts in self._corpora.values() for part in parts])
         buffer = io.BytesIO()
         np.save(buffer, tokens_per_row)
@@ -186,7 +207,7 @@ class RowStoreWriter:
         end = self._written + self._filled
         if end > self._array.shape[0]:
             # Doubling keeps the number of times that the array's metadata is rewritten small.
-            shape = [2 * self._array.shape[0], 3, self.sequence_length]
+            shape = [2 * self._array.shape[0], self.sequence_length]
             self._array = self._array.resize(exclusive_max=shape, expand_only=True).result()
         # The shard never changes again, so it need not be copied before it is compressed.
         rows, self._shard, self._filled = self._shard[: self._filled], self._new_shard(), 0
@@ -196,13 +217,16 @@ class RowStoreWriter:
     def _create(self) -> ts.TensorStore:
         little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
         checksum = {"name": "crc32c"}
-        compression = {"name": "zstd", "configuration": {"level": 3}}
+        # Bytes of one significance are put together: rows are then smaller than by zstd without that, and unpacking
+        # costs next to nothing.
+        blosc = {"cname": "lz4", "clevel": 5, "shuffle": "shuffle", "typesize": 4}
+        compression = {"name": "blosc", "configuration": blosc}
         sharding = {
-            "chunk_shape": [1, 3, self.sequence_length],
+            "chunk_shape": [1, self.sequence_length],
             "codecs": [little_endian, compression, checksum],
             "index_codecs": [little_endian, checksum],
         }
-        shard_shape = [self._shard_rows, 3, self.sequence_length]
+        shard_shape = [self._shard_rows, self.sequence_length]
         spec = {
             "driver": "zarr3",
             "kvstore": kvstore_spec(self._folder / ARRAY),
@@ -212,7 +236,7 @@ class RowStoreWriter:
                 "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard_shape}},
                 "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
                 "fill_value": 0,
-                "dimension_names": ["row", "channel", "token"],
+                "dimension_names": ["row", "token"],
             },
         }
         # (open=True: a repeated request, after an answer that was lost, is no error.)

@@ -6,7 +6,7 @@ from etils import epath
 
 from medllm_jax.checkpoint.orbax import CheckpointWriter
 from medllm_jax.config.schema import RunConfig
-from medllm_jax.data.loader import check_mix
+from medllm_jax.data.order import check_mix
 from medllm_jax.data.prefetch import Prefetcher, put_batch
 from medllm_jax.data.rows import Seen
 from medllm_jax.distributed.processes import run_on_all

@@ -206,18 +206,18 @@ def test_verify_finds_damage_and_nothing_else(gcs, store):
     damages = {"whole": lambda data: data, "flipped": flip, "cut": lambda data: data[:-20], "gone": None}
     for name, damage in damages.items():
         gcs.upload(store, f"gs://bucket/{name}")
-        shard = gcs.buckets["bucket"].pop(f"{name}/rows/c/1/0/0").data
+        shard = gcs.buckets["bucket"].pop(f"{name}/rows/c/1/0").data
         if damage is not None:
-            gcs.put(f"gs://bucket/{name}/rows/c/1/0/0", damage(shard))
+            gcs.put(f"gs://bucket/{name}/rows/c/1/0", damage(shard))
     gcs.faults = FAULTS
     output = run(gcs, *of_this_file(verify_each, *(f"gs://bucket/{name}" for name in damages)))
     whole, flipped, cut, gone = output.split("exit ")[:4]
     assert f"{ROWS} rows are as they were written" in whole
     assert [part[0] for part in output.split("exit ")[1:]] == ["0", "2", "2", "2"]
-    assert "row 64 of store gs://bucket/flipped is damaged or missing (shard rows/c/1/0/0)" in flipped
+    assert "row 64 of store gs://bucket/flipped is damaged or missing (shard rows/c/1/0)" in flipped
     assert flipped.count("is damaged") == 1
     for name, part in (("cut", cut), ("gone", gone)):
-        assert f"row 64 of store gs://bucket/{name} is damaged or missing (shard rows/c/1/0/0)" in part
+        assert f"row 64 of store gs://bucket/{name} is damaged or missing (shard rows/c/1/0)" in part
         assert "; so are 63 more rows: 65, 66, " in part
     assert_all_kinds_went_wrong(gcs)
 

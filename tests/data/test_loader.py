@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from medllm_jax.data.batch import batch_of
-from medllm_jax.data.loader import BatchStream, _InProportion, check_mix, in_order, row_order
+from medllm_jax.data.loader import BatchStream, in_order
+from medllm_jax.data.order import RowOrder
 from medllm_jax.data.rows import Rows
 from medllm_jax.errors import UserError
 from tests.data.stores import numbered_rows, write_rows
@@ -149,93 +150,9 @@ def test_wrong_settings(store, pair_store):
         BatchStream(store, 4, 0, reference=np.zeros((COUNT, 0, 2), np.float32))
 
 
-def mixed(rows, count, batch_size=10, seed=7, mix=MIX):
-    """The ids of the first rows of a mix, and the corpora that they are of."""
-    batches = row_order(rows, seed, mix).batch(batch_size, drop_remainder=True)
-    row_ids = np.concatenate([batches[position] for position in range(count // batch_size)])
-    ranges = {c.name: range(c.first_row, c.first_row + c.rows) for c in rows.corpora}
-    return row_ids, np.array([next(name for name, ids in ranges.items() if row in ids) for row in row_ids])
-
-
-@pytest.mark.parametrize("batch_size", [1, 10, 150])
-def test_a_mix_is_exact_in_every_window(two_stores, batch_size):
-    """0.3 : 0.7 : 2 is 3 : 7 : 20 in any 30 rows on end, wherever they begin."""
-    _, corpora = mixed(two_stores, 300, batch_size)
-    for start in range(271):
-        assert Counter(corpora[start : start + 30]) == {"short": 3, "long": 7, "one": 20}
-
-
-@pytest.mark.parametrize(
-    ("weights", "parts"),
-    [
-        ((1,), (1,)),
-        ((3, 7), (3, 7)),
-        ((0.3, 0.7), (3, 7)),
-        ((1e-3, 1.0, 0.5), (2, 2000, 1000)),
-        ((5, 1, 1, 1, 1, 1), (5, 1, 1, 1, 1, 1)),
-        ((1e-9, 1e9), (1, 10**18)),
-    ],
-)
-def test_turns_are_exact_and_no_element_is_left_out(weights, parts):
-    turns, window = _InProportion(weights), min(sum(parts), 4000)
-    for start in (0, 1, 17 * sum(parts) + 3, 10**15):
-        drawn = [turns[index] for index in range(start, start + window)]
-        for number, part in enumerate(parts):
-            own = [index for dataset, index in drawn if dataset == number]
-            assert own == [own[0] + i for i in range(len(own))] if own else window < sum(parts)
-            assert len(own) == part or window < sum(parts)
-    assert turns[0][1] == 0
-
-
-def test_each_corpus_of_a_mix_has_its_own_epochs(two_stores):
-    row_ids, corpora = mixed(two_stores, 6000)
-    for name, size, count in (("short", 130, 4), ("long", 399, 3), ("one", 1, 4000)):
-        read = row_ids[corpora == name]
-        epochs = read[: len(read) // size * size].reshape(-1, size)
-        assert len(epochs) == count
-        assert all(len(set(epoch)) == size for epoch in epochs)
-        assert size == 1 or len(set(map(tuple, epochs))) == len(epochs)
-
-
-def test_a_mix_depends_on_its_seed_and_on_no_order_of_its_names(two_stores):
-    row_ids, _ = mixed(two_stores, 300)
-    assert np.array_equal(row_ids, mixed(two_stores, 300, mix=dict(reversed(MIX.items())))[0])
-    assert not np.array_equal(row_ids, mixed(two_stores, 300, seed=8)[0])
-
-
-def test_corpora_of_one_size_have_orders_of_their_own(tmp_path):
-    rows = Rows([write_rows(tmp_path / "store", numbered_rows(400), corpora={"a": 200, "b": 200})])
-    row_ids, corpora = mixed(rows, 2000, mix={"a": 1, "b": 1})
-    orders = [tuple(epoch) for name in "ab" for epoch in (row_ids[corpora == name] % 200).reshape(5, 200)]
-    assert len(set(orders)) == 10
-
-
 def test_a_mixed_batch_larger_than_a_corpus(two_stores):
     (batch,) = take(two_stores, 1, batch_size=900, mix=MIX)
     assert Counter(batch)[200] == 600 and len(set(batch)) == 1 + 90 + 210
-
-
-def test_the_order_of_a_mix_is_the_one_of_earlier_versions(two_stores):
-    assert mixed(two_stores, 12, 12, seed=0)[0].tolist() == [119, 200, 200, 200, 555, 200, 200, 200, 578, 200, 103, 200]
-
-
-@pytest.mark.parametrize(
-    ("mix", "line"),
-    [
-        (MIX | {"lnog": 1}, "no corpus lnog; there is short .130 rows., none .70 rows., one .1 rows., long .399 rows."),
-        ({"short": 1, "none": 1, "one": 1}, "long has no weight"),
-        (MIX | {"one": -1}, "the weight of one is -1, not 0 or more"),
-        (MIX | {"one": float("nan")}, "the weight of one is nan"),
-        (MIX | {"one": float("inf")}, "the weight of one is inf"),
-        (dict.fromkeys(MIX, 0), "every weight is 0"),
-        ({}, "short has no weight"),
-    ],
-)
-def test_a_mix_that_does_not_fit_says_what_there_is(two_stores, mix, line):
-    with pytest.raises(UserError, match=line):
-        check_mix(two_stores, mix)
-    with pytest.raises(UserError, match=line):
-        BatchStream(two_stores, 4, 0, mix=mix)
 
 
 def test_a_corpus_without_rows_can_only_have_no_weight(tmp_path):
@@ -248,7 +165,9 @@ def test_a_corpus_without_rows_can_only_have_no_weight(tmp_path):
 def test_a_batch_is_one_request_to_each_store(two_stores, monkeypatch):
     requests = []
     for store in two_stores.stores:
-        monkeypatch.setattr(store, "read", lambda ids, read=store.read: requests.append(len(ids)) or read(ids))
+        monkeypatch.setattr(
+            store, "read_marked", lambda ids, read=store.read_marked: requests.append(len(ids)) or read(ids)
+        )
     with BatchStream(two_stores, 16, 0, threads=0, prefetch=0) as stream:
         for step in range(1, 5):
             next(stream)
@@ -266,7 +185,7 @@ def test_damage_comes_out_of_next(tmp_path, threads):
     rows = Rows.open([tmp_path / "store"])
     (bad,) = (row for row in range(COUNT) if list(rows.stores[0].problems([row])))
     with BatchStream(rows, 4, 0, threads=threads, prefetch=threads) as stream:
-        expected = row_order(rows, 0).batch(4)
+        expected = RowOrder(rows, 0).ids(0, 400).reshape(-1, 4)
         while bad not in expected[stream.position]:
             batch, row_ids, _ = next_of(stream)
             assert batch.tokens[:, 0].tolist() == row_ids.tolist() == expected[stream.position - 1].tolist()
@@ -278,16 +197,16 @@ def test_damage_comes_out_of_next(tmp_path, threads):
 
 
 def test_storage_that_is_back_is_read_where_it_was_left(store, monkeypatch):
-    expected, gone, read = take(store, 12), {5, 6, 9}, store.stores[0].read
+    expected, gone, read = take(store, 12), {5, 6, 9}, store.stores[0].read_marked
 
     def read_or_fail(ids):
-        step = next(step for step, row_ids in enumerate(expected) if row_ids.tolist() == ids.tolist())
-        if step in gone:
-            gone.remove(step)
+        asked = ids.reshape(-1, 4).tolist()
+        if steps := [step for step in sorted(gone) if expected[step].tolist() in asked]:
+            gone.remove(steps[0])
             raise ConnectionError
         return read(ids)
 
-    monkeypatch.setattr(store.stores[0], "read", read_or_fail)
+    monkeypatch.setattr(store.stores[0], "read_marked", read_or_fail)
     found = []
     with BatchStream(store, 4, 7) as stream:
         while len(found) < 12:
