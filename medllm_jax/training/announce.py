@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.data.batch import Batch
 from medllm_jax.data.rows import Rows
-from medllm_jax.model.abstract import number_of
+from medllm_jax.model.abstract import is_one_cpu, number_of
 from medllm_jax.terminal.progress import duration, size_in_words
 from medllm_jax.training.programs import TrainProgram
+from medllm_jax.training.head import BLOCK
 from medllm_jax.training.resolve import ResolvedConfig
 
 _log = logging.getLogger(__name__)
@@ -106,9 +107,11 @@ def _memory(config: ResolvedConfig, rows: Rows, mesh: Mesh, compiled: jax.stages
 
 
 def _logits(config: ResolvedConfig, rows: Rows, mesh: Mesh) -> float:
-    """Bytes of the float32 logits of a micro-batch, and of as many gradients, on one device."""
-    on_device = config.micro_batch * rows.sequence_length / (mesh.size)
-    return 2 * 4 * on_device * config.model.vocab_size / config.objective.vocab_chunks
+    """Bytes of the float32 logits that are there at once, and of as many gradients, on one device."""
+    tokens = config.micro_batch * rows.sequence_length / mesh.size
+    if is_one_cpu(mesh):
+        tokens = rows.sequence_length if config.objective.name == "rpo" else BLOCK
+    return 2 * 4 * tokens * config.model.vocab_size / config.objective.vocab_chunks
 
 
 def _count(number: float) -> str:

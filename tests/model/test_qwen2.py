@@ -213,7 +213,7 @@ def test_what_is_recomputed_changes_no_gradient(grouped):
     batch = jax.tree.map(jnp.asarray, batch_of(row("0" * 10, "0" * 6, tokens=random_tokens(16))[None], "cpt"))
     loss = objective(ObjectiveConfig())
     found = {}
-    for remat in REMAT_POLICIES:
+    for remat in ("none", *REMAT_POLICIES):
         abstract = nnx.eval_shape(lambda remat=remat: Qwen2(config, Backend(remat=remat), rngs=nnx.Rngs(0)))
         structure, _ = nnx.split(abstract)
 
