@@ -16,8 +16,8 @@ from medllm_jax.data.batch import Batch
 from medllm_jax.data.rows import Rows
 from medllm_jax.model.abstract import is_one_cpu, number_of
 from medllm_jax.terminal.progress import duration, size_in_words
-from medllm_jax.training.programs import TrainProgram
 from medllm_jax.training.head import BLOCK
+from medllm_jax.training.programs import TrainProgram
 from medllm_jax.training.resolve import ResolvedConfig
 
 _log = logging.getLogger(__name__)
