@@ -12,7 +12,7 @@ from medllm_jax.data.batch import Batch
 from medllm_jax.distributed.flops import forward_flops, matrix_parameters, train_flops
 from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.model.abstract import abstract_model
-from medllm_jax.training.losses import next_token
+from medllm_jax.training.losses import objective
 from tests.world import tiny_config
 
 ROWS, LENGTH = 2, 64
@@ -43,7 +43,7 @@ def traced():
 
     config = tiny_config()
     plan = abstract_model(config, PrecisionConfig(), make_mesh(MeshConfig(), jax.devices()[:1]))
-    loss = next_token(ObjectiveConfig())
+    loss = objective(ObjectiveConfig())
     rows = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
     batch = Batch(rows, rows, rows, rows, jax.ShapeDtypeStruct(rows.shape, jnp.float32))
     total = lambda params, batch: loss(nnx.merge(plan.structure, params), batch, batch).total  # noqa: E731
