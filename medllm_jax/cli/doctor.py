@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from medllm_jax.distributed.compilation_cache import default_folder
 from medllm_jax.terminal.parser import verb
 from medllm_jax.terminal.version import install_line
 
@@ -104,8 +105,11 @@ def _examine(paths: list[str]) -> Iterator[Finding]:
     for name, needed_by in _PROGRAMS.items():
         place = shutil.which(name)
         yield Finding("ok", name, place) if place else Finding("absent", name, f"not on PATH; needed by {needed_by}")
+    kept = str(default_folder())
     for name, meaning in _VARIABLES.items():
-        if os.environ.get(name):
+        if os.environ.get(name) == kept:  # it was set by us
+            yield Finding("ok", "compiled programs", f"kept in {kept}")
+        elif os.environ.get(name):
             yield Finding("note", name, f"is set: {meaning}")
     for path in paths:
         yield _path(path)

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from medllm_jax.data.runs import Runs, runs_of, unmark
+from medllm_jax.data.runs import Runs, mark, unmark
 
 Kind = Literal["cpt", "sft", "pairs"]
 TARGET = 3  # stored in place of a branch
@@ -47,20 +47,18 @@ class Batch(NamedTuple):
 def batch_of(
     rows: Int32[np.ndarray, "B 3 S"], kind: Kind, reference_log_probs: Float32[np.ndarray, "B P 2"] | None = None
 ) -> Batch:
-    """Rows int32 [B, 3, S] (channels tokens, segment_ids, branch_ids) as a Batch of numpy arrays."""
-    tokens, segments, branches = (np.ascontiguousarray(rows[:, channel]) for channel in range(3))
-    return _batch(tokens, runs_of(segments, branches), kind, reference_log_probs)
+    """`batch_of_marked` of rows int32 [B, 3, S] (channels tokens, segment_ids, branch_ids)."""
+    return batch_of_marked(mark(rows), kind, reference_log_probs)
 
 
 def batch_of_marked(
     marked: Int32[np.ndarray, "B S"], kind: Kind, reference_log_probs: Float32[np.ndarray, "B P 2"] | None = None
 ) -> Batch:
-    """Marked rows int32 [B, S] (see ``runs.py``), which become its tokens, as a Batch of numpy arrays."""
-    return _batch(*unmark(marked), kind, reference_log_probs)
+    """Marked rows int32 [B, S] (see ``runs.py``), which become its tokens, as a Batch of numpy arrays.
 
-
-def _batch(tokens: np.ndarray, runs: Runs, kind: Kind, reference_log_probs: np.ndarray | None) -> Batch:
-    """A few numbers for thousands of tokens: what follows from runs is written in stretches, not token by token."""
+    A few numbers for thousands of tokens: what follows from runs is written in stretches, not token by token.
+    """
+    tokens, runs = unmark(marked)
 
     def spread(values: np.ndarray) -> np.ndarray:
         return np.repeat(values, runs.lengths).reshape(tokens.shape)

@@ -11,7 +11,6 @@ import numpy as np
 from etils import epath
 
 from medllm_jax.data.batch import Kind
-from medllm_jax.data.runs import channels
 from medllm_jax.data.store import CorpusRows, RowStore
 from medllm_jax.data.tokenizer import same_tokenizer
 from medllm_jax.errors import UserError
@@ -77,10 +76,6 @@ class Rows:
     def tokens_per_row(self) -> np.ndarray:
         """int32 [N]: tokens of each row without padding. UserError where a store's file of them is damaged."""
         return np.concatenate([store.tokens_per_row for store in self.stores])
-
-    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Rows int32 [n, 3, S] (channels tokens, segment_ids, branch_ids), as ``read_marked`` reads them."""
-        return channels(self.read_marked(indices))
 
     def read_marked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Marked rows int32 [n, S] of some row ids, in order, repeats allowed: one request to each store concerned.

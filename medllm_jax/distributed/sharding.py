@@ -74,6 +74,11 @@ def on_cpus(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
+def is_one_cpu(mesh: Mesh) -> bool:
+    """Whether programs run on a single CPU device, so that what they do in turn takes no device's time from others."""
+    return on_cpus(mesh) and mesh.size == 1
+
+
 def check_divisible(mesh: Mesh, model: ModelConfig, micro_batch: int) -> None:
     """UserError with the numbers in it where a model or a micro-batch (rows) does not split over the mesh."""
     tensor, fsdp, rows = mesh.shape["tensor"], mesh.shape["fsdp"], mesh.shape["data"] * mesh.shape["fsdp"]

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from medllm_jax.config.schema import AdapterConfig, ModelConfig, PrecisionConfig
-from medllm_jax.distributed.sharding import ACTIVATIONS, activation_constraint, parameter_shardings
+from medllm_jax.distributed.sharding import ACTIVATIONS, activation_constraint, is_one_cpu, parameter_shardings
 from medllm_jax.errors import UserError
 from medllm_jax.model.attention import attend_by_cudnn, attend_in_blocks
 from medllm_jax.model.lora import adapted_linear, new_factors, set_dropout, storage_of, without_adapters
@@ -91,11 +91,6 @@ def abstract_model(
 # Blocks that a CPU's programs hold one after the other: a loop costs it copies of all that the backward pass needs.
 # More of them take longer to compile.
 _UNROLLED = 4
-
-
-def is_one_cpu(mesh: Mesh) -> bool:
-    """Whether programs run on a single CPU device, for which some are made otherwise than for many and for others."""
-    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 _ATTENTION_NEEDS = {"splash": "tpu", "cudnn": "gpu"}

@@ -1,6 +1,7 @@
 """Attention under the row rule: same segment, not later in the row, branch 0 or the query's own.
 
-Every back end has the signature of `attend`, and names what its backward pass needs beside q, k and v `RESIDUALS`.
+Every back end of whole rows has the signature of `attend_in_blocks`, and names what its backward pass needs beside q, k
+and v `RESIDUALS`.
 
 Shapes: B rows, Q queries and T keys a row, H query heads, K key/value heads, G = H / K, E width of a head.
 """
@@ -36,30 +37,6 @@ def visible(query: TokenLayout, key: TokenLayout) -> Bool[Array, "B Q T"]:
     return not_later[None] & same_segment & shared_or_own
 
 
-def attend(
-    q: Float[Array, "B Q H E"],
-    k: Float[Array, "B T K E"],
-    v: Float[Array, "B T K E"],
-    query: TokenLayout,
-    key: TokenLayout,
-) -> Float[Array, "B Q H E"]:
-    """Scaled dot-product attention, grouped-query; scores and softmax in float32.
-
-    q: [B, Q, H, E]; k, v: [B, T, K, E]. Returns [B, Q, H, E] in q's dtype. A query that sees no key is not allowed
-    (padding sees padding).
-    """
-    batch, queries, heads, width = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
-    hidden = jnp.where(visible(query, key), 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
-    scores = jnp.einsum("bqkge,btke->bkgqt", q, k, preferred_element_type=jnp.float32) * width**-0.5 + hidden
-    # A softmax whose division comes last: it then goes over [Q, E] and not over [Q, T].
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    out = jnp.einsum("bkgqt,btke->bkgqe", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    out = (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype).transpose(0, 3, 1, 2, 4)
-    return checkpoint_name(out.reshape(batch, queries, heads, width), RESIDUALS)
-
-
 def attend_in_blocks(
     q: Float[Array, "B Q H E"],
     k: Float[Array, "B T K E"],
@@ -67,7 +44,10 @@ def attend_in_blocks(
     query: TokenLayout,
     key: TokenLayout,
 ) -> Float[Array, "B Q H E"]:
-    """`attend` for whole rows (query is key), in causal blocks of queries: no block sees the keys after it.
+    """Scaled dot-product attention, grouped-query, of whole rows (query is key); scores and softmax in float32.
+
+    q: [B, Q, H, E]; k, v: [B, T, K, E]. Returns [B, Q, H, E] in v's dtype. A query that sees no key is not allowed
+    (padding sees padding). It goes by causal blocks of queries: no block sees the keys after it.
 
     Heads come before tokens, and the queries that share keys are rows of one matrix: two products of a block, whose
     operands no back end has to turn.
@@ -90,6 +70,7 @@ def attend_in_blocks(
         rows = of_q[number].reshape(batch, kv_heads, group * size, width)
         scores = jnp.einsum("bkme,bkte->bkmt", rows, seen_k, preferred_element_type=jnp.float32)
         scores = scores.reshape(batch, kv_heads, group, size, end) * width**-0.5 + hidden
+        # A softmax whose division comes last: it then goes over [q, E] and not over [q, T].
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         rows = weights.astype(v.dtype).reshape(batch, kv_heads, group * size, end)
         out = jnp.einsum("bkmt,bkte->bkme", rows, seen_v, preferred_element_type=jnp.float32)
@@ -106,7 +87,7 @@ def attend_to_cache(
     values: Float[Array, "B K T E"],
     seen: Bool[Array, "B Q T"],
 ) -> Float[Array, "B Q H E"]:
-    """`attend` of few queries to what a cache holds, as it lies there."""
+    """`attend_in_blocks` of few queries to what a cache holds, as it lies there; seen: which columns each may see."""
     batch, queries, heads, width = q.shape
     kv_heads = keys.shape[1]
     q = q.reshape(batch, queries, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
@@ -129,7 +110,7 @@ def attend_by_cudnn(
     *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B Q H E"]:
-    """`attend` by cuDNN's flash attention: bfloat16 or float16, on Nvidia GPUs.
+    """`attend_in_blocks` by cuDNN's flash attention: bfloat16 or float16, on Nvidia GPUs.
 
     The rule is given as an array: bool [B, 1, Q, T] becomes a bias in q's dtype, 2 B Q T bytes that all heads share.
     cuDNN's own log-sum-exp has no name, so a remat policy that saves its output still runs its forward pass again.

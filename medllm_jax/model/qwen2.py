@@ -26,7 +26,7 @@ from medllm_jax.model.linear import Linear
 class Backend:
     """What the same network runs on; every field has a default that works on one device.
 
-    linear: a projection's name -> its layer's constructor. attention: for whole rows, signature of `attention.attend`.
+    linear: a projection's name -> its layer's constructor. attention: for whole rows, signature of `attend_in_blocks`.
     constrain: `(array, kind) -> array` pins an activation's sharding, kind a row of `sharding.ACTIVATIONS`.
     remat: name of a row of `REMAT_POLICIES`. unroll: blocks that one iteration of the loop over them holds.
     """

@@ -45,7 +45,7 @@ _HIDDEN = -(2.0**30)
 
 
 def make_splash(mesh: Mesh, heads: P, *, branches: bool, interpret: bool = False) -> Callable:
-    """Attention for whole rows (query is key) with the signature of `attention.attend`, run on each device's part.
+    """Attention for whole rows (query is key) with the signature of `attend_in_blocks`, run on each device's part.
 
     heads: how [B, S, H, E] lies on the mesh; S and E must be whole. branches: rows may have branches; a branch id above
     MAX_BRANCH, or above 0 without `branches`, makes NaN of that query and never a wrong number. interpret: run the

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from medllm_jax.checkpoint.train_state import TrainState
 from medllm_jax.data.batch import Batch
 from medllm_jax.data.rows import Rows
-from medllm_jax.model.abstract import is_one_cpu, number_of
+from medllm_jax.distributed.sharding import is_one_cpu
+from medllm_jax.model.abstract import number_of
 from medllm_jax.terminal.progress import duration, size_in_words
 from medllm_jax.training.head import BLOCK
 from medllm_jax.training.programs import TrainProgram

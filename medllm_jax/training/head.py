@@ -198,10 +198,6 @@ _reordered.defvjp(
 )
 
 
-def _logits(hidden: Float[Array, "B S D"], head: Float[Array, "V D"]) -> Float32[Array, "B S V"]:
-    return jnp.einsum("bsd,vd->bsv", hidden, head, preferred_element_type=jnp.float32)
-
-
 def _chunk(head: Float[Array, "V D"], chunks: int, number) -> Float[Array, "chunk D"]:
     """The rows v of the head with v % n == number."""
     by_chunk = head.reshape(head.shape[0] // chunks, chunks, head.shape[1])
@@ -218,7 +214,7 @@ def _chunked_forward(hidden, head, targets, chunks, with_entropy):
     def body(carry, number):
         top, mass, weighted, target = carry
         weights = _chunk(head, chunks, number)
-        logits = _logits(hidden, weights)
+        logits = product(hidden, weights, jnp.float32)
         new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
         exps, rescale = jnp.exp(logits - new_top[..., None]), jnp.exp(top - new_top)
         mass = mass * rescale + jnp.sum(exps, axis=-1)
@@ -251,7 +247,7 @@ def _chunked_scores_bwd(chunks, with_entropy, residuals, cotangents):
     def body(carry, number):
         d_hidden, d_head = carry
         weights = _chunk(head, chunks, number)
-        probs = jnp.exp(_logits(hidden, weights) - normaliser[..., None])
+        probs = jnp.exp(product(hidden, weights, jnp.float32) - normaliser[..., None])
         is_target = _is_target(targets, weights.shape[0], chunks, number)
         d_logits = (upstream[..., None] * (is_target - probs)).astype(hidden.dtype)
         d_hidden += jnp.einsum("bsv,vd->bsd", d_logits, weights, preferred_element_type=jnp.float32)

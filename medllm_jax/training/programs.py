@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from medllm_jax.checkpoint.train_state import TrainState, new_state, state_shardings
 from medllm_jax.data.batch import Batch
 from medllm_jax.distributed.compiler_options import compiler_options
-from medllm_jax.distributed.sharding import check_divisible, replicated, rows_over
-from medllm_jax.model.abstract import AbstractModel, abstract_model, is_one_cpu
+from medllm_jax.distributed.sharding import check_divisible, is_one_cpu, replicated, rows_over
+from medllm_jax.model.abstract import AbstractModel, abstract_model
 from medllm_jax.training.losses import LossSum, objective, pair_log_probs
 from medllm_jax.training.optimizer import make_optimizer, make_schedule
 from medllm_jax.training.resolve import ResolvedConfig

@@ -8,6 +8,7 @@ from importlib import metadata
 import pytest
 
 from medllm_jax.cli import doctor, main
+from medllm_jax.distributed.compilation_cache import default_folder
 
 
 @pytest.fixture
@@ -30,6 +31,21 @@ def test_a_machine_that_has_what_is_needed(findings, tmp_path):
     assert metadata.version("jax") in found["packages"]["text"] and found["devices"]["text"] == "1 x cpu"
     assert "memory" in found["machine"]["text"] and found[str(tmp_path)]["state"] == "ok"
     assert "emulator" in found["STORAGE_EMULATOR_HOST"]["text"]
+
+
+def test_where_programs_are_kept_is_no_setting_of_the_users(findings, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("XDG_CACHE_HOME", "JAX_ENABLE_COMPILATION_CACHE", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("JAX_COMPILATION_CACHE_MAX_SIZE", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.setenv(name, "0")  # so that what the verb sets goes with the test
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "own"))
+    found, _ = findings()
+    assert found["JAX_COMPILATION_CACHE_DIR"]["state"] == "note" and "compiled programs" not in found
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    found, _ = findings()
+    assert found["compiled programs"]["text"] == f"kept in {default_folder()}"
+    assert "JAX_COMPILATION_CACHE_DIR" not in found
 
 
 def test_a_package_that_is_missing_or_old_comes_with_its_installation(findings, monkeypatch):

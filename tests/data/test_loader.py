@@ -7,6 +7,7 @@ from medllm_jax.data.batch import batch_of
 from medllm_jax.data.loader import BatchStream, in_order
 from medllm_jax.data.order import RowOrder
 from medllm_jax.data.rows import Rows
+from medllm_jax.data.runs import channels
 from medllm_jax.errors import UserError
 from tests.data.stores import numbered_rows, write_rows
 
@@ -47,7 +48,7 @@ def next_of(stream):
 
 def take(rows, steps, batch_size=4, seed=7, **options):
     """The row ids of ``steps`` batches, [steps, rows]; checks that the batches hold those very rows and references."""
-    numbers, reference, everything = [], options.get("reference"), rows.read(range(len(rows)))
+    numbers, reference, everything = [], options.get("reference"), channels(rows.read_marked(range(len(rows))))
     size, index = batch_size // options.get("process_count", 1), options.get("process_index", 0)
     with BatchStream(rows, batch_size, seed, **options) as stream:
         start = stream.position

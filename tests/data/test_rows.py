@@ -6,6 +6,7 @@ import pytest
 
 from medllm_jax.data.reference_log_probs import read_reference, read_references, write_reference, write_references
 from medllm_jax.data.rows import Rows, Seen
+from medllm_jax.data.runs import channels
 from medllm_jax.data.store import RowStore
 from medllm_jax.errors import UserError
 from tests.data import stores
@@ -28,7 +29,7 @@ def test_rows_come_in_the_order_asked_for(paths, indices):
     rows = Rows.open(paths)
     assert len(rows) == 60
     for opened in (rows, pickle.loads(pickle.dumps(rows))):
-        found = opened.read(indices)
+        found = channels(opened.read_marked(indices))
         assert found.shape == (len(indices), 3, 12) and found.dtype == np.int32
         assert found[:, 0, 0].tolist() == list(indices)
 
@@ -36,7 +37,7 @@ def test_rows_come_in_the_order_asked_for(paths, indices):
 def test_what_is_out_of_range_is_not_a_row_of_another_store(paths):
     for wrong in (-1, 60):
         with pytest.raises(IndexError, match="of 60 in stores"):
-            Rows.open(paths).read([0, wrong])
+            Rows.open(paths).read_marked([0, wrong])
 
 
 def test_corpora_and_tokens_are_those_of_the_whole(paths):

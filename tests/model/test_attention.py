@@ -9,7 +9,7 @@ from medllm_jax.config.schema import MeshConfig, PrecisionConfig
 from medllm_jax.distributed.sharding import make_mesh
 from medllm_jax.errors import UserError
 from medllm_jax.model.abstract import attention_on
-from medllm_jax.model.attention import TokenLayout, attend, attend_by_cudnn, attend_in_blocks, visible
+from medllm_jax.model.attention import TokenLayout, attend_by_cudnn, attend_in_blocks, visible
 
 # Rows of segments with branches, and padding at the end: segment ids and branch ids.
 SEGMENTS = "1111122222222200"
@@ -49,6 +49,14 @@ def attend_slowly(q, k, v, where: TokenLayout) -> np.ndarray:
     return out
 
 
+def attend_at_once(q, k, v, query: TokenLayout, key: TokenLayout) -> jax.Array:
+    """The definition, in a form that has gradients."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("bqhe,bthe->bhqt", q, k) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(scores, axis=-1, where=visible(query, key)[:, None])
+    return jnp.einsum("bhqt,bthe->bqhe", weights, v)
+
+
 def test_visible_is_the_rule_spelt_out():
     where = place()
     seen = np.asarray(visible(where, where))[0]
@@ -64,17 +72,19 @@ def test_visible_is_the_rule_spelt_out():
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
-def test_attend_is_the_definition(heads, kv_heads):
+def test_attention_is_the_definition(heads, kv_heads):
     where = place(rows=2)
     q, k, v = arrays(2, len(SEGMENTS), heads, kv_heads, 8)
-    np.testing.assert_allclose(jax.jit(attend)(q, k, v, where, where), attend_slowly(q, k, v, where), atol=2e-6)
+    exact = attend_slowly(q, k, v, where)
+    for function in (attend_in_blocks, attend_at_once):
+        np.testing.assert_allclose(jax.jit(function)(q, k, v, where, where), exact, atol=2e-6)
 
 
-def test_attend_keeps_the_dtype_and_scores_in_float32():
+def test_attention_keeps_the_dtype_and_scores_in_float32():
     where = place()
     q, k, v = (x.astype(jnp.bfloat16) for x in arrays(1, len(SEGMENTS), 4, 2, 8))
     # Large scores that differ by less than bfloat16 can tell apart once scaled up: float32 softmax keeps them.
-    out = attend(q * 30, k, v, where, where)
+    out = attend_in_blocks(q * 30, k, v, where, where)
     assert out.dtype == jnp.bfloat16
     exact = attend_slowly(q * 30, k, v, where)
     assert np.abs(np.asarray(out, np.float64) - exact).max() < 0.03
@@ -87,7 +97,7 @@ attend_by_cudnns_interface = functools.partial(attend_by_cudnn, implementation="
 @pytest.mark.parametrize(
     ("function", "repeat"), [(attend_in_blocks, 16), (attend_in_blocks, 3), (attend_by_cudnns_interface, 3)]
 )
-def test_back_ends_are_attend(function, repeat):
+def test_back_ends_are_the_definition(function, repeat):
     """Values and gradients; 256 tokens are cut into blocks, 48 are not."""
     where = place(rows=2, repeat=repeat)
     q, k, v = arrays(2, repeat * len(SEGMENTS), 4, 2, 8)
@@ -99,7 +109,7 @@ def test_back_ends_are_attend(function, repeat):
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
 
-    found, whole = weighted(function), weighted(attend)
+    found, whole = weighted(function), weighted(attend_at_once)
     np.testing.assert_allclose(found[0], whole[0], rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(found[1], whole[1], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)

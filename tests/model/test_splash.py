@@ -1,4 +1,4 @@
-"""The TPU kernel against `attend`: its definition run on the CPU, and its compilation for a TPU."""
+"""The TPU kernel against attention's definition: its own run on the CPU, and its compilation for a TPU."""
 
 import ast
 import importlib.util
@@ -16,8 +16,8 @@ import pytest
 from medllm_jax.config.schema import MeshConfig
 from medllm_jax.distributed.sharding import ACTIVATIONS, make_mesh
 from medllm_jax.model import splash
-from medllm_jax.model.attention import RESIDUALS, TokenLayout, attend
-from tests.model.test_attention import arrays, place
+from medllm_jax.model.attention import RESIDUALS, TokenLayout
+from tests.model.test_attention import arrays, attend_at_once, place
 
 ROWS, HEADS, KV_HEADS = 4, 4, 2
 QUICK = {
@@ -56,11 +56,11 @@ def weighted(function, q, k, v, where: TokenLayout):
 
 
 @pytest.mark.parametrize(("sizes", "width", "dtype", "branches", "repeat"), CASES)
-def test_splash_is_attend(sizes, width, dtype, branches, repeat):
+def test_splash_is_the_definition(sizes, width, dtype, branches, repeat):
     where = rows(repeat, branches=branches)
     inputs = [x.astype(dtype) for x in arrays(ROWS, 16 * repeat, HEADS, KV_HEADS, width)]
     ours = weighted(make(sizes, branches=branches), *inputs, where)
-    exact = weighted(attend, *(x.astype(jnp.float32) for x in inputs), where)
+    exact = weighted(attend_at_once, *(x.astype(jnp.float32) for x in inputs), where)
     padding = np.asarray(where.segment_ids) == 0
     assert padding.any()
     for mine, theirs in zip(ours, exact, strict=True):
